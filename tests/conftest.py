@@ -1,0 +1,33 @@
+"Every test runs in a fresh cache folder, without a network, from one seed."
+import socket
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def refine_home(tmp_path, monkeypatch):
+    "REFINE_HOME is an empty folder: no test sees the user's checkpoints, none leaves one behind"
+    home = tmp_path/'refine_home'
+    monkeypatch.setenv('REFINE_HOME', str(home))
+    monkeypatch.delenv('REFINE_PRESET', raising=False)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    "Connections beyond this machine fail at once, and say so (house rule 8)"
+    def guard(real):
+        def connect(self, address):
+            local = self.family == getattr(socket, 'AF_UNIX', None) or address[0] in ('127.0.0.1', '::1', 'localhost')
+            if not local: raise AssertionError(f'a default test must not use the network, but connects to {address[0]}: embed the data or mark the test slow')
+            return real(self, address)
+        return connect
+    for name in ('connect', 'connect_ex'):
+        monkeypatch.setattr(socket.socket, name, guard(getattr(socket.socket, name)))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    "Draws that a test does not seed itself are the same in every run"
+    torch.manual_seed(0)

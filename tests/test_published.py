@@ -1,0 +1,98 @@
+"Published numbers are data: each is as printed, and each oddity of the paper is known and noted, no more and no fewer."
+from decimal import Decimal
+from importlib import resources
+
+import pytest
+
+from refine_nb.report import published
+
+BLOCK = ['model', 'dataset']
+ATTACKS = ['-', 'None', 'LL', 'BIH', 'VBI', 'DDN', 'SP']
+SUMS = {'accuracy': 5028.06, 'std': 12.17, 'delta': 120.52, 'corrected': 10499, 'total': 21080}   # from the paper's text, by a separate scan
+
+
+@pytest.fixture(scope='module')
+def tab1(): return published('tab1_adcorda')
+
+
+def mismatches(table):
+    "Rows whose printed delta is not accuracy minus baseline: {row: (printed, recomputed)}, exact decimals"
+    exact = lambda x: Decimal(f'{x:.2f}')
+    found = {}
+    for key,block in table.groupby(BLOCK, sort=False):
+        base = exact(block.accuracy[block.attack=='-'].item())
+        for _,r in block[block.delta.notna()].iterrows():
+            ours, printed = exact(r.accuracy)-base, exact(r.delta)
+            if ours != printed: found[(*key, r.attack)] = (str(printed), str(ours))
+    return found
+
+
+def test_every_row_of_the_table_is_there_once_in_the_printed_order(tab1):
+    assert [k for k,_ in tab1.groupby(BLOCK, sort=False)] == [(m, d) for m in ('resnet18', 'resnet34', 'resnet50', 'efficientnet_v2_m') for d in ('cifar10', 'cifar100')]
+    for _,block in tab1.groupby(BLOCK, sort=False):
+        assert block.attack.tolist() == ATTACKS                        # None is the second
+        assert block.approach.tolist() == ['BL'] + ['BL-IST']*6
+
+
+def test_as_many_numbers_as_the_paper_prints(tab1):
+    assert tab1.accuracy.count() == tab1['std'].count() == 56
+    assert tab1.delta.count() == 48 and tab1.delta.isna().equals(tab1.attack.eq('-'))
+    assert tab1.corrected.count() == tab1.total.count() == 40
+    assert tab1.corrected.isna().equals(tab1.attack.isin(['-', 'None']))
+    assert dict(zip(tab1.model, tab1.params_printed)) == {'resnet18': '11.19M', 'resnet34': '21.30M', 'resnet50': '23.57M', 'efficientnet_v2_m': '52.99M'}
+
+
+def test_sums_of_the_columns(tab1):
+    "A digit that changes anywhere changes a sum"
+    assert round(tab1.accuracy.sum(), 2) == SUMS['accuracy'] and round(tab1['std'].sum(), 2) == SUMS['std']
+    assert round(tab1.delta.sum(), 2) == SUMS['delta'] and int(tab1.corrected.sum()) == SUMS['corrected'] and int(tab1.total.sum()) == SUMS['total']
+
+
+def test_printed_deltas_are_wrong_exactly_where_we_know(tab1):
+    assert mismatches(tab1) == {
+        ('resnet18', 'cifar10', 'LL'): ('2.64', '2.58'),
+        ('resnet50', 'cifar10', 'None'): ('1.99', '2.29'),
+        ('resnet18', 'cifar100', 'LL'): ('3.90', '3.89'),              # A-5, and the next four
+        ('resnet18', 'cifar100', 'BIH'): ('3.96', '3.95'),
+        ('resnet18', 'cifar100', 'DDN'): ('3.79', '3.78'),
+        ('resnet18', 'cifar100', 'SP'): ('3.86', '3.85'),
+        ('efficientnet_v2_m', 'cifar10', 'BIH'): ('0.68', '0.67')}
+
+
+def test_the_check_of_deltas_can_fail(tab1):
+    changed = tab1.copy(); changed.loc[(changed.model=='resnet34') & (changed.attack=='DDN') & (changed.dataset=='cifar100'), 'accuracy'] = 83.46
+    assert mismatches(changed)['resnet34', 'cifar100', 'DDN'] == ('5.23', '5.05')
+
+
+def test_a_block_has_one_count_of_misclassified_images_but_for_one_cell(tab1):
+    fractions = tab1[tab1.total.notna()]
+    usual = fractions.groupby(BLOCK).total.agg(lambda t: t.mode().item())
+    odd = fractions[fractions.total != fractions.set_index(BLOCK).index.map(usual)]
+    assert odd[[*BLOCK, 'attack', 'corrected', 'total']].values.tolist() == [['resnet50', 'cifar10', 'BIH', 69, 141]]
+    assert usual.to_dict() == {('resnet18', 'cifar10'): 176, ('resnet18', 'cifar100'): 451, ('resnet34', 'cifar10'): 80, ('resnet34', 'cifar100'): 2538,
+                               ('resnet50', 'cifar10'): 131, ('resnet50', 'cifar100'): 775, ('efficientnet_v2_m', 'cifar10'): 9, ('efficientnet_v2_m', 'cifar100'): 54}
+
+
+def test_corrected_images(tab1):
+    wide = tab1.pivot(index=BLOCK, columns='attack', values='corrected')
+    assert wide.DDN.equals(tab1[tab1.attack=='DDN'].set_index(BLOCK).total.sort_index().rename('DDN'))          # DDN corrects all
+    assert wide.index[wide.LL > wide.BIH].tolist() == [('resnet18', 'cifar100')]
+    assert (tab1.corrected.dropna() <= tab1.total.dropna()).all()
+
+
+def test_oddities_are_noted_at_their_cells(tab1):
+    where = lambda code: set(map(tuple, tab1.loc[tab1.note.str.contains(rf'\b{code}:'), [*BLOCK, 'attack']].values))
+    assert where('A-1') | where('A-2') | where('A-5') == set(mismatches(tab1))
+    assert where('A-3') == {('resnet50', 'cifar10', 'BIH')} and where('A-8') == {('resnet18', 'cifar100', 'LL')}
+    assert len(where('A-7')) == 4 and {a for _,_,a in where('A-6')} == {'None', 'SP'} and len(where('A-9')) == 1
+    assert where('A-4') == set()                                                                                # that is table 3
+
+
+@pytest.mark.parametrize('name', sorted(f.name for f in (resources.files('refine_nb')/'published').iterdir() if f.name.endswith('.csv')))
+def test_every_published_file_is_tidy_and_carries_its_source(name):
+    table = published(name[:-4])
+    assert table.source.notna().all() and table.source.str.contains(r'\d').all(), f'{name}: give each row its document and table or line in `source`'
+    assert list(table.columns[-2:]) == ['source', 'note'], f'{name}: the last two columns are source and note'
+    raw = (resources.files('refine_nb')/'published'/name).read_bytes()
+    assert b'\r' not in raw and raw.endswith(b'\n') and not raw.startswith(b'\xef\xbb\xbf'), f'{name}: UTF-8 without mark, line ends \\n'
+    assert not table.drop(columns=['source', 'note']).duplicated().any(), f'{name}: two rows are the same'
