@@ -6,7 +6,6 @@
 __all__ = ['figure_style', 'method_style', 'method_colour', 'dot_interval', 'save_figure']
 
 # %% ../nbs/67_figures.ipynb #098fade9
-from collections.abc import Callable
 from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -58,10 +57,16 @@ def method_colour(
     return method_style(name)['color']
 
 # %% ../nbs/67_figures.ipynb #0f655dd5
+def _legend(ax, ours, published):
+    keys = [mpl.lines.Line2D([], [], color='.4', lw=1.6, marker='o', ms=5, label=ours)]
+    if published: keys.append(mpl.lines.Line2D([], [], ls='', marker='D', ms=4.5, mfc='none', mec='.25', mew=.8, label='published'))
+    ax.legend(handles=keys, loc='upper center', bbox_to_anchor=(.5, 0), ncols=2, borderaxespad=5)
+
+# %% ../nbs/67_figures.ipynb #0cb774e9
 def dot_interval(
     table:pd.DataFrame,        # columns: `label`, accuracy, and where known low, high, published; all in %
     *,
-    label:str='attack',        # column that names the method of a line
+    label:str='attack',        # column that names the method of a line; '-' is shown as BL
     title:str='',              # with the preset, e.g. 'DEMO: ...'
     ours:str='ours, 95 % interval', # legend text of our points
     xlabel:str='test accuracy (%)', # with its unit
@@ -77,15 +82,10 @@ def dot_interval(
         ax.hlines(y, given(row, 'low'), given(row, 'high'), color=style['color'], lw=1.6)
         ax.plot(x, y, ls='', ms=5, mec='.2', mew=.4, zorder=3, **style)
         ax.plot(given(row, 'published'), y+.26, ls='', marker='D', ms=4.5, mfc='none', mec='.25', mew=.8, zorder=4)
-    ax.set(yticks=range(len(table)), yticklabels=table[label], ylim=(len(table)-.4, -.6), xlabel=xlabel, title=title)
+    ax.set(yticks=range(len(table)), yticklabels=['BL' if m == '-' else m for m in table[label]], ylim=(len(table)-.4, -.6), xlabel=xlabel, title=title)
     ax.grid(axis='x'); ax.tick_params(axis='y', length=0)
     if legend: _legend(ax, ours, 'published' in table and table.published.notna().any())
     return ax
-
-def _legend(ax, ours, published):
-    keys = [mpl.lines.Line2D([], [], color='.4', lw=1.6, marker='o', ms=5, label=ours)]
-    if published: keys.append(mpl.lines.Line2D([], [], ls='', marker='D', ms=4.5, mfc='none', mec='.25', mew=.8, label='published'))
-    ax.legend(handles=keys, loc='upper center', bbox_to_anchor=(.5, 0), ncols=2, borderaxespad=5)
 
 # %% ../nbs/67_figures.ipynb #a075df89
 def save_figure(

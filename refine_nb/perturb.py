@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .core import Call, call
+
 # %% ../nbs/09_perturb.ipynb #a51c666b
 @contextmanager
 def attacking(
@@ -149,8 +151,10 @@ def gaussian(
     return x + .001*_draw(torch.randn, x, generator)
 
 # %% ../nbs/09_perturb.ipynb #1147f056
+def _is(part, function): return part is function or part==call(function)  # also as a `Call`
+
 def _check(x, y, eps, step_size, steps, project):
-    if not 0<=eps<float('inf') or (project is linf and eps>1):
+    if not 0<=eps<float('inf') or (_is(project, linf) and eps>1):
         raise ValueError(f"eps is a part of the range [0,1], got {eps}: write 8/255, not 8")
     if steps<1: raise ValueError(f"steps must be at least 1, got {steps}")
     if eps>0 and not step_size>0: raise ValueError(f"step_size must be > 0, got {step_size}")
@@ -174,7 +178,9 @@ def _logits(model, x, last):
     return z
 
 # %% ../nbs/09_perturb.ipynb #c3ef6a15
-def _asks(objective): return [n for n in ('z_adv','y','z') if n in inspect.signature(objective).parameters]
+def _asks(objective):
+    names = objective.accepts if isinstance(objective, Call) else inspect.signature(objective).parameters
+    return [n for n in ('z_adv','y','z') if n in names]
 
 def _value(objective, **given):
     "The objective, given what it asks for: [B]"
@@ -215,7 +221,7 @@ def _climb(model, x_adv, x, y, z, *, last, eps, step_size, steps, objective, dir
 def _begin(model, x, y, *, last, start, objective, project, eps, clamp, generator):
     "Images, labels, first iterate, and the clean logits or None"
     x,y = (t.clone() if t.is_inference() else t.detach() for t in (x,y))
-    x_adv = start(x, eps, 'l2' if project is l2 else 'linf', generator)
+    x_adv = start(x, eps, 'l2' if _is(project, l2) else 'linf', generator)
     if clamp and x_adv is not x: x_adv = project(x_adv, x, eps)
     with torch.no_grad(): z = _logits(model, x, last) if 'z' in _asks(objective) else None
     return x,y,x_adv,z
@@ -240,7 +246,7 @@ def iterate(
 )->Tensor:           # [B,C,H,W], detached, in [0,1], within eps of x
     "Start, then repeat objective, direction, projection: the one attack loop"
     last,clamp = _check(x, y, eps, step_size, steps, project),clamp_start or early_stop
-    if objective is kl and start is zero: raise ValueError("the KL has no gradient at the image itself: use start=gaussian")
+    if _is(objective, kl) and _is(start, zero): raise ValueError("the KL has no gradient at the image itself: use start=gaussian")
     if eps==0 or len(x)==0: return x.detach().clone()
     with attacking(model), torch.inference_mode(False), torch.enable_grad():
         x,y,x_adv,z = _begin(model, x, y, last=last, start=start, objective=objective, project=project, eps=eps, clamp=clamp, generator=generator)

@@ -58,7 +58,7 @@ def sgd(
 )->torch.optim.Optimizer:
     "SGD with momentum; defaults of AdCorDA's fine-tuning (section 4)"
     if not lr>0: raise ValueError(f"lr wants a number > 0, got {lr}")
-    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 # %% ../nbs/30_train.ipynb #fa70cc35
 @dataclass(frozen=True)
