@@ -50,6 +50,9 @@ def bim(
     steps = kurakin_steps(eps) if steps is None else steps
     return iterate(model, x, y, eps=eps, step_size=step_size, steps=steps, targeted=targeted, early_stop=early_stop)
 
+# %% ../nbs/10_attacks.ipynb #f43fe586
+_balls = dict(linf=dict(project=linf, direction=signed), l2=dict(project=l2, direction=unit_l2))
+
 # %% ../nbs/10_attacks.ipynb #c49e2df2
 def pgd(
     model:nn.Module,       # logits [B,K] from images in [0,1]
@@ -75,8 +78,6 @@ def pgd(
     x_adv = run()
     for _ in range(restarts-1): x_adv = worst(model, x, y, x_adv, run(), objective=objective, targeted=targeted)
     return x_adv
-
-_balls = dict(linf=dict(project=linf, direction=signed), l2=dict(project=l2, direction=unit_l2))
 
 # %% ../nbs/10_attacks.ipynb #4c1a0cf6
 def mim(

@@ -12,22 +12,21 @@ import foolbox
 import torch
 from torch import Tensor, nn
 
+from .data import check_images
 from .perturb import attacking
 
 # %% ../nbs/11_attacks_min.ipynb #b5ba76a2
 def _first_answer(model, x, y, steps):
     "Logits [B,K] of the clean images, or a sentence that says what is wrong"
     if steps<1: raise ValueError(f"steps must be at least 1, got {steps}")
-    if not x.is_floating_point() or x.ndim!=4: raise ValueError(f"images must be float [B,C,H,W], got {x.dtype} {list(x.shape)}")
-    if y.dtype!=torch.int64 or y.shape!=x.shape[:1]: raise ValueError(f"labels must be int64 [{len(x)}], got {y.dtype} {list(y.shape)}")
-    if len(x) and not (x.amin()>=0 and x.amax()<=1): raise ValueError(f"images must lie in [0,1], got {x.amin():.4g}..{x.amax():.4g}: normalise inside the model")
+    check_images(x, y, torch.inf)
     where = {t.device for t in (x,y,*model.parameters())}
     if len(where)>1: raise ValueError(f"model, images and labels must be on one device, got {sorted(map(str, where))}")
     z = model(x)
     if not isinstance(z, Tensor) or z.ndim!=2 or len(z)!=len(x):
         raise ValueError(f"the model must return logits [{len(x)},K], got {list(z.shape) if isinstance(z, Tensor) else type(z).__name__}")
     if not z.isfinite().all(): raise ValueError("the model gave nan or inf: look at its logits on these images")
-    if len(y) and not 0<=y.amin()<=y.amax()<z.shape[1]: raise ValueError(f"labels must lie in 0..{z.shape[1]-1}, got {y.amin()}..{y.amax()}")
+    check_images(x, y, z.shape[1])
     return z
 
 # %% ../nbs/11_attacks_min.ipynb #22386556
@@ -57,13 +56,14 @@ def ddn(
     if not (init_epsilon>0 and 0<gamma<1): raise ValueError(f"init_epsilon must be > 0 and gamma in (0,1), got {init_epsilon} and {gamma}")
     with attacking(model), torch.inference_mode(False), torch.enable_grad(), _seeded(generator, x.device):
         x,y = x.detach().clone(),y.clone()
-        todo = (_first_answer(model, x, y, steps).argmax(1)==y)!=targeted
+        z = _first_answer(model, x.requires_grad_() if x.is_floating_point() else x, y, steps); x = x.detach()
+        if not z.requires_grad: raise ValueError("the logits do not depend on the images: the model must not detach or use no_grad")
+        todo = (z.argmax(1)==y)!=targeted
         if not todo.any(): return x
         criteria = foolbox.criteria
         goal = (criteria.TargetedMisclassification if targeted else criteria.Misclassification)(y[todo])
         attack = foolbox.attacks.DDNAttack(init_epsilon=init_epsilon, steps=steps, gamma=gamma)
-        found = attack.run(foolbox.PyTorchModel(model, bounds=(0,1), device=x.device), x[todo], goal)
-        x[todo] = found.clamp_(0, 1)   # foolbox may leave the range by one rounding
+        x[todo] = attack.run(foolbox.PyTorchModel(model, bounds=(0,1), device=x.device), x[todo], goal)
         return x
 
 # %% ../nbs/11_attacks_min.ipynb #c138c5ad
@@ -102,13 +102,11 @@ def salt_and_pepper(
         reached = lambda z, y: (z.argmax(1)==y)==targeted
         there,x = reached(_first_answer(model, x, y, steps), y),x.detach()
         best,norm = x.clone(),torch.where(there, 0., torch.inf).to(x.dtype)
-        low,high = torch.zeros_like(norm),torch.ones_like(norm)
-        p = size = high/steps
+        low,high,p = torch.zeros_like(norm),torch.ones_like(norm),torch.full_like(norm, 1/steps); size = p
         for left in range(steps, 0, -1):
             x_adv = _noisy(x, p, _uniform(x, across_channels, generator))
             length = (x_adv-x).flatten(1).square().sum(1).sqrt()
-            at = (length<norm).nonzero()[:,0]
-            hit = torch.zeros_like(there)
+            hit = length<norm; at = hit.nonzero()[:,0]
             if len(at): hit[at] = reached(model(x_adv[at]), y[at])
             best,norm = torch.where(hit.reshape(-1,1,1,1), x_adv, best),torch.where(hit, length, norm)
             p,low,high,size = _narrow(hit, p, low, high, size, left)

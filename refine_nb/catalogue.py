@@ -38,17 +38,17 @@ class Artefact:
     @property
     def name(self)->str:
         "As the paper calls it, e.g. 'Table 1'"
-        kind, number = self.id[:3], self.id[3:].partition('_')[0]
+        kind, number = self.id[:3], self.id[3:].rpartition('_')[0].replace('_', '.')
         return f"{ {'tab': 'Table', 'fig': 'Figure'}[kind]} {number}"
 
 # %% ../nbs/71_catalogue.ipynb #738454de
 _TITLES = {
     'tab1_adcorda': 'full precision: baseline and refined accuracy, six corrections', 'tab2_adcorda': 'CINIC-10', 'tab3_adcorda': 'int8 networks', 'tab4_adcorda': 'AutoAttack',
     'fig1_adcorda': 'flow of the method', 'fig2_adcorda': 'accuracy against baseline epochs and correction rate',
-    'fig2.2_spat': 'FGSM on a cat-dog classifier', 'tab3.1_spat': 'norms of the last layer', 'tab3.2_spat': 'MNIST, white box', 'tab3.3_spat': 'MNIST, black box',
-    'tab3.4_spat': 'CIFAR-10, white box', 'tab3.5_spat': 'CIFAR-10, black box', 'tab3.6_spat': 'alpha, beta and s', 'tab3.7_spat': 'ablation of the self-paced terms',
-    'tab3.8_spat': 'normalised cross-entropy', 'tab3.9_spat': 'CIFAR-10-C', 'fig3.1_spat': 'where attacks push dogs and cats', 'fig3.2_spat': 't-SNE of embeddings',
-    'fig3.3_spat': 'geometry of the loss', 'fig3.4_spat': 'loss against similarity',
+    'fig2_2_spat': 'FGSM on a cat-dog classifier', 'tab3_1_spat': 'norms of the last layer', 'tab3_2_spat': 'MNIST, white box', 'tab3_3_spat': 'MNIST, black box',
+    'tab3_4_spat': 'CIFAR-10, white box', 'tab3_5_spat': 'CIFAR-10, black box', 'tab3_6_spat': 'alpha, beta and s', 'tab3_7_spat': 'ablation of the self-paced terms',
+    'tab3_8_spat': 'normalised cross-entropy', 'tab3_9_spat': 'CIFAR-10-C', 'fig3_1_spat': 'where attacks push dogs and cats', 'fig3_2_spat': 't-SNE of embeddings',
+    'fig3_3_spat': 'geometry of the loss', 'fig3_4_spat': 'loss against similarity',
     'tab1_dra': 'standard and robust accuracy of known defences', 'tab2_dra': 'MNIST', 'tab3_dra': 'CIFAR-10, ResNet-50', 'tab4_dra': 'backbones', 'tab5_dra': 'PGD against DRA in training',
     'tab6_dra': 'share of attacked pixels', 'tab7_dra': 'CIFAR-10-C', 'fig1_dra': 'two classifiers', 'fig2_dra': 'system', 'fig3_dra': 'PGD and DRA noise', 'fig4_dra': 'attack success against p',
     'fig5_dra': 'corrupted images',

@@ -29,8 +29,7 @@ def choose(
 RUNTIME = frozenset({'generator', 'device', 'root', 'download', 'progress'}) # arguments that cannot change a result's meaning
 
 @lru_cache(maxsize=None)
-def _function(dotted:str)->Callable:
-    "The function that a dotted name stands for"
+def _function(dotted:str)->Callable: # the function that a dotted name stands for
     module, _, name = dotted.rpartition('.')
     return getattr(importlib.import_module(module), name)
 
@@ -40,6 +39,7 @@ def _parameters(dotted:str)->dict:
     ps = inspect.signature(_function(dotted)).parameters.values()
     return {p.name: p.default for p in ps if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in RUNTIME}
 
+# %% ../nbs/00_core.ipynb #37f57ef4
 _KIND = {bool:'boolean', int:'number', float:'number', str:'string'}
 
 def _coerce(name:str, value, default):

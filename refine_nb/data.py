@@ -158,9 +158,9 @@ _trees = dict(cifar10_jpeg=('cifar-10-images', dict(train=50_000, test=10_000)),
               cinic10=('CINIC-10', dict(train=90_000, valid=90_000, test=90_000)))
 
 def _missing(name, root): # the error for data that is not there
-    hint = f"call load_data({name!r}, download=True), or put its files" if name in _vision else "unpack it, which download=True cannot do,"
+    hint = f"call load_data({name!r}, download=True), or put its files there" if name in _vision else "unpack its archive there, download=True cannot fetch it"
     where = _vision[name][1] if name in _vision else f"{_trees[name][0]}/{{{','.join(_trees[name][1])}}}/<class>/"
-    text = f"{name} is not there, not complete or damaged: looked for {Path(root)/where}. To get it, {hint} there; another folder is root=... or the environment's REFINE_DATA."
+    text = f"{name} is not there, not complete or damaged: looked for {Path(root)/where}. To get it, {hint}; another folder is root=... or the environment's REFINE_DATA."
     if name=='cifar10' and (Path(root)/_trees['cifar10_jpeg'][0]).is_dir():
         text += " The JPEG edition lies there, but that is another data set: ask for it as 'cifar10_jpeg'."
     return FileNotFoundError(text)

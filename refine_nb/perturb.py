@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import Call, call
+from .core import Call
 
 # %% ../nbs/09_perturb.ipynb #a51c666b
 @contextmanager
@@ -151,18 +151,20 @@ def gaussian(
     return x + .001*_draw(torch.randn, x, generator)
 
 # %% ../nbs/09_perturb.ipynb #1147f056
-def _is(part, function): return part is function or part==call(function)  # also as a `Call`
+def _is(part, function): return part is function or (isinstance(part, Call) and part.name==function.__name__)
 
-def _check(x, y, eps, step_size, steps, project):
+def _check(x, y, eps, step_size, steps, project, objective=ce, start=uniform):
+    "The largest label, or a sentence that says what is wrong"
     if not 0<=eps<float('inf') or (_is(project, linf) and eps>1):
         raise ValueError(f"eps is a part of the range [0,1], got {eps}: write 8/255, not 8")
     if steps<1: raise ValueError(f"steps must be at least 1, got {steps}")
+    if _is(objective, kl) and _is(start, zero): raise ValueError("the KL has no gradient at the image itself: use start=gaussian")
     if eps>0 and not step_size>0: raise ValueError(f"step_size must be > 0, got {step_size}")
     if not x.is_floating_point() or x.ndim<2: raise ValueError(f"images must be float [B,C,H,W], got {x.dtype} {list(x.shape)}")
     if y.dtype!=torch.int64 or y.shape!=x.shape[:1]:
         raise ValueError(f"labels must be int64 [{len(x)}], got {y.dtype} {list(y.shape)}")
     if len(x)==0: return -1
-    low,high,first,last = torch.stack([t.double() for t in (x.amin(),x.amax(),y.amin(),y.amax())]).tolist()
+    low,high,first,last = torch.stack([t.float() for t in (x.amin(),x.amax(),y.amin(),y.amax())]).tolist()
     if not (low>=0 and high<=1): raise ValueError(f"images must lie in [0,1], got {low:.4g}..{high:.4g}: normalise inside the model")
     if first<0: raise ValueError(f"labels must be >= 0, got {first:.0f}")
     return int(last)
@@ -245,11 +247,11 @@ def iterate(
     generator:torch.Generator|None=None, # of the random start
 )->Tensor:           # [B,C,H,W], detached, in [0,1], within eps of x
     "Start, then repeat objective, direction, projection: the one attack loop"
-    last,clamp = _check(x, y, eps, step_size, steps, project),clamp_start or early_stop
-    if _is(objective, kl) and _is(start, zero): raise ValueError("the KL has no gradient at the image itself: use start=gaussian")
+    last = _check(x, y, eps, step_size, steps, project, objective, start)
     if eps==0 or len(x)==0: return x.detach().clone()
     with attacking(model), torch.inference_mode(False), torch.enable_grad():
-        x,y,x_adv,z = _begin(model, x, y, last=last, start=start, objective=objective, project=project, eps=eps, clamp=clamp, generator=generator)
+        x,y,x_adv,z = _begin(model, x, y, last=last, start=start, objective=objective, project=project,
+            eps=eps, clamp=clamp_start or early_stop, generator=generator)
         return _climb(model, x_adv, x, y, z, last=last, eps=eps, step_size=step_size, steps=steps, objective=objective,
             direction=direction, project=project, targeted=targeted, early_stop=early_stop)
 

@@ -59,6 +59,7 @@ def _scaled_recipe(r:Recipe, p:Preset)->Recipe:
     scratch = p.scratch_lr and r.init is None and 'lr' in r.optimiser.all_settings
     return replace(r, optimiser=r.optimiser.but(lr=p.scratch_lr)) if scratch else r
 
+# %% ../nbs/61_presets.ipynb #9aef0550
 def scaled(
     value,    # a spec, a call, or a tuple of them, at published scale
     p:Preset,

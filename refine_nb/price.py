@@ -20,15 +20,21 @@ from .refine import Correction
 from .train import Engine
 
 # %% ../nbs/65_price.ipynb #87bd6dac
+def _seconds(f, engine:Engine)->float: # wall time of one call, after the device has finished
+    def done(): torch.cuda.synchronize(engine.device) if engine.device.startswith('cuda') else None
+    done(); start = time.perf_counter(); f(); done()
+    return time.perf_counter()-start
+
+# %% ../nbs/65_price.ipynb #94ab49ea
 @lru_cache(maxsize=None)
 def speed(
     model:Call,          # (num_classes) -> module; weights are not loaded
     shape:tuple[int,int,int], # (C,H,W) of the input
     num_classes:int,
     engine:Engine=Engine(),
-    batch:int=16,        # images at once
 )->dict[str,float]:      # 'forward', 'attack', 'train': seconds an image
     "Measured seconds per image of this model on this device"
+    batch = 16 if engine.device.startswith('cuda') or shape[-1] <= 64 else 4
     net = engine.place((model.but(weights=None) if 'weights' in model.all_settings else model)(num_classes=num_classes))
     x, y = torch.rand(batch, *shape, device=engine.device), torch.zeros(batch, dtype=torch.int64, device=engine.device)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -42,12 +48,6 @@ def speed(
         with engine.autocast(): loss = cross_entropy(net.train()(x.detach()), y)
         loss.backward(); opt.step()
     return {f.__name__: min(_seconds(f, engine) for _ in range(2))/batch for f in (forward, attack, train)}
-
-def _seconds(f, engine:Engine)->float:
-    "Wall time of one call, after the device has finished"
-    def done(): torch.cuda.synchronize(engine.device) if engine.device.startswith('cuda') else None
-    done(); start = time.perf_counter(); f(); done()
-    return time.perf_counter()-start
 
 # %% ../nbs/65_price.ipynb #87605a46
 SIZES = { # images for training and validation together, images for the test, classes, (C,H,W)

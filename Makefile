@@ -1,0 +1,60 @@
+# `make` lists what can be done. Nothing has to be installed before but Python 3.10-3.12, make and git.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lab report notebooks readme clean
+
+PYTHONS  ?= python3 python3.12 python3.11 python3.10
+VENV     := .venv
+BIN      := $(VENV)/bin
+READY    := $(VENV)/.installed
+CORES    := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+WORKERS  ?= $(shell echo $$(($(CORES) < 4 ? $(CORES) : 4)))
+THREADS  ?= $(shell echo $$(($(CORES) / $(WORKERS) > 1 ? $(CORES) / $(WORKERS) : 1)))
+LIMIT    := $(shell command -v timeout >/dev/null 2>&1 && echo timeout 840)
+ARTEFACT ?= tab1_adcorda
+PRESET   ?= small
+ARGS     ?=
+GPU      ?=
+OUT      ?= out.ipynb
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv with the package and its tools: the other targets do so by themselves
+
+$(READY): settings.ini setup.py
+	@for p in $(PYTHONS); do \
+	  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then echo "set-up with $$($$p --version)"; exec $$p -m venv $(VENV); fi; \
+	done; echo "refine_nb needs Python 3.10 or newer, and none of these is: $(PYTHONS). Install one, or say which: make PYTHONS=/path/to/python3.11" >&2; exit 1
+	@if $(BIN)/python -m pip install -q uv && $(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]'; then :; \
+	else echo 'uv could not install: trying pip, which takes longer'; $(BIN)/python -m pip install -q -e '.[dev]'; fi
+	@touch $@
+
+demo: $(READY) ## the first table in about a minute on a CPU, on data that is already there: out.ipynb
+	$(BIN)/papermill nbs/tab1_adcorda.ipynb out.ipynb -p model resnet34
+
+test: $(READY) ## every test: the notebooks' own, then tests/; GPU=0 shows them the first GPU
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
+	REFINE_HOME="$$scratch/home" REFINE_REPORTS="$$scratch/reports" REFINE_PRESET=demo CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$(THREADS) \
+	  $(LIMIT) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing
+	CUDA_VISIBLE_DEVICES=$(GPU) $(BIN)/python -m pytest tests -rs --timeout 300
+
+lab: $(READY) ## Jupyter Lab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir nbs
+
+report: $(READY) ## one artefact into reports/: ARTEFACT=tab1_adcorda PRESET=small ARGS="-p model resnet18 -p dataset cifar10_jpeg"
+	@test -f nbs/$(ARTEFACT).ipynb || { echo "there is no nbs/$(ARTEFACT).ipynb: choose one of $(basename $(notdir $(wildcard nbs/tab*.ipynb nbs/fig*.ipynb)))" >&2; exit 1; }
+	$(BIN)/papermill nbs/$(ARTEFACT).ipynb $(OUT) -p preset $(PRESET) $(ARGS)
+
+notebooks: $(READY) ## run every notebook in place (demo), then the package, the README and clean notebooks from them
+	$(BIN)/nbdev_export
+	$(BIN)/python tools/run_notebooks.py
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/readme.py
+
+readme: $(READY) ## README.md from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+
+clean: ## remove .venv, caches and out.ipynb; the results in REFINE_HOME stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache _proc _docs out.ipynb nbs/.last_checked
+	find . -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +
