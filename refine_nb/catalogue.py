@@ -15,7 +15,7 @@ import pandas as pd
 
 from .core import Cell, ancestors, choose
 from .environment import device_name
-from .presets import PRESETS, Preset, scaled
+from .presets import PRESETS, scaled
 from .price import duration, price
 from .train import Engine
 
@@ -112,7 +112,7 @@ def announce(
     cells:list[Cell],  # at published scale
 )->Announcement:
     "What the numbers of this run are, in words"
-    a, demo = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')], p.preset.data is not None
+    a = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')]
     what = f"{a.name} of {a.paper}"
     where = f"{p.model} on {p.preset.data or p.dataset}"
     tag = {'demo': 'DEMO', 'small': 'SMALL RUN', 'paper': "PAPER'S SCALE"}[p.preset.name]

@@ -10,8 +10,8 @@ import math
 
 import pandas as pd
 
-from .adcorda import ATTACKS, STANDS_FOR, baseline, control, refined
-from .claims import Claim, Missing, cell
+from .adcorda import baseline, control, refined
+from .claims import Claim, cell
 from .core import Cell
 from .report import mean_std, wilson
 
