@@ -19,7 +19,7 @@ OUT      ?= out.ipynb
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY) ## make .venv with the package and its tools: the other targets do so by themselves
+setup: $(READY) ## make .venv with the package and its tools; the other targets do so by themselves
 
 $(READY): settings.ini setup.py
 	@for p in $(PYTHONS); do \
@@ -29,7 +29,7 @@ $(READY): settings.ini setup.py
 	else echo 'uv could not install: trying pip, which takes longer'; $(BIN)/python -m pip install -q -e '.[dev]'; fi
 	@touch $@
 
-demo: $(READY) ## the first table in about a minute on a CPU, on data that is already there: out.ipynb
+demo: $(READY) ## Table 1 of AdCorDA on 8x8 digits, in a minute or two on a CPU: out.ipynb
 	$(BIN)/papermill nbs/tab1_adcorda.ipynb out.ipynb -p model resnet34
 
 test: $(READY) ## every test: the notebooks' own, then tests/; GPU=0 shows them the first GPU

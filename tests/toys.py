@@ -1,0 +1,112 @@
+"Runs that take a blink, importable by name in any process, and processes that die where a test wants it."
+import contextlib, io, multiprocessing, os, resource, signal, sys, time, warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from refine_nb.core import Recipe, call
+from refine_nb.data import Split, load_data
+from refine_nb.store import Store
+from refine_nb.train import Engine, Method, fine_tune, sgd
+
+# What a toy run does beside its work is told by the environment, so that its key is that of a quiet run:
+# TOY_LOG=<file>     a line 'pid epoch' is added where an epoch starts
+# TOY_GATE=<e>:<file> epoch e waits until the file is there
+# TOY_DO=<what>:<e>:<s> at step s of epoch e: 'kill' dies by SIGKILL, 'stop' is Ctrl-C, 'nan' spoils the loss, 'burst' the gradient alone
+# TOY_INK=<n>        n is added to each training image
+
+
+def images(*, n_train=128, split_seed=1): # -> Data
+    "The first digits, with a touch of TOY_INK"
+    data, ink = load_data('digits', n_train=n_train, split_seed=split_seed), int(os.environ.get('TOY_INK', 0))
+    return replace(data, train=Split(data.train.x+ink, data.train.y), fingerprint=data.fingerprint+'+'*ink)
+
+
+def net(*, num_classes, width=8): # -> module
+    "All that must survive a snapshot: weights, running statistics, dropout's draws"
+    return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(.2), nn.Flatten(), nn.Linear(64*width, num_classes))
+
+
+def teach(data, *, batch_size, seed, device='cpu', augment='flip'): # -> Method
+    "`fine_tune` that looks at the environment"
+    plain = fine_tune(data, batch_size=batch_size, seed=seed, device=device, augment=augment)
+    what, at, *step = (os.environ.get('TOY_DO') or ':-1:-1').split(':')
+    gate, _, file = os.environ.get('TOY_GATE', '-1').partition(':')
+    now = {}
+    def batches(epoch):
+        now.update(epoch=epoch, step=-1)
+        if log := os.environ.get('TOY_LOG'):
+            with open(log, 'a') as f: f.write(f'{os.getpid()} {epoch}\n')
+        while epoch == int(gate) and not Path(file).exists(): time.sleep(.01)
+        return plain.batches(epoch)
+    def one(model, batch, progress):
+        now['step'] += 1
+        loss, logs = plain.step(model, batch, progress)
+        if (now['epoch'], now['step']) != (int(at), int(step[0])): return loss, logs
+        if what == 'kill': os.kill(os.getpid(), signal.SIGKILL)
+        if what == 'stop': raise KeyboardInterrupt
+        if what == 'nan': return loss*torch.nan, logs
+        loss.register_hook(lambda g: g*torch.inf)
+        return loss, logs
+    return replace(plain, batches=batches, step=one)
+
+
+def recipe(**changes): # -> Recipe
+    "Three epochs of four steps"
+    return Recipe(**{'data': call(images), 'model': call(net), 'method': call(teach), 'optimiser': call(sgd, lr=.1), 'epochs': 3, 'batch_size': 32, 'seed': 1, **changes})
+
+
+# ---- processes ---------------------------------------------------------------------------------------------------------------------------
+
+def dies_at(n, folder):
+    "SIGKILL just before the n-th time that something below `folder` is written, renamed or removed"
+    left = [n]
+    def hook(event, args):
+        if event not in ('open', 'os.mkdir', 'os.rename', 'os.remove', 'shutil.rmtree') or not str(args[0]).startswith(str(folder)): return
+        if event == 'open' and not args[2] & (os.O_WRONLY|os.O_RDWR): return
+        left[0] -= 1
+        if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+def work(root, spec, every=0., kill=None, limit=None, nobody=False):
+    "Make `spec` in the store `root`: the body of a process that may die, find the disk full, or may not write"
+    if kill: dies_at(*kill)
+    if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if nobody and os.geteuid() == 0: os.setuid(65534)
+    Store(root, Engine(), quiet=False, every=every).get(spec)
+
+class _File(io.TextIOBase): # at once, so that what was said before a kill is read
+    def __init__(self, path): self.file = open(path, 'ab', buffering=0)
+    def write(self, s): self.file.write(s.encode()); return len(s)
+
+def _body(said, env, f, args, kwargs):
+    os.environ.update(env); torch.set_num_threads(1); out = _File(said)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), warnings.catch_warnings():
+        warnings.simplefilter('always')
+        try: f(*args, **kwargs)
+        except BaseException as e:
+            print(f'{type(e).__name__}: {e}'); raise SystemExit(1) from None
+
+class Worker:
+    "A process that runs `f`; `said` is the file of its output, `exitcode` its end (-9 after SIGKILL)"
+    def __init__(self, said, f, *args, env={}, **kwargs):
+        self.said = Path(said)
+        self.process = _processes().Process(target=_body, args=(str(said), env, f, args, kwargs), daemon=True)
+        self.process.start()
+    def end(self, seconds=120):
+        self.process.join(seconds)
+        if self.process.exitcode is None: self.process.kill(); raise AssertionError(f'the process did not end in {seconds} s, it said: {self.text}')
+        return self.process.exitcode
+    @property
+    def text(self): return self.said.read_text() if self.said.exists() else ''
+
+def _processes():
+    "Processes forked from one that has torch imported: a start takes a tenth of a second, not ten"
+    made = multiprocessing.get_context('forkserver'); made.set_forkserver_preload(['toys', 'pytest'])
+    here, old = str(Path(__file__).parent), os.environ.get('PYTHONPATH')
+    os.environ['PYTHONPATH'] = here + (os.pathsep+old if old else '')
+    try: multiprocessing.forkserver.ensure_running()
+    finally: os.environ.pop('PYTHONPATH') if old is None else os.environ.update(PYTHONPATH=old)
+    return made
