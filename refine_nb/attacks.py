@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .perturb import attacking, ce, gaussian, iterate, kl, l2, linf, margin, momentum, signed, uniform, unit_l2, worst, zero
+from .perturb import ce, gaussian, iterate, kl, l2, linf, margin, momentum, signed, uniform, unit_l2, worst
 
 # %% ../nbs/10_attacks.ipynb #a13df883
 def fgsm(

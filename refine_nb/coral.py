@@ -6,7 +6,6 @@
 __all__ = ['covariance', 'coral']
 
 # %% ../nbs/24_coral.ipynb #51042df0
-import torch
 from torch import Tensor
 
 # %% ../nbs/24_coral.ipynb #a6990952

@@ -6,7 +6,7 @@
 __all__ = ['versions', 'device_name', 'commit', 'whole']
 
 # %% ../nbs/05_environment.ipynb #8546d103
-import os, platform, re, shutil, subprocess, tempfile
+import os, platform, re, subprocess, tempfile
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path

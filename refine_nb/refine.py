@@ -138,13 +138,11 @@ def adapt(
     data:Data,               # T
     *,
     source:Corrected,        # T'; in a recipe, the `Correction` that makes it
-    batch_size:int,          # of the source, and of the target
-    seed:int,
+    batch_size:int, seed:int,# of the source, and of the target
     coral_weight:float=1/750,# lambda of equation 5; 1/750 for CIFAR-10, 1/25 for CIFAR-100, 1/2 for CINIC-10 (section 4)
     augment:str='none',      # of both domains: 'none', 'flip' or 'crop_flip'
     pairing:str='independent', # or 'aligned': the target batch holds the images of the source batch
-    joint:bool=False,        # one forward for both batches: batch norm mixes the domains
-    device='cpu',
+    joint:bool=False, device='cpu', # joint: one forward for both batches, so that batch norm mixes the domains
 )->Method:                   # for `fit`
     "Step 5 of AdCorDA: class loss on T' plus lambda times the CORAL loss between T' and T (equation 5)"
     if coral_weight < 0: raise ValueError(f"coral_weight wants a number >= 0, got {coral_weight}")

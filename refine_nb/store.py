@@ -13,7 +13,7 @@ import filelock, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .core import Call, Cell, Recipe, Spec, ancestors, canonical, key, nested, seeded
+from .core import Call, Cell, Recipe, Spec, canonical, key, nested, seeded
 from .data import Data, Split
 from .entry import Damaged, Entry, home_folder, read_entry, write_entry, writing
 from .environment import commit, device_name, versions
@@ -122,11 +122,21 @@ def tensors(self:Store, spec:Spec)->dict[str,Tensor]:
     except Damaged as e: self.set_aside(spec, e)
     return self.get(spec).tensors()
 
+# %% ../nbs/60_store.ipynb #248a5f27
 @patch
 def data(self:Store, c:Call)->Data:
     "The images of a data call; the last set is kept in memory"
     if c not in self._data: self._data = {c: c()}
     return self._data[c]
+
+# %% ../nbs/60_store.ipynb #06015424
+@patch
+def fresh(self:Store, recipe:Recipe)->nn.Module:
+    "The model that a recipe's training starts from, on the engine's device: its parent's weights, or new ones by its seed"
+    if recipe.init is not None: return self.engine.place(self.model(recipe.init), training=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(seeded(recipe.seed, 'init').initial_seed())
+        return self.engine.place(recipe.model(num_classes=self.data(recipe.data).num_classes), training=True)
 
 # %% ../nbs/60_store.ipynb #1ca873da
 @patch
@@ -140,15 +150,6 @@ def model(self:Store, recipe:Recipe)->nn.Module:
     model = bare(num_classes=data.num_classes); model.load_state_dict(weights)
     return self.engine.place(model).eval()
 
-# %% ../nbs/60_store.ipynb #06015424
-@patch
-def fresh(self:Store, recipe:Recipe)->nn.Module:
-    "The model that a recipe's training starts from, on the engine's device: its parent's weights, or new ones by its seed"
-    if recipe.init is not None: return self.engine.place(self.model(recipe.init), training=True)
-    with torch.random.fork_rng():
-        torch.manual_seed(seeded(recipe.seed, 'init').initial_seed())
-        return self.engine.place(recipe.model(num_classes=self.data(recipe.data).num_classes), training=True)
-
 # %% ../nbs/60_store.ipynb #106baf72
 @patch
 def value(self:Store, spec:Spec):
@@ -158,6 +159,7 @@ def value(self:Store, spec:Spec):
     t, r = self.tensors(spec), self.get(spec).result
     return Corrected(unpack(t['right'], r['n']), t['index'], t['x'], t['linf'], t['l2'], r['seconds'])
 
+# %% ../nbs/60_store.ipynb #74d1494d
 @patch
 def resolved(self:Store, c:Call)->Call:
     "A call whose nested specs are replaced by their values"

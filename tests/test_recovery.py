@@ -11,7 +11,7 @@ from refine_nb.attacks_min import salt_and_pepper
 from refine_nb.core import Cell, call, key
 from refine_nb.refine import Correction, adapt
 from refine_nb.store import Store
-from refine_nb.train import Diverged, Engine, sgd
+from refine_nb.train import Diverged, Engine
 from toys import Worker, recipe, work
 
 RUN, SP = recipe(), call(salt_and_pepper, targeted=True, steps=50)

@@ -9,7 +9,7 @@ from torch import nn
 from refine_nb.core import Recipe, call
 from refine_nb.data import Split, load_data
 from refine_nb.store import Store
-from refine_nb.train import Engine, Method, fine_tune, sgd
+from refine_nb.train import Engine, fine_tune, sgd
 
 # What a toy run does beside its work is told by the environment, so that its key is that of a quiet run:
 # TOY_LOG=<file>     a line 'pid epoch' is added where an epoch starts
