@@ -31,8 +31,8 @@ class Preset:
 PRESETS = {p.name: p for p in (
     Preset('demo', epochs=.1, data='digits', size=8, n_train=500, n_eval=360, seeds=1, steps=100, batch_size=32, scratch_lr=.02,
            says="a demonstration on 8x8 digits in a minute or two on a CPU: it shows how the table is made, not what the paper found"),
-    Preset('small', epochs=.2, size=32, n_train=10_000, seeds=1, scratch_lr=.02,
-           says="real images at 32x32, 10,000 for training, a fifth of the epochs, one seed, from scratch: directions, not the paper's numbers"),
+    Preset('small', epochs=.2, size=32, n_train=5_000, seeds=1, scratch_lr=.02,
+           says="real images at 32x32, 5,000 for training, a fifth of the epochs, one seed, from scratch: directions, not the paper's numbers"),
     Preset('paper', says="the published settings"))}
 
 def preset(

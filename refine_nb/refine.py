@@ -134,27 +134,33 @@ def paired_batches(
         yield _layout(augmented(x_s, augment, u_s[part])), T.y[rows[part]], _layout(augmented(x_t, augment, u_t[part]))
 
 # %% ../nbs/40_refine.ipynb #523ce715
+def _coral_step(coral_weight:float, joint:bool): # equation 5 on a batch (x_source, y_source, x_target)
+    def step(model, batch, progress):
+        x_s, y_s, x_t = batch
+        z_s, z_t = model(torch.cat([x_s, x_t])).chunk(2) if joint else (model(x_s), model(x_t))
+        loss_class, loss_coral = cross_entropy(z_s, y_s), coral(z_s.float(), z_t.float())
+        return loss_class + coral_weight*loss_coral, {'class_loss': loss_class, 'coral_loss': loss_coral}
+    return step
+
+# %% ../nbs/40_refine.ipynb #692c9681
 def adapt(
     data:Data,               # T
     *,
     source:Corrected,        # T'; in a recipe, the `Correction` that makes it
-    batch_size:int, seed:int,# of the source, and of the target
+    batch_size:int,          # of the source, and of the target
+    seed:int,
     coral_weight:float=1/750,# lambda of equation 5; 1/750 for CIFAR-10, 1/25 for CIFAR-100, 1/2 for CINIC-10 (section 4)
     augment:str='none',      # of both domains: 'none', 'flip' or 'crop_flip'
     pairing:str='independent', # or 'aligned': the target batch holds the images of the source batch
-    joint:bool=False, device='cpu', # joint: one forward for both batches, so that batch norm mixes the domains
+    joint:bool=False,        # one forward for both batches, so that batch norm mixes the domains
+    device='cpu',
 )->Method:                   # for `fit`
     "Step 5 of AdCorDA: class loss on T' plus lambda times the CORAL loss between T' and T (equation 5)"
     if coral_weight < 0: raise ValueError(f"coral_weight wants a number >= 0, got {coral_weight}")
     n = len(source.members)//batch_size
     if not n or batch_size<2: raise ValueError(f"a covariance needs at least 2 images: batch_size {batch_size} and a corrected set of {len(source.members)} images do not fit")
     def epoch_batches(epoch): return paired_batches(data, source, batch_size=batch_size, seed=seed, epoch=epoch, augment=augment, pairing=pairing, device=device)
-    def step(model, batch, progress):
-        x_s, y_s, x_t = batch
-        z_s, z_t = model(torch.cat([x_s, x_t])).chunk(2) if joint else (model(x_s), model(x_t))
-        loss_class, loss_coral = cross_entropy(z_s, y_s), coral(z_s.float(), z_t.float())
-        return loss_class + coral_weight*loss_coral, {'class_loss': loss_class, 'coral_loss': loss_coral}
-    return Method(epoch_batches, step, n, 2*n*batch_size)
+    return Method(epoch_batches, _coral_step(coral_weight, joint), n, 2*n*batch_size)
 
 # %% ../nbs/40_refine.ipynb #87fad641
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 "Run the notebooks of nbs/ in place: numbered ones, artefacts, the index; a notebook that fails keeps its old outputs"
-import os, sys, time
+import os, re, sys, time
 from pathlib import Path
 
 import nbformat
@@ -28,7 +28,7 @@ def main(names):
     for name in sorted(names or there, key=rank):
         start = time.monotonic()
         try: run(there[name])
-        except CellExecutionError as e: sys.exit(f'{name}: {e}')
+        except CellExecutionError as e: sys.exit(f'{name}: ' + re.sub(r'\x1b\[[\d;]*m', '', str(e)))
         print(f'{name}: {time.monotonic()-start:.0f} s', flush=True)
 
 
