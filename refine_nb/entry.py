@@ -39,7 +39,7 @@ class Entry:
         "The tensors, after their checksum was compared; `Damaged` where it differs"
         if self.record['tensors'] is None: return {}
         try: raw = (self.folder/'tensors.safetensors').read_bytes()
-        except FileNotFoundError: raise Damaged('tensors.safetensors is missing') from None
+        except OSError as e: raise Damaged('tensors.safetensors is missing' if isinstance(e, FileNotFoundError) else f'tensors.safetensors cannot be read ({type(e).__name__})') from None
         if _sha(raw) != self.record['tensors']: raise Damaged('tensors.safetensors does not have the checksum that its record says')
         return load(raw)
 
@@ -68,16 +68,17 @@ def read_entry(
 )->Entry|None:         # None where there is nothing
     "Read an entry and compare its checksums; `Damaged` says what is wrong"
     if not folder.exists(): return None
-    try: record = json.loads((folder/'record.json').read_bytes())
-    except (FileNotFoundError, ValueError) as e: raise Damaged(f"record.json cannot be read ({type(e).__name__})") from None
-    said = record.pop('checksum', None)
+    try:
+        record = dict(json.loads((folder/'record.json').read_bytes()))
+        said = record.pop('checksum', None)
+    except (OSError, ValueError, TypeError) as e: raise Damaged(f"record.json cannot be read ({type(e).__name__})") from None
     if said != _sha(_text(record)): raise Damaged('record.json does not have the checksum that it says')
     if record['key'] != name: raise Damaged(f"record.json is of {record['key']}")
     if record['tensors'] and not (folder/'tensors.safetensors').exists(): raise Damaged('tensors.safetensors is missing')
     return Entry(folder, record)
 
 # %% ../nbs/58_entry.ipynb #f5d0404d
-_NO = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EEXIST)
+_NO = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 
 @contextlib.contextmanager
 def writing(
@@ -102,6 +103,7 @@ def home_folder(
         root.mkdir(parents=True, exist_ok=True)
         if not sign.exists():
             with whole(sign) as p: p.write_text(json.dumps({'format': FORMAT}))
-    found = json.loads(sign.read_text()).get('format')
+    try: found = dict(json.loads(sign.read_text())).get('format')
+    except (ValueError, TypeError): found = 'that cannot be read'
     if found == FORMAT: return root
     raise ValueError(f"the store {root} has format {found}, this version of refine_nb reads format {FORMAT}: set REFINE_HOME to another folder, or use the version that wrote it")

@@ -29,7 +29,7 @@ def parameters(
     **kinds,        # parameter -> its choices (an iterable), or a function that converts or raises `ValueError`
 )->SimpleNamespace: # the parameters by name
     "The parameters of a notebook, checked; `ValueError` says which names or values there are"
-    plain = (int, float, str, bool, list, dict, tuple)
+    plain = (int, float, str, bool, list, dict, tuple, type(None))
     for name,v in namespace.items():
         if not name.startswith('_') and name not in ('In', 'Out') and type(v) in plain: choose(name, kinds, 'parameter')
     for name in kinds:

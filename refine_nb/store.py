@@ -45,7 +45,8 @@ def set_aside(self:Store, spec:Spec, why:Exception)->None:
     folder, aside = self.folder(spec), self.root/'damaged'
     with writing(self.root):
         aside.mkdir(exist_ok=True)
-        os.replace(folder, aside/f"{folder.name}-{len(list(aside.iterdir()))}")
+        with contextlib.suppress(FileNotFoundError): # another process was faster
+            os.replace(folder, aside/f"{folder.name}-{len(list(aside.iterdir()))}")
     warnings.warn(f"the stored {folder.parent.name} {folder.name} is damaged ({why}): set aside in the store's folder damaged/, and made again", stacklevel=2)
 
 # %% ../nbs/60_store.ipynb #e30c42f2
@@ -99,6 +100,7 @@ def get(self:Store, spec:Spec, make=True)->Entry|None:
 
 def _made(store:Store, spec:Spec)->Entry:
     start = time.monotonic()
+    for half in store.folder(spec).parent.glob(f'.{key(spec)}.*'): shutil.rmtree(half, ignore_errors=True) # of a process that was killed
     result, tensors = make(spec, store)
     made = {'seconds': round(time.monotonic()-start, 3), 'versions': versions(), 'device': device_name(store.engine.device), 'precision': store.engine.precision, **(commit() or {})}
     record = json.loads(json.dumps({'key': key(spec), 'kind': type(spec).__name__, 'spec': canonical(spec), 'result': result, 'made': made}))

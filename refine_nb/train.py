@@ -31,6 +31,8 @@ class Engine:
 
     def __post_init__(self):
         choose(self.precision, ('float32','bfloat16'), 'precision')
+        if not isinstance(self.device, str) or self.device.partition(':')[0] not in ('cpu', 'cuda'):
+            raise ValueError(f"unknown device {self.device!r}: choose 'cpu', 'cuda', or a GPU by number such as 'cuda:1'")
         if torch.device(self.device).type=='cuda' and not torch.cuda.is_available():
             raise ValueError(f"device {self.device!r} was asked for, but torch {torch.__version__} finds no GPU: use device='cpu', or check the driver with nvidia-smi")
     def autocast(self):
@@ -45,8 +47,8 @@ def engine(
     device:str|None=None, # None is the first GPU where there is one, else the CPU
 )->Engine:                # bf16 and compilation on a GPU, plain float32 on a CPU (bf16 and compilation lose there)
     "The engine that suits this machine; allows TF32 matrix products and convolutions on a GPU"
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if torch.device(device).type != 'cuda': return Engine(device)
+    if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if not str(device).startswith('cuda'): return Engine(device)
     made = Engine(device, precision='bfloat16', compiled=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return made
@@ -111,7 +113,7 @@ class Snapshots:
 @patch
 def load(self:Snapshots, device='cpu')->dict|None: # None where there is none
     "The stored state, after its checksum was compared; a damaged one is set aside"
-    for p in sorted(self.folder.glob('*.pt'), reverse=True):
+    for p in sorted(self.folder.glob('[0-9]*-*.pt'), reverse=True):
         raw = p.read_bytes()
         if _digest(raw) == p.stem.split('-')[1]:
             self.epoch = int(p.stem.split('-')[0])
@@ -128,6 +130,10 @@ def _finite(losses:Tensor, epoch:int)->float: # mean of the losses of an epoch; 
     if len(bad): raise Diverged(f"the loss is {losses[bad[0]].item()} at epoch {epoch+1}, step {bad[0].item()+1} of {len(losses)}")
     return losses.mean().item()
 
+def _sound(model:nn.Module, epoch:int)->None: # the last step can spoil weights that no loss has seen
+    if not torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all():
+        raise Diverged(f"every loss was finite, but the weights are not after epoch {epoch+1}")
+
 # %% ../nbs/30_train.ipynb #da351044
 def train_epoch(
     model:nn.Module, method:Method, optimiser, *, epoch:int, epochs:int, seed:int, engine:Engine=Engine(),
@@ -143,7 +149,8 @@ def train_epoch(
             losses.append(loss.detach())
             for k,v in extra.items(): logs.setdefault(k, []).append(v.detach())
             progress.update(method.n_images//n)
-    return {'loss': _finite(torch.stack(losses).float().cpu(), epoch), **{k: torch.stack(v).float().mean().item() for k,v in logs.items()},
+    loss = _finite(torch.stack(losses).float().cpu(), epoch); _sound(model, epoch)
+    return {'loss': loss, **{k: torch.stack(v).float().mean().item() for k,v in logs.items()},
             'images_per_second': method.n_images/(time.monotonic()-start)}
 
 # %% ../nbs/30_train.ipynb #92e04ab5
