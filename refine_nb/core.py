@@ -50,9 +50,10 @@ def _coerce(name:str, value, default):
     elif isinstance(default, (int, float)): ok = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
     elif isinstance(default, str): ok = value is None or isinstance(value, str)
     else: ok = True
+    if type(default) is int and isinstance(value, float): ok = value.is_integer()
     if not ok: raise ValueError(f"{name} wants a {_KIND[type(default)]} such as {default!r}, got {value!r} ({type(value).__name__})")
     if isinstance(default, float) and type(value) is int: return float(value)
-    if type(default) is int and isinstance(value, float) and value.is_integer(): return int(value)
+    if type(default) is int and isinstance(value, float): return int(value)
     return value
 
 # %% ../nbs/00_core.ipynb #ca31d3dc
