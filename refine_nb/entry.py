@@ -22,6 +22,8 @@ class Damaged(Exception):
     "An entry that cannot be what was written; the message says in which way"
 
 # %% ../nbs/58_entry.ipynb #514808de
+_GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError) # damage; another error of the disk may pass and is not
+
 def _sha(raw)->str: return hashlib.sha256(raw).hexdigest()
 def _text(record:dict)->bytes: return json.dumps(record, indent=1, sort_keys=True).encode()
 
@@ -39,7 +41,7 @@ class Entry:
         "The tensors, after their checksum was compared; `Damaged` where it differs"
         if self.record['tensors'] is None: return {}
         try: raw = (self.folder/'tensors.safetensors').read_bytes()
-        except OSError as e: raise Damaged('tensors.safetensors is missing' if isinstance(e, FileNotFoundError) else f'tensors.safetensors cannot be read ({type(e).__name__})') from None
+        except _GONE as e: raise Damaged('tensors.safetensors is missing' if isinstance(e, FileNotFoundError) else f'tensors.safetensors cannot be read ({type(e).__name__})') from None
         if _sha(raw) != self.record['tensors']: raise Damaged('tensors.safetensors does not have the checksum that its record says')
         return load(raw)
 
@@ -71,7 +73,7 @@ def read_entry(
     try:
         record = dict(json.loads((folder/'record.json').read_bytes()))
         said = record.pop('checksum', None)
-    except (OSError, ValueError, TypeError) as e: raise Damaged(f"record.json cannot be read ({type(e).__name__})") from None
+    except (*_GONE, ValueError, TypeError) as e: raise Damaged(f"record.json cannot be read ({type(e).__name__})") from None
     if said != _sha(_text(record)): raise Damaged('record.json does not have the checksum that it says')
     if record['key'] != name: raise Damaged(f"record.json is of {record['key']}")
     if record['tensors'] and not (folder/'tensors.safetensors').exists(): raise Damaged('tensors.safetensors is missing')

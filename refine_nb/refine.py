@@ -158,7 +158,7 @@ def adapt(
     "Step 5 of AdCorDA: class loss on T' plus lambda times the CORAL loss between T' and T (equation 5)"
     if coral_weight < 0: raise ValueError(f"coral_weight wants a number >= 0, got {coral_weight}")
     n = len(source.members)//batch_size
-    if not n or batch_size<2: raise ValueError(f"a covariance needs at least 2 images: batch_size {batch_size} and a corrected set of {len(source.members)} images do not fit")
+    if not n or batch_size<2: raise ValueError(f"adapt wants batch_size >= 2 and at least one batch in the corrected set, got batch_size {batch_size} and {len(source.members)} images: train the baseline longer, or lower batch_size")
     def epoch_batches(epoch): return paired_batches(data, source, batch_size=batch_size, seed=seed, epoch=epoch, augment=augment, pairing=pairing, device=device)
     return Method(epoch_batches, _coral_step(coral_weight, joint), n, 2*n*batch_size)
 
