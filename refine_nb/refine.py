@@ -116,6 +116,7 @@ def _source_images(data:Data, source:Corrected, device):
         return torch.where((at>=0).view(-1,1,1,1), _plain(T_a[at.clamp(min=0)]), plain)
     return images
 
+# %% ../nbs/40_refine.ipynb #423f36d2
 def _layout(x:Tensor)->Tensor: return x.contiguous(memory_format=torch.channels_last)
 
 def paired_batches(
