@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from .core import choose, seeded
 from .data import Data, batches
-from .environment import whole
+from .environment import device_name, whole
 from .progress import bar
 
 # %% ../nbs/30_train.ipynb #104f14ee
@@ -158,7 +158,9 @@ def _copy(state:dict)->dict: return {k: v.detach().clone() for k,v in state.item
 
 def _start(model, optimiser, snapshots, device)->dict: # the stored state, put into model and optimiser; or a new one
     state = snapshots.load(device) if snapshots else None
-    if state is None: return {'epoch': 0, 'history': [], 'best_epoch': 0, 'best_accuracy': -1., 'best': _copy(model.state_dict()), 'seconds': 0.}
+    here = device_name(device)
+    if state is None: return {'epoch': 0, 'history': [], 'best_epoch': 0, 'best_accuracy': -1., 'best': _copy(model.state_dict()), 'seconds': 0., 'device': here}
+    if state['device'] != here: warnings.warn(f"the snapshot of epoch {state['epoch']} was made on {state['device']}, training goes on on {here}: last digits may differ from those of an unbroken run", stacklevel=3)
     model.load_state_dict(state['model']); optimiser.load_state_dict(state['optimiser'])
     return state
 

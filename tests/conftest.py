@@ -27,6 +27,12 @@ def no_network(monkeypatch):
         monkeypatch.setattr(socket.socket, name, guard(getattr(socket.socket, name)))
 
 
+@pytest.fixture(scope='session', autouse=True)
+def one_thread():
+    "Sums are added in the same order in this process and those it starts, on every machine; and nets this small only lose by sharing their work"
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     "Draws that a test does not seed itself are the same in every run"

@@ -43,12 +43,6 @@ with_budget = pytest.mark.parametrize('name', BUDGET)
 def small_net():
     return nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(256, 10))
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    "Such small nets only lose by sharing their work, and much on a busy machine"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1); yield; torch.set_num_threads(threads)
-
 @pytest.fixture(scope='module')
 def digits():
     d = load_digits()
