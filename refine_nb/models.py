@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models as tv
+from torchvision.models.resnet import BasicBlock
 from .core import choose
 
 # %% ../nbs/02_models.ipynb #af6da431
@@ -37,16 +38,30 @@ class Normalise(nn.Module):
         return (x-self.mean)/self.std
 
 # %% ../nbs/02_models.ipynb #4a23a7de
-model_names = ('resnet18','resnet34','resnet50','resnet101','resnet152','efficientnet_v2_m')
+model_names = ('resnet18','resnet34','resnet50','resnet101','resnet152','efficientnet_v2_m','resnet20')
 
 def _network(name, num_classes, stem): # torchvision's network with fresh weights
     choose(name, model_names, 'model'); choose(stem, ('imagenet','cifar'), 'stem')
     if num_classes<2: raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    if name=='resnet20': return _thin(num_classes, stem)
     if stem=='cifar' and not name.startswith('resnet'): raise ValueError(f"stem='cifar' is for ResNets, {name} has only its own: use stem='imagenet'")
     net = tv.get_model(name, weights=None, num_classes=num_classes)
     if stem=='cifar':
         net.conv1,net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
         nn.init.kaiming_normal_(net.conv1.weight, mode='fan_out', nonlinearity='relu')  # as torchvision starts its convolutions
+    return net
+
+def _thin(num_classes, stem, widths=(16,16,32,64)): # He et al. 2016, section 4.2, with projection shortcuts
+    if stem!='cifar': raise ValueError(f"resnet20 is made for 32x32 images and has only the CIFAR stem: give stem='cifar', got {stem!r}")
+    def stage(a, b, stride):
+        short = nn.Sequential(nn.Conv2d(a, b, 1, stride, bias=False), nn.BatchNorm2d(b)) if stride>1 else None
+        return nn.Sequential(BasicBlock(a, b, stride, short), BasicBlock(b, b), BasicBlock(b, b))
+    w = widths
+    net = nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, w[0], 3, padding=1, bias=False), bn1=nn.BatchNorm2d(w[0]), relu=nn.ReLU(inplace=True),
+        layer1=stage(w[0], w[1], 1), layer2=stage(w[1], w[2], 2), layer3=stage(w[2], w[3], 2),
+        avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(w[3], num_classes)))
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
     return net
 
 # %% ../nbs/02_models.ipynb #cc765a47
