@@ -96,3 +96,44 @@ def test_every_published_file_is_tidy_and_carries_its_source(name):
     raw = (resources.files('refine_nb')/'published'/name).read_bytes()
     assert b'\r' not in raw and raw.endswith(b'\n') and not raw.startswith(b'\xef\xbb\xbf'), f'{name}: UTF-8 without mark, line ends \\n'
     assert not table.drop(columns=['source', 'note']).duplicated().any(), f'{name}: two rows are the same'
+
+
+# ---- AdCorDA, Table 4 ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def tab4(): return published('tab4_adcorda')
+
+
+def test_table_4_is_whole(tab4):
+    assert tab4[['clean', 'clean_std', 'robust', 'robust_std']].count().sum() == 96 and len(tab4) == 24
+    assert [round(tab4[c].sum(), 2) for c in ('clean', 'clean_std', 'robust', 'robust_std')] == [2151.76, 4.94, 710.6, 39.23]
+    assert set(tab4.eps_printed) == {5e-4}
+
+
+def test_clean_accuracies_of_table_4_are_those_of_table_1(tab1, tab4):
+    "Baselines, None, DDN and SP: the same models, the same numbers"
+    keys = [*BLOCK, 'attack']
+    both = tab4.merge(tab1, on=keys, validate='one_to_one')
+    assert len(both) == 24 and (both.clean == both.accuracy).all() and (both.clean_std == both['std']).all()
+
+
+# ---- the mixture document ------------------------------------------------------------------------------------------------------------------
+
+COLUMNS = ['clean', 'fgsm_0.1', 'pgd_0.1', 'fgsm_0.5', 'pgd_0.5']
+
+@pytest.mark.parametrize('name, methods, sums', [
+    ('tab1_mixture', ['Traditional', 'Adversarial', 'AdvProp', 'ALS', 'SAT', 'ALS + SAT', 'SAT + AdvProp', 'ALS + AdvProp', 'ALS + SAT + AdvProp'], [829.7, 556.16, 533.41, 461.84, 195.19]),
+    ('tab2_mixture', ['SAT', 'AdvProp', 'Adversarial'], [273.28, 181.88, 136.04, 170.28, 176.75])])
+def test_tables_of_the_mixture_document(name, methods, sums):
+    wide = published(name).pivot(index='method', columns='attack', values='accuracy')
+    assert published(name).method.drop_duplicates().tolist() == methods and published(name).attack[:5].tolist() == COLUMNS
+    assert wide.notna().all(axis=None) and [round(wide[c].sum(), 2) for c in COLUMNS] == sums
+
+
+def test_oddities_of_the_mixture_document():
+    "A larger eps that looks weaker (M-5), and an undefended network that resists (M-16)"
+    one, two = (published(n).pivot(index='method', columns='attack', values='accuracy') for n in ('tab1_mixture', 'tab2_mixture'))
+    assert set(two.index[two['pgd_0.5'] > two['fgsm_0.1']]) == {'SAT', 'Adversarial'}
+    assert set(one.index[one['pgd_0.1'] > one['fgsm_0.1']]) == {'Adversarial', 'SAT', 'ALS + SAT'}                                # M-2
+    improved = [(m, a) for m in two.index for a in COLUMNS[1:] if two.loc[m, a] > one.loc[m, a]]
+    assert sorted(improved) == [('Adversarial', 'fgsm_0.5'), ('Adversarial', 'pgd_0.5'), ('SAT', 'pgd_0.5')]                      # M-4
