@@ -29,7 +29,7 @@ def device_name(
     "Model of the device, without host name (house rule 9)"
     device = torch.device(device)
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
-    if device.type == 'cpu': return f'{_processor()}, {torch.get_num_threads()} threads'
+    if device.type == 'cpu': return f'{_processor()}, {(n := torch.get_num_threads())} thread' + 's'*(n > 1)
     return f'{device.type}, {_processor()}'
 
 def _processor(cpuinfo:str='/proc/cpuinfo') -> str:
