@@ -119,13 +119,17 @@ def _source_images(data:Data, source:Corrected, device):
 # %% ../nbs/40_refine.ipynb #423f36d2
 def _layout(x:Tensor)->Tensor: return x.contiguous(memory_format=torch.channels_last)
 
+def _order(members:Tensor, n:int, seed:int, epoch:int)->Tensor: # [n]: pass after pass over `members`, each in an order of its own
+    names = [(seed, epoch, 'source', *([turn] if turn else [])) for turn in range(-(-n//len(members)))]
+    return torch.cat([members[torch.randperm(len(members), generator=seeded(*name))] for name in names])[:n]
+
 def paired_batches(
-    data:Data, source:Corrected, *, batch_size:int, seed:int, epoch:int, augment:str='none', pairing:str='independent', device='cpu',
+    data:Data, source:Corrected, *, batch_size:int, seed:int, epoch:int, augment:str='none', pairing:str='independent', fill:bool=False, device='cpu',
 ): # iterator of (x_source, y_source, x_target), each [batch_size,...]
-    "One pass over T' in random order, each batch beside one of T (AdCorDA, step 5)"
+    "One pass over T' in random order, each batch beside one of T (AdCorDA, step 5); with `fill` as many batches as a pass over T has"
     choose(pairing, ('independent','aligned'), 'pairing')
     images, members = _source_images(data, source, device), source.members
-    rows = members[torch.randperm(len(members), generator=seeded(seed, epoch, 'source'))]
+    rows = _order(members, len(data.train) if fill else len(members), seed, epoch)
     other = rows if pairing=='aligned' else torch.randperm(len(data.train), generator=seeded(seed, epoch, 'target'))[:len(rows)]
     u_s, u_t = (draws(len(rows), augment, seeded(seed, epoch, side, 'augment')).to(device) for side in ('source','target'))
     rows, other, T = rows.to(device), other.to(device), data.train.to(device)
