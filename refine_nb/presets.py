@@ -21,17 +21,19 @@ class Preset:
     size: int|None = None       # largest model input, pixels
     n_train: int|None = None    # most training images
     n_eval: int|None = None     # most images of an evaluation
+    n_attacked: int|None = None # most images of an evaluation under attack
     seeds: int|None = None      # most seeds
     steps: int|None = None      # most steps of an attack
     batch_size: int|None = None # most images of a training step
-    scratch_lr: float|None = None # None keeps pretrained weights; a number trains from scratch at this rate
+    scratch_lr: float|None = None # None keeps pretrained weights; a number trains from scratch, at this rate or the published one where that is larger
+    thin: str|None = None       # in place of a network with a CIFAR stem
     says: str = ''              # one sentence on what it is
 
 # %% ../nbs/61_presets.ipynb #6065985a
 PRESETS = {p.name: p for p in (
-    Preset('demo', epochs=.1, data='digits', size=8, n_train=500, n_eval=360, seeds=1, steps=100, batch_size=32, scratch_lr=.02,
+    Preset('demo', epochs=.1, data='digits', size=8, n_train=500, n_eval=360, n_attacked=100, seeds=1, steps=100, batch_size=32, scratch_lr=.02, thin='resnet20',
            says="a demonstration on 8x8 digits in a minute or two on a CPU: it shows how the table is made, not what the paper found"),
-    Preset('small', epochs=.2, size=32, n_train=5_000, seeds=1, scratch_lr=.02,
+    Preset('small', epochs=.2, size=32, n_train=5_000, n_attacked=1_000, seeds=1, scratch_lr=.02, thin='resnet20',
            says="real images at 32x32, 5,000 for training, a fifth of the epochs, one seed, from scratch: directions, not the paper's numbers"),
     Preset('paper', says="the published settings"))}
 
@@ -52,13 +54,14 @@ def _scaled_call(c:Call, p:Preset)->Call:
         if p.size: new['size'] = _least(has['size'], p.size)
         if p.n_train: new['n_train'] = _least(has['n_train'], p.n_train)
     if c.name == 'classifier' and p.scratch_lr and has['weights']: new['weights'] = None
+    if c.name == 'classifier' and p.thin and has['stem'] == 'cifar': new['name'] = p.thin
     if p.steps and has.get('steps') is not None: new['steps'] = min(has['steps'], p.steps)
     return c.but(**new) if new else c
 
 def _scaled_recipe(r:Recipe, p:Preset)->Recipe:
     r = replace(r, epochs=math.ceil(r.epochs*p.epochs), batch_size=_least(r.batch_size, p.batch_size))
     scratch = p.scratch_lr and r.init is None and 'lr' in r.optimiser.all_settings
-    return replace(r, optimiser=r.optimiser.but(lr=p.scratch_lr)) if scratch else r
+    return replace(r, optimiser=r.optimiser.but(lr=max(p.scratch_lr, r.optimiser['lr']))) if scratch else r
 
 # %% ../nbs/61_presets.ipynb #9aef0550
 def scaled(
@@ -69,6 +72,6 @@ def scaled(
     def cap(v):
         if isinstance(v, Call): return _scaled_call(v, p)
         if isinstance(v, Recipe): return _scaled_recipe(v, p)
-        if isinstance(v, Cell): return replace(v, n_eval=_least(v.n_eval, p.n_eval))
+        if isinstance(v, Cell): return replace(v, n_eval=_least(_least(v.n_eval, p.n_eval), v.attack and p.n_attacked))
         return v
     return rewrite(value, cap)
