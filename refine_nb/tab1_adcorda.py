@@ -13,7 +13,8 @@ import pandas as pd
 from .adcorda import baseline, control, refined
 from .claims import Claim, cell
 from .core import Cell
-from .report import mean_std, wilson
+from .report import mean_std
+from .statistics import wilson
 
 # %% ../nbs/tab1_adcorda.ipynb #3c0180ed
 ROWS = ('-', 'Control', 'None', 'LL', 'BIH', 'VBI', 'DDN', 'SP') # '-' is BL; the control is ours
