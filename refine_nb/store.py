@@ -14,15 +14,16 @@ import filelock, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .core import Call, Cell, Recipe, Spec, canonical, key, nested, seeded
+from .core import Adversarials, Call, Cell, Recipe, Spec, Worst, canonical, key, nested, seeded
 from .data import Data, Split
 from .entry import Damaged, Entry, home_folder, read_entry, write_entry, writing
 from .environment import commit, device_name, versions
-from .evaluate import pack, unpack, verdicts
+from .evaluate import Outcome, adversarial_images, classify, first_broken, narrow, pack, survivors, unpack, verdicts
 from .models import n_parameters
 from .progress import bar
 from .refine import Corrected, Correction, correct
 from .sources import OnSource, Share, on_source, share_of
+from .statistics import mcnemar, proportion
 from .train import Engine, Snapshots, engine, fit
 
 # %% ../nbs/60_store.ipynb #79475ea3
@@ -178,12 +179,14 @@ def model(self:Store, recipe:Recipe)->nn.Module:
 # %% ../nbs/60_store.ipynb #106baf72
 @patch
 def value(self:Store, spec:Spec):
-    "What a spec stands for: a trained model, a corrected set, or the numbers of a cell"
+    "What a spec stands for: a trained model, a corrected set, attacked images, what became of each image; else its numbers"
     if isinstance(spec, Recipe): return self.model(spec)
     if isinstance(spec, Share): return share_of(self.value(spec.full), spec.rate, spec.seed)
-    if not isinstance(spec, Correction): return self.get(spec).result
     t, r = self.tensors(spec), self.get(spec).result
-    return Corrected(unpack(t['right'], r['n']), t['index'], t['x'], t['linf'], t['l2'], r['seconds'])
+    if isinstance(spec, Correction): return Corrected(unpack(t['right'], r['n']), t['index'], t['x'], t['linf'], t['l2'], r['seconds'])
+    if isinstance(spec, Adversarials): return t['x']
+    if not isinstance(spec, (Cell, Worst)): return r
+    return Outcome(unpack(t['right'], r['n']), t['predicted'].long() if 'predicted' in t else None, t.get('breaker'))
 
 # %% ../nbs/60_store.ipynb #74d1494d
 @patch
@@ -214,15 +217,43 @@ def _(recipe:Recipe, store, passing=()): # `passing`: the same recipe with fewer
     return result(log), model.state_dict()
 
 # %% ../nbs/60_store.ipynb #f1576cf0
+def _part(data:Data, spec)->Split: # the images that a spec looks at
+    part = getattr(data, spec.split); n = len(part) if spec.n_eval is None else spec.n_eval
+    if n > len(part): raise ValueError(f"n_eval {n} is more than the {len(part)} {spec.split} images of {data.name}")
+    return Split(part.x[:n], part.y[:n])
+
+def _transferred(store, cell:Cell, data:Data, part:Split)->Split: # the same images, as the surrogate's attack left them
+    x, was = store.value(cell.adversarials), store.get(cell.adversarials).result['data']
+    if was != data.fingerprint: raise ValueError(f"surrogate and judged weights have different data (fingerprints {was[:12]} and {data.fingerprint[:12]}): give both recipes the same data call")
+    if tuple(x.shape[1:]) != data.shape: raise ValueError(f"the surrogate takes images {tuple(x.shape[1:])}, the judged weights {data.shape}: give both recipes the same size")
+    return Split(x, part.y)
+
 @make.register
 def _(cell:Cell, store):
     data, model = store.data(cell.recipe.data), store.model(cell.recipe)
-    part = getattr(data, cell.split); n = len(part) if cell.n_eval is None else cell.n_eval
-    if n > len(part): raise ValueError(f"n_eval {n} is more than the {len(part)} {cell.split} images of {data.name}")
-    attack, start = cell.attack and store.resolved(cell.attack), time.monotonic()
-    right = verdicts(model, Split(part.x[:n], part.y[:n]), size=data.size, attack=attack, seed=cell.recipe.seed, device=store.engine.device, quiet=store.quiet)
-    numbers = {'correct': int(right.sum()), 'n': n, 'accuracy': right.float().mean().item(), 'images_per_second': n/(time.monotonic()-start), 'data': data.fingerprint}
-    return numbers, {'right': pack(right)}
+    part, attack = _part(data, cell), cell.attack and store.resolved(cell.attack)
+    if cell.surrogate: part, attack = _transferred(store, cell, data, part), None
+    start = time.monotonic()
+    found = classify(model, part, size=data.size, attack=attack, seed=cell.recipe.seed, device=store.engine.device, quiet=store.quiet)
+    numbers = {**proportion(found==part.y), 'images_per_second': len(part)/(time.monotonic()-start), 'data': data.fingerprint}
+    return numbers, {'right': pack(found==part.y), 'predicted': narrow(found, data.num_classes)}
+
+# %% ../nbs/60_store.ipynb #bfcfb27f
+@make.register
+def _(spec:Adversarials, store):
+    data, model = store.data(spec.recipe.data), store.model(spec.recipe)
+    part, start = _part(data, spec), time.monotonic()
+    x = adversarial_images(model, part, store.resolved(spec.attack), size=data.size, seed=spec.recipe.seed, device=store.engine.device, quiet=store.quiet)
+    return {'n': len(x), 'images_per_second': len(x)/(time.monotonic()-start), 'data': data.fingerprint}, {'x': x}
+
+# %% ../nbs/60_store.ipynb #05502a32
+@make.register
+def _(spec:Worst, store):
+    results = [store.get(c).result for c in spec.cells]
+    if len({r['data'] for r in results}) > 1: raise ValueError("the cells of this worst case were measured on different images: restore the data, or use another REFINE_HOME")
+    breaker = first_broken([store.value(c).right for c in spec.cells])
+    numbers = {**proportion(breaker==-1), 'survivors': survivors(breaker, len(spec.cells)-1), 'data': results[0]['data']}
+    return numbers, {'right': pack(breaker==-1), 'breaker': breaker}
 
 # %% ../nbs/60_store.ipynb #98d6a938
 @make.register
@@ -244,3 +275,11 @@ def _(spec:Share, store): # the images are those of the full set: only the count
 def _(spec:OnSource, store):
     data = store.data(spec.recipe.data)
     return {**on_source(store.model(spec.recipe), data, store.value(spec.source), device=store.engine.device), 'data': data.fingerprint}, {}
+
+# %% ../nbs/60_store.ipynb #13235b93
+@patch
+def compare(self:Store, a:Cell|Worst, b:Cell|Worst, level:float=.95)->dict:
+    "`mcnemar` of two cells or worst cases; `ValueError` where they did not look at the same images"
+    def looked_at(spec): c = spec.cells[0] if isinstance(spec, Worst) else spec; r = self.get(spec).result; return c.split, r['n'], r['data'][:12]
+    if looked_at(a) != looked_at(b): raise ValueError(f"a paired comparison wants the same images (split, n, data), got {looked_at(a)} and {looked_at(b)}")
+    return mcnemar(self.value(a).right, self.value(b).right, level)
