@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models as tv
 from torchvision.models.resnet import BasicBlock
 from .core import choose
+from .data import data_root
 
 # %% ../nbs/02_models.ipynb #af6da431
 IMAGENET_MEAN = (0.485, 0.456, 0.406) # per channel, torchvision's, for images in [0,1]; the Places365 models use the same
@@ -128,7 +129,7 @@ def classifier(
     name:str,              # one of `model_names`
     *, num_classes:int,    # K, at least 2
     weights:str|None=None, # None: fresh; 'imagenet', 'imagenet_v2' or 'places365'
-    weights_file:str|Path|None=None, # the checkpoint or safetensors file; None: torch's own folder, for 'imagenet'
+    weights_file:str|Path|None=None, # the checkpoint or safetensors file; None: torch's own folder for 'imagenet', the data folder for 'places365'
     stem:str='imagenet',   # 'cifar': 3x3, stride 1, no pooling; for ResNets with fresh weights
     mean:tuple[float,...]=IMAGENET_MEAN, # per channel, of images in [0,1]
     std:tuple[float,...]=IMAGENET_STD,   # per channel
@@ -145,7 +146,10 @@ def classifier(
 
 def _weights(name, weights, weights_file, download): # -> tensors by name, and where they are from
     if weights=='places365' and weights_file is None:
-        raise ValueError(f"weights='places365' needs weights_file, the path of {name}_places365.pth.tar from the CSAILVision places365 project page")
+        file = data_root()/f'{name}_places365.pth.tar'
+        if not file.exists(): raise FileNotFoundError(f"the Places365 weights of {name} are not there: looked for {file}. They are {file.name} from the CSAILVision places365 "
+            "project page (ResNet-18 and -50 only): put it there, point REFINE_DATA at its folder, or give its path as weights_file.")
+        return _read(file), file
     file = Path(weights_file).expanduser() if weights_file else _fetched(name, weights, download)
     if not file.exists(): raise FileNotFoundError(f"there is no {file}: weights_file must be a checkpoint or a .safetensors file of {name}")
     return _read(file), file

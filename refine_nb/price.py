@@ -17,6 +17,8 @@ from torch.nn.functional import cross_entropy
 from .core import Call, Cell, Recipe, Spec
 from .perturb import attacking
 from .refine import Correction
+from .sources import OnSource, Share
+from .store import passed
 from .train import Engine
 
 # %% ../nbs/65_price.ipynb #87bd6dac
@@ -66,6 +68,8 @@ def images(
     if isinstance(spec, Recipe): return Counter(train=spec.epochs*n*(2 if 'source' in spec.method.all_settings else 1), forward=spec.epochs*n_valid)
     if isinstance(spec, Cell): return Counter(forward=spec.n_eval or test) + _attacked(spec.attack, spec.n_eval or test)
     if isinstance(spec, Correction): return Counter(forward=n) + _attacked(spec.attack, int(n*WRONG_SHARE))
+    if isinstance(spec, Share): return Counter() # of a correction that is priced by itself
+    if isinstance(spec, OnSource): return Counter(forward=2*n)
     raise TypeError(f"price knows recipes, cells and corrections, got a {type(spec).__name__}")
 
 def _attacked(attack:Call|None, n:int)->Counter:
@@ -100,10 +104,10 @@ def price(
     engine:Engine=Engine(),
 )->pd.DataFrame:      # what, runs, time (text), seconds; the last row is the total
     "What a plan costs on this device"
-    rows = {}
+    rows, on_the_way = {}, passed(specs)
     for s in specs:
-        what = {Recipe: 'train', Correction: 'correct', Cell: 'evaluate'}[type(s)]
-        detail = s.method.name if isinstance(s, Recipe) else s.attack.name if s.attack else 'clean'
-        n, t = rows.get((what, detail), (0, 0.)); rows[what, detail] = (n+1, t+cost(s, engine))
+        what = {Recipe: 'train', Correction: 'correct', Share: 'correct', Cell: 'evaluate', OnSource: 'evaluate'}[type(s)]
+        detail = s.method.name if isinstance(s, Recipe) else 'source' if isinstance(s, OnSource) else s.attack.name if s.attack else 'clean'
+        n, t = rows.get((what, detail), (0, 0.)); rows[what, detail] = (n+1, t+(0. if s in on_the_way else cost(s, engine)))
     rows['all', ''] = (len(specs), sum(t for _,t in rows.values()))
     return pd.DataFrame([{'what': f'{w} ({d})' if d else w, 'runs': n, 'time': duration(t), 'seconds': t} for (w,d),(n,t) in rows.items()])
