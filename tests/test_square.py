@@ -1,0 +1,160 @@
+"Our Square attack against the authors' code, and what ours promises beyond it."
+import warnings
+
+import pytest
+import torch
+from pyautoattack.square import SquareAttack
+from torch import nn
+from torch.testing import assert_close
+
+from refine_nb import square as module
+from refine_nb.core import call
+from refine_nb.square import square, square_side
+
+
+def small_net(C=3, K=6, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(C, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8*25, K)).eval()
+
+@pytest.fixture
+def task():
+    "A net that is right on four of five of 40 random images, some of them by a hair"
+    net, x = small_net(), torch.rand(40, 3, 10, 10)
+    x[:10] = x[:10].round()                      # at the ends of the range, where clipping counts
+    y = net(x).argmax(1); y[::5] = (y[::5]+1)%6
+    return net, x, y
+
+def reference(net, x, y, eps, n_queries, seed=0, **settings):
+    return SquareAttack(net, norm='Linf', eps=eps, n_queries=n_queries, seed=seed, n_restarts=1, resc_schedule=False, device='cpu', **settings).perturb(x, y)
+
+def right(net, x, y): return net(x).argmax(1)==y
+
+def same_draws(monkeypatch, C):
+    "Ours draws from torch's global generator what the authors' code draws, in its order: stripes of each image, then a square for all"
+    def uniform(names, queries, lanes):
+        if torch.equal(queries, torch.zeros(1, dtype=torch.int64)): return torch.rand(len(names), C, 1, lanes//C).reshape(-1, 1, lanes)
+        u = torch.stack([torch.cat([torch.rand(1), torch.rand(1), torch.rand(C, 1, 1).flatten()]) for _ in queries])
+        return u.expand(len(names), *u.shape)
+    monkeypatch.setattr(module, '_uniform', uniform)
+
+@pytest.mark.parametrize('eps, n_queries', [(.01, 300), (.03, 700), (.3, 30), (.03, 1)])
+def test_same_draws_give_the_images_of_the_reference(monkeypatch, task, eps, n_queries):
+    net, x, y = task
+    theirs = reference(net, x, y, eps, n_queries)
+    same_draws(monkeypatch, 3); torch.manual_seed(0)
+    ours = square(net, x, y, eps=eps, n_queries=n_queries)
+    assert_close(ours, theirs, atol=1e-6, rtol=0)
+    assert torch.equal(right(net, ours, y), right(net, theirs, y))
+    assert (ours-x).abs().max() > eps/2, 'nothing was broken: the comparison proves nothing'
+
+def test_the_budgets_compared_leave_some_and_break_some(task):
+    net, x, y = task
+    held = right(net, reference(net, x, y, .01, 300), y).sum()
+    assert 0 < held < right(net, x, y).sum()
+
+@pytest.mark.parametrize('shape', [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 224, 224), (2, 20, 45)])
+@pytest.mark.parametrize('p_init', [.8, .3, .05])
+def test_sides_are_the_reference_s(shape, p_init):
+    C, H, W = shape
+    schedule = SquareAttack(None, p_init=p_init, n_queries=5000, resc_schedule=False).p_selection
+    for q in range(5000): assert square_side(q, H, W, p_init) == min(max(int(round((schedule(q)*C*H*W/C)**.5)), 1), H, W)
+
+def test_own_draws_break_as_much(task):
+    "Another sample of the same attack: over 60 seeds each mean was 28.5 and 28.8 images that hold (standard error .1)"
+    net, x, y = task
+    mean = lambda f: sum(right(net, f(seed), y).sum().item() for seed in range(10))/10
+    ours, theirs = mean(lambda s: square(net, x, y, eps=.01, n_queries=100, seed=s)), mean(lambda s: reference(net, x, y, .01, 100, s))
+    assert abs(ours-theirs) < 1.2 and ours < right(net, x, y).sum()-2
+
+def test_more_queries_never_break_less_and_a_longer_run_begins_as_a_shorter_one(task):
+    net, x, y = task
+    found = [right(net, square(net, x, y, eps=.01, n_queries=n), y) for n in (1, 49, 50, 51, 200)]
+    assert all((later <= earlier).all() for earlier, later in zip(found, found[1:]))
+    assert found[-1].sum() < found[0].sum()
+
+def test_the_window_does_not_matter(monkeypatch, task):
+    net, x, y = task
+    expected = square(net, x, y, eps=.02, n_queries=100)
+    for window in (1, 7, 200):
+        monkeypatch.setattr(module, '_WINDOW', window)
+        assert_close(square(net, x, y, eps=.02, n_queries=100), expected, atol=1e-6, rtol=0)
+
+def test_late_leaving_as_on_a_gpu_gives_the_same(monkeypatch, task):
+    "Examples that are broken but still in the batch do not change any more"
+    net, x, y = task
+    expected = square(net, x, y, eps=.02, n_queries=120)
+    monkeypatch.setattr(module, '_retire', lambda s, out, share=0.: False)
+    assert_close(square(net, x, y, eps=.02, n_queries=120), expected, atol=1e-6, rtol=0)
+
+def test_company_and_order_do_not_matter(task):
+    net, x, y = task
+    order = torch.randperm(40)
+    whole = square(net, x, y, eps=.02, n_queries=80)
+    parts = torch.cat([square(net, a, b, eps=.02, n_queries=80) for a, b in zip(x[order].split(7), y[order].split(7))])
+    assert_close(parts, whole[order], atol=1e-6, rtol=0)
+
+def test_broken_examples_are_queried_no_more(task):
+    net, x, y = task
+    seen = []
+    hook = net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
+    square(net, x, y, eps=.02, n_queries=200); hook.remove()
+    queries = seen[2:-1]                         # after the clean images and the start
+    assert queries == sorted(queries, reverse=True) and queries[0] > queries[-1]
+
+def test_no_gradient_and_channels_last(task):
+    net, x, y = task
+    seen = []
+    def look(m, i, o): seen.append((i[0].is_contiguous(memory_format=torch.channels_last), o.requires_grad, torch.is_grad_enabled()))
+    hook = net.register_forward_hook(look); square(net, x, y, eps=.02, n_queries=60); hook.remove()
+    assert set(seen) == {(True, False, False)}
+
+def test_a_tie_is_left_where_the_reference_leaves_it(monkeypatch):
+    "Two equal logits: the search ends, and argmax decides; class 0 holds, class 1 does not"
+    class Tie(nn.Module):
+        def forward(self, x): s = x.flatten(1).sum(1); return torch.stack([s, s], 1)
+    x, y = torch.full((2, 1, 4, 4), .5), torch.tensor([0, 1])
+    assert torch.equal(square(Tie(), x, y, eps=.1, n_queries=5), reference(Tie(), x, y, .1, 5))
+
+def test_contract(task):
+    net, x, y = task
+    net.train(); net[0].weight.requires_grad_(False); before, state = x.clone(), torch.get_rng_state()
+    with torch.inference_mode(): kept = x.clone()
+    for given in (x, kept, x.double()):
+        model = net.double() if given.dtype == torch.float64 else net
+        x_adv = square(model, given, y, eps=.05, n_queries=20)
+        assert x_adv.dtype == given.dtype and not x_adv.requires_grad and not x_adv.is_inference() and x_adv.data_ptr() != given.data_ptr()
+        assert (x_adv-given).abs().max() <= .05+1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
+    assert torch.equal(x, before) and net.training and not net[0].weight.requires_grad and net[0].bias.requires_grad
+    assert torch.equal(torch.get_rng_state(), state), 'no global draw'
+    net.float()
+    assert square(net, x[:0], y[:0]).shape == x[:0].shape
+    held = call(square, eps=.05, n_queries=20)
+    assert_close(held(net, x, y), square(net, x, y, eps=.05, n_queries=20), atol=0, rtol=0)
+
+def test_nan_during_the_search_is_said(task):
+    "Finite on the clean images, not on attacked ones"
+    net, x, y = task
+    class Fragile(nn.Module):
+        def __init__(self): super().__init__(); self.seen = 0
+        def forward(self, x): self.seen += 1; z = net(x); return z if self.seen < 5 else z*torch.nan
+    with pytest.raises(ValueError, match='nan or inf on'): square(Fragile(), x, y, eps=.001, n_queries=20)
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+
+@needs_gpu
+def test_gpu_agrees(task):
+    net, x, y = (t.double() if isinstance(t, nn.Module) or t.is_floating_point() else t for t in task)
+    expected = square(net, x, y, eps=.02, n_queries=300)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')           # no fallback
+        got = square(net.cuda(), x.cuda(), y.cuda(), eps=.02, n_queries=300)
+    assert_close(got.cpu(), expected, atol=1e-6, rtol=0)
+
+@needs_gpu
+def test_gpu_without_graph_says_so(task):
+    net, x, y = task
+    class Waits(nn.Module):
+        def forward(self, x): z = net(x); z.sum().item(); return z
+    expected = square(net.cuda(), x.cuda(), y.cuda(), eps=.02, n_queries=120)
+    with pytest.warns(UserWarning, match='cannot run as a CUDA graph'): got = square(Waits(), x.cuda(), y.cuda(), eps=.02, n_queries=120)
+    assert_close(got, expected, atol=1e-6, rtol=0)
