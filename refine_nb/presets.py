@@ -9,7 +9,7 @@ __all__ = ['PRESETS', 'Preset', 'preset', 'scaled']
 import math, os
 from dataclasses import dataclass, replace
 
-from .core import Call, Cell, Recipe, choose, rewrite
+from .core import Adversarials, Call, Cell, Recipe, Robustness, Worst, choose, rewrite
 
 # %% ../nbs/61_presets.ipynb #ece7ed22
 @dataclass(frozen=True)
@@ -26,12 +26,13 @@ class Preset:
     steps: int|None = None      # most steps of an attack
     batch_size: int|None = None # most images of a training step
     scratch_lr: float|None = None # None keeps pretrained weights; a number trains from scratch, at this rate or the published one where that is larger
+    components: tuple[str,...]|None = None # of AutoAttack; fewer than four give an upper bound, and are named so
     thin: str|None = None       # in place of a network with a CIFAR stem
     says: str = ''              # one sentence on what it is
 
 # %% ../nbs/61_presets.ipynb #6065985a
 PRESETS = {p.name: p for p in (
-    Preset('demo', epochs=.1, data='digits', size=8, n_train=500, n_eval=360, n_attacked=100, seeds=1, steps=100, batch_size=32, scratch_lr=.02, thin='resnet20',
+    Preset('demo', epochs=.1, data='digits', size=8, n_train=500, n_eval=360, n_attacked=100, seeds=1, steps=100, batch_size=32, scratch_lr=.02, components=('apgd-ce',), thin='resnet20',
            says="a demonstration on 8x8 digits in a minute or two on a CPU: it shows how the table is made, not what the paper found"),
     Preset('small', epochs=.2, size=32, n_train=5_000, n_attacked=1_000, seeds=1, scratch_lr=.02, thin='resnet20',
            says="real images at 32x32, 5,000 for training, a fifth of the epochs, one seed, from scratch: directions, not the paper's numbers"),
@@ -72,6 +73,9 @@ def scaled(
     def cap(v):
         if isinstance(v, Call): return _scaled_call(v, p)
         if isinstance(v, Recipe): return _scaled_recipe(v, p)
-        if isinstance(v, Cell): return replace(v, n_eval=_least(_least(v.n_eval, p.n_eval), v.attack and p.n_attacked))
+        if isinstance(v, Robustness): return replace(v, n_eval=_least(_least(v.n_eval, p.n_eval), p.n_attacked), components=p.components or v.components)
+        if isinstance(v, (Adversarials, Cell)): return replace(v, n_eval=_least(_least(v.n_eval, p.n_eval), v.attack and p.n_attacked))
         return v
+    if isinstance(value, tuple): return tuple(scaled(v, p) for v in value)
+    if isinstance(value, Worst): return Worst(tuple(scaled(replace(c, n_eval=_least(c.n_eval, p.n_attacked)), p) for c in value.cells)) # clean too: the same images
     return rewrite(value, cap)

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch.nn.functional import cross_entropy
 
-from .core import Call, Cell, Recipe, Spec
+from .core import Adversarials, Call, Cell, Recipe, Spec, Worst
 from .perturb import attacking
 from .refine import Correction
 from .sources import OnSource, Share
@@ -58,7 +58,7 @@ SIZES = { # images for training and validation together, images for the test, cl
 WRONG_SHARE = .05 # of the training images, assumed for the price of a correction
 
 def images(
-    spec:Spec, # a recipe, a cell or a correction
+    spec:Spec, # whatever a store makes
 )->Counter:    # images by pass: 'forward', 'attack', 'train'
     "How many images a run sends through its network"
     data = getattr(spec, 'recipe', spec).data.all_settings
@@ -66,7 +66,10 @@ def images(
     n_valid = pool//2 if data['name']=='cinic10' else int(pool*data['valid'])
     n = min(data['n_train'] or pool, pool-n_valid)
     if isinstance(spec, Recipe): return Counter(train=spec.epochs*n*(2 if 'source' in spec.method.all_settings else 1), forward=spec.epochs*n_valid)
-    if isinstance(spec, Cell): return Counter(forward=spec.n_eval or test) + _attacked(spec.attack, spec.n_eval or test)
+    seen = getattr(spec, 'n_eval', None) or {'train': n, 'valid': n_valid, 'test': test}[getattr(spec, 'split', 'test')]
+    if isinstance(spec, Cell): return Counter(forward=seen) + _attacked(None if spec.surrogate else spec.attack, seen)
+    if isinstance(spec, Adversarials): return _attacked(spec.attack, seen)
+    if isinstance(spec, Worst): return Counter() # of cells that are priced by themselves
     if isinstance(spec, Correction): return Counter(forward=n) + _attacked(spec.attack, int(n*WRONG_SHARE))
     if isinstance(spec, Share): return Counter() # of a correction that is priced by itself
     if isinstance(spec, OnSource): return Counter(forward=2*n)
@@ -74,8 +77,8 @@ def images(
 
 def _attacked(attack:Call|None, n:int)->Counter:
     if attack is None: return Counter()
-    steps = attack.all_settings.get('steps') or 10
-    return Counter({'forward' if attack.name=='salt_and_pepper' else 'attack': steps*n})
+    steps, restarts = attack.all_settings.get('steps') or 10, attack.all_settings.get('restarts') or 1
+    return Counter({'forward' if attack.name=='salt_and_pepper' else 'attack': steps*restarts*n})
 
 # %% ../nbs/65_price.ipynb #e590cae9
 def duration(
@@ -99,6 +102,11 @@ def cost(
     return sum(n*per[kind] for kind,n in images(spec).items())
 
 # %% ../nbs/65_price.ipynb #c7d0482d
+def _detail(spec): # what tells runs of one kind apart
+    if isinstance(spec, Recipe): return spec.method.name
+    if isinstance(spec, (OnSource, Worst)): return {OnSource: 'source', Worst: 'worst case'}[type(spec)]
+    return f'transferred {spec.attack.name}' if getattr(spec, 'surrogate', None) else spec.attack.name if spec.attack else 'clean'
+
 def price(
     specs:list[Spec], # what is to be made, e.g. `store.plan(cells)`
     engine:Engine=Engine(),
@@ -106,8 +114,8 @@ def price(
     "What a plan costs on this device"
     rows, on_the_way = {}, passed(specs)
     for s in specs:
-        what = {Recipe: 'train', Correction: 'correct', Share: 'correct', Cell: 'evaluate', OnSource: 'evaluate'}[type(s)]
-        detail = s.method.name if isinstance(s, Recipe) else 'source' if isinstance(s, OnSource) else s.attack.name if s.attack else 'clean'
+        what = {Recipe: 'train', Correction: 'correct', Share: 'correct', Adversarials: 'attack', Cell: 'evaluate', OnSource: 'evaluate', Worst: 'evaluate'}[type(s)]
+        detail = _detail(s)
         n, t = rows.get((what, detail), (0, 0.)); rows[what, detail] = (n+1, t+(0. if s in on_the_way else cost(s, engine)))
     rows['all', ''] = (len(specs), sum(t for _,t in rows.values()))
     return pd.DataFrame([{'what': f'{w} ({d})' if d else w, 'runs': n, 'time': duration(t), 'seconds': t} for (w,d),(n,t) in rows.items()])
