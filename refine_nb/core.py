@@ -111,6 +111,7 @@ def _check_training(r): # the settings of a recipe that may be None; 'valid' is 
     if r.select=='robust' and r.robust is None: raise ValueError("select='robust' wants an attack to choose the epoch by: robust=call(pgd, ...)")
     if r.select=='valid': object.__setattr__(r, 'select', None)
 
+# %% ../nbs/00_core.ipynb #cfa6fbf0
 @dataclass(frozen=True)
 class Recipe(Spec):
     "How weights are made"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['attacking', 'ce', 'kl', 'margin', 'signed', 'unit_l2', 'momentum', 'linf', 'l2', 'zero', 'uniform', 'gaussian',
-           'iterate', 'worst']
+           'NotFinite', 'iterate', 'worst']
 
 # %% ../nbs/09_perturb.ipynb #6906b224
 import inspect
@@ -15,23 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import Call
+from .core import Call, choose
 
 # %% ../nbs/09_perturb.ipynb #a51c666b
 @contextmanager
 def attacking(
     model:nn.Module, # any module; its sub-modules may be in different modes
-)->Iterator[nn.Module]: # the same model: eval mode, no parameter asks for a gradient
-    "Lend `model` to an attack and give it back exactly as it was, also after an error"
+    mode:str='eval', # 'eval'; or as it stands, running statistics moving ('train') or put back ('train_untouched')
+)->Iterator[nn.Module]: # the same model, no parameter asks for a gradient
+    "Lend `model` to an attack and give it back exactly as it was, also after an error; only 'train' lets buffers move"
+    choose(mode, ('eval','train','train_untouched'), 'mode')
     training = [(m,m.training) for m in model.modules()]
     grads = [(p,p.requires_grad) for p in model.parameters()]
+    buffers = [(b,b.clone()) for b in model.buffers()] if mode=='train_untouched' else []
     try:
-        model.eval()
+        if mode=='eval': model.eval()
         for p,_ in grads: p.requires_grad_(False)
         yield model
     finally:
         for m,flag in training: m.training = flag
         for p,flag in grads: p.requires_grad_(flag)
+        for b,was in buffers: b.copy_(was)
 
 # %% ../nbs/09_perturb.ipynb #de71d503
 def ce(
@@ -200,6 +204,10 @@ def _gradient(model, objective, x_adv, y, z, last):
     grad, = torch.autograd.grad(loss.sum(), x_adv)
     return grad, z_adv.detach(), loss.detach().isfinite().all()
 
+# %% ../nbs/09_perturb.ipynb #eaa43086
+class NotFinite(ValueError):
+    "The model or the objective gave nan or inf during an attack"
+
 # %% ../nbs/09_perturb.ipynb #20000eed
 def _climb(model, x_adv, x, y, z, *, last, eps, step_size, steps, objective, direction, project, targeted, early_stop):
     "The iterate after `steps` steps; with `early_stop` the first one of each example that reached the goal"
@@ -215,7 +223,7 @@ def _climb(model, x_adv, x, y, z, *, last, eps, step_size, steps, objective, dir
             at,x_adv,x,y,z,grad,memory = (t if t is None else t[going] for t in (at,x_adv,x,y,z,grad,memory))
         step,memory = direction(grad, memory)
         x_adv = project(x_adv+rate*step, x, eps)
-    if not sound: raise ValueError("the model or the objective gave nan or inf: look at its logits on these images")
+    if not sound: raise NotFinite("the model or the objective gave nan or inf: look at its logits on these images")
     if early_stop: out[at] = x_adv
     return out if early_stop else x_adv
 
