@@ -1,6 +1,6 @@
 # `make` lists what can be done. Nothing has to be installed before but Python 3.10-3.12, make and git.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab report notebooks readme clean
+.PHONY: help setup demo test bench lab report notebooks readme clean
 
 PYTHONS  ?= python3 python3.12 python3.11 python3.10
 VENV     := .venv
@@ -37,6 +37,9 @@ test: $(READY) ## every test: the notebooks' own, then tests/; GPU=0 shows them 
 	REFINE_HOME="$$scratch/home" REFINE_REPORTS="$$scratch/reports" REFINE_PRESET=demo CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$(THREADS) \
 	  $(LIMIT) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing
 	CUDA_VISIBLE_DEVICES=$(GPU) $(BIN)/python -m pytest tests -rs --timeout 300
+
+bench: $(READY) ## our speed beside that of other codes, into reports/bench/; ARGS=--quick takes a minute, ARGS="--rows pgd_foolbox" one row
+	$(BIN)/python tools/bench.py $(ARGS)
 
 lab: $(READY) ## Jupyter Lab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir nbs

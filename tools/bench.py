@@ -1,0 +1,325 @@
+"""Speed side by side in one run: our attacks and training steps against the codes that people use, as Markdown and JSON in reports/bench/<device kind>/
+
+`make bench` measures every row (under ten minutes), `make bench ARGS=--quick` in about one. Ours and theirs do the same work from the same start; a row
+first shows that they agree, then runs A, B, A, B, ... and reports the median of the ratios with its range, in wall and in processor time.
+"""
+import argparse, json, os, re, statistics, sys, time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from refine_nb.attacks import kl_pgd, pgd
+from refine_nb.environment import commit, device_name, versions, whole
+from refine_nb.models import classifier, fold
+from refine_nb.perturb import attacking
+from refine_nb.report import show_table
+from refine_nb.train import engine
+
+REPORTS = Path(__file__).resolve().parents[1]/'reports'/'bench'
+EPS, STEP, STEPS = 8/255, 2/255, 10
+
+
+# ---- the harness -------------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Clock:
+    "Two clocks in seconds, and what to wait for before reading them"
+    wall: Callable[[], float] = time.perf_counter
+    cpu: Callable[[], float] = time.process_time
+    sync: Callable[[], None] = lambda: None
+
+    def time(self, f): # -> what f gives, (wall, cpu)
+        self.sync(); start = self.wall(), self.cpu()
+        found = f(); self.sync()
+        return found, (self.wall()-start[0], self.cpu()-start[1])
+
+@dataclass(frozen=True)
+class Contest:
+    "Functions that do the same work: 'ours', 'theirs', perhaps others, which are timed beside them"
+    sides: dict[str, Callable[[], object]]
+    agree: Callable[[dict], tuple[bool, str]] # what each side gave -> whether they agree, and a line that says how well
+    size: str                                 # of the work, for the table
+    warm: bool = True                         # one round before the clock; a long contest may count its first
+    rounds: int|None = None                   # at least; None is the run's own
+    about: dict = field(default_factory=dict) # what else the JSON should hold
+
+@dataclass(frozen=True)
+class Row:
+    "A line of the table: `make(setting)` gives its `Contest`; the target is theirs/ours at least, or ours/theirs at most"
+    name: str
+    says: str
+    make: Callable
+    at_least: float|None = None
+    at_most: float|None = None
+
+    def ratio(self, ours, theirs): return ours/theirs if self.at_most else theirs/ours
+    def reached(self, ratio, agrees): return None if not self.target else agrees and (ratio <= self.at_most if self.at_most else ratio >= self.at_least)
+    @property
+    def target(self): return f'at most {self.at_most}' if self.at_most else f'at least {self.at_least}' if self.at_least else ''
+
+class Absent(Exception): "What a row needs is not there; the message names it"
+
+ROWS = []
+
+def row(says, **target):
+    "Register a function as a row of the table"
+    def add(make):
+        ROWS.append(Row(make.__name__, says, make, **target))
+        return make
+    return add
+
+def needs(name):
+    "The module, or `Absent`"
+    try: return import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name.split('.')[0] not in (name.split('.')[0], 'refine_nb'): raise
+        raise Absent(f'{name} is not installed') from None
+
+def race(contest, *, seconds, rounds, most=9, clock=Clock()):
+    "Interleaved rounds until `seconds` are over, at least `rounds`: agreement, and the times of each side, {side: [(wall, cpu)]}"
+    times, start, longest = {k: [] for k in contest.sides}, clock.wall(), 0.
+    rounds = rounds if contest.rounds is None else min(rounds, contest.rounds)
+    if contest.warm:
+        agrees, line = contest.agree({k: f() for k,f in contest.sides.items()})
+        if not agrees: return agrees, line, times
+    first = {}
+    while (done := len(times['ours'])) < rounds or (done < most and clock.wall()-start+longest <= seconds):
+        began = clock.wall()
+        for k,f in contest.sides.items():
+            found, spent = clock.time(f)
+            times[k].append(spent); first.setdefault(k, found)
+        longest = max(longest, clock.wall()-began)
+    if not contest.warm: agrees, line = contest.agree(first)
+    return agrees, line, times
+
+def spread(values): # median, smallest, largest
+    return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
+
+def judge(row, contest, agrees, line, times):
+    "A line of the report"
+    made = {'name': row.name, 'says': row.says, 'target': row.target, 'size': contest.size, 'agrees': agrees, 'agreement': line, 'reached': False, **contest.about}
+    if not times['ours']: return {**made, 'status': 'they do not agree: not timed'}
+    def ratios(side, i): return spread([row.ratio(a[i], b[i]) for a,b in zip(times['ours'], times[side]) if min(a[i], b[i]) > 0] or [float('nan')])
+    found = {side: {'wall': ratios(side, 0), 'cpu': ratios(side, 1)} for side in times if side != 'ours'}
+    return {**made, 'status': 'measured', 'rounds': len(times['ours']), 'seconds': {k: [list(t) for t in v] for k,v in times.items()},
+            'ours': statistics.median(t[0] for t in times['ours']), 'theirs': statistics.median(t[0] for t in times['theirs']),
+            'ratios': found, 'reached': row.reached(found['theirs']['wall']['median'], agrees)}
+
+def chosen(names, rows):
+    "The rows of these names, or `ValueError` that names the unknown ones"
+    there = {r.name: r for r in rows}
+    if unknown := [n for n in names if n not in there]: raise ValueError(f"there is no row {', '.join(unknown)}: choose from {', '.join(there)}")
+    return [there[n] for n in names] if names else list(rows)
+
+def run(rows, setting, *, seconds, rounds, clock=Clock(), say=lambda s: print(s, file=sys.stderr, flush=True)):
+    "Every row in turn, each with its share of the seconds that are left"
+    start, made = clock.wall(), []
+    for i,r in enumerate(rows):
+        began = clock.wall()
+        try:
+            contest = r.make(setting)
+            left = seconds-(began-start)
+            made.append(judge(r, contest, *race(contest, seconds=left/(len(rows)-i)-(clock.wall()-began), rounds=rounds, clock=clock)))
+        except Absent as e: made.append({'name': r.name, 'says': r.says, 'target': r.target, 'status': str(e)})
+        say(f"{r.name}: {made[-1]['status']}, {clock.wall()-began:.0f} s")
+    return made
+
+
+# ---- the report --------------------------------------------------------------------------------------------------------------------------
+
+def shown(s): return f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
+
+def line(r):
+    "A row as the table shows it"
+    made = {'what': r['says'], 'size': r.get('size', ''), 'ours (s)': '', 'theirs (s)': '', 'ratio, wall': r['status'], 'ratio, CPU': '', 'same net': '', 'target': r['target'],
+            'reached': {None: '', True: 'yes', False: 'no'}[r.get('reached')], 'agreement': ('' if r.get('agrees', True) else 'NO: ')+r.get('agreement', '')}
+    if r['status'] != 'measured': return made
+    theirs, beside = r['ratios']['theirs'], r['ratios'].get('theirs on our net')
+    return {**made, 'ours (s)': f"{r['ours']:.3g}", 'theirs (s)': f"{r['theirs']:.3g}", 'ratio, wall': shown(theirs['wall']), 'ratio, CPU': shown(theirs['cpu']),
+            'same net': f"{beside['wall']['median']:.2f}" if beside else ''}
+
+def markdown(report):
+    "The tables of a report, with the machine named"
+    limits = report['limits']
+    notes = ['Ratios are theirs over ours, except where the target says "at most"; the median over interleaved rounds, and the range. '
+             '"Same net" is the ratio where theirs is given our folded, channels-last copy of the net.']
+    if report['quick']: notes.insert(0, 'A quick run: small batches and few rounds, to see that everything works. Its ratios are not to be quoted.')
+    if report['load'] > .5*report['cores']: notes.append(f"The machine was busy: {report['load']:.1f} processes wanted its {report['cores']} cores when the run began.")
+    table = show_table(pd.DataFrame([line(r) for r in report['rows']]), f"Speed on {report['device']}{', a quick run' if report['quick'] else ''}", notes).data
+    rates = pd.DataFrame([{'what': k, 'rate': f'{v:,.0f} {unit}'} for k,(v,unit) in limits.items()])
+    return table + ('\n' + show_table(rates, 'What this device can do').data if limits else '')
+
+def report(rows, setting, *, limits, load, quick):
+    "All that a run found and what made it"
+    return {'device': device_name(setting.device), 'kind': setting.kind, 'threads': torch.get_num_threads(), 'cores': os.cpu_count(), 'load': load, 'quick': quick,
+            'capability': torch.backends.cpu.get_cpu_capability(), 'tf32': setting.cuda and torch.backends.cuda.matmul.allow_tf32, 'source': commit(),
+            'versions': versions(('torch', 'torchvision', 'foolbox', 'torchattacks', 'pyautoattack', 'refine_nb')), 'limits': limits, 'rows': rows}
+
+def save(made, folder):
+    "bench.md and bench.json, each whole or not at all"
+    texts = {'bench.md': markdown(made), 'bench.json': json.dumps(made, indent=1, ensure_ascii=False)+'\n'}
+    for name,text in texts.items():
+        with whole(Path(folder)/name) as new: new.write_text(text, encoding='utf-8')
+
+
+# ---- what is measured on -----------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Setting:
+    "The device, and how large the work is"
+    device: str
+    quick: bool = False
+
+    @property
+    def cuda(self): return self.device.startswith('cuda')
+    @property
+    def kind(self): return re.sub(r'[^a-z0-9]+', '-', device_name(self.device).lower()).strip('-') if self.cuda else 'cpu'
+    @property
+    def batch(self): return (128 if self.quick else 512) if self.cuda else (4 if self.quick else 32)
+    @property
+    def digits(self): return 32 if self.quick else 256
+    def clock(self): return Clock(sync=torch.cuda.synchronize) if self.cuda else Clock()
+
+    def net(self, dtype=torch.float32):
+        "A ResNet-18 for CIFAR with the statistics of some noise, in evaluation mode, as its user holds it"
+        torch.manual_seed(0)
+        net = classifier('resnet18', num_classes=10, stem='cifar')
+        for m in net.modules():
+            if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(0, .1); m.running_var.uniform_(.8, 1.2)
+        return net.eval().to(self.device, dtype)
+
+    def images(self, n, size=32, dtype=torch.float32): # -> x, y
+        g = torch.Generator().manual_seed(1)
+        return torch.rand(n, 3, size, size, generator=g).to(self.device, dtype), torch.randint(10, (n,), generator=g).to(self.device)
+
+def last(x): return x.contiguous(memory_format=torch.channels_last)
+
+
+# ---- attacks -----------------------------------------------------------------------------------------------------------------------------
+
+def our_pgd(net, x, y): return pgd(net, x, y, eps=EPS, step_size=STEP, steps=STEPS)
+def our_kl_pgd(net, x, y): return kl_pgd(net, x, y, eps=EPS, step_size=STEP, steps=STEPS)
+
+def passes(net, x, y):
+    "What no attack of ten steps can do without: ten times forward, and backward to the images"
+    with attacking(net):
+        for _ in range(STEPS):
+            at = x.detach().requires_grad_()
+            torch.autograd.grad(F.cross_entropy(net(at), y, reduction='sum'), at)
+
+def foolbox_pgd(net, x, y):
+    foolbox = needs('foolbox')
+    return foolbox.attacks.LinfPGD(abs_stepsize=STEP, steps=STEPS).run(foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device), x,
+                                                                       foolbox.criteria.Misclassification(y), epsilon=EPS)
+
+def torchattacks_pgd(net, x, y): return needs('torchattacks').PGD(net, eps=EPS, alpha=STEP, steps=STEPS)(x, y)
+
+def recomputing_kl_pgd(net, x, y):
+    "The inner attack as TRADES' published code has it: the clean image goes through the net again at every step"
+    at = x+.001*torch.randn(x.shape, device=x.device, dtype=x.dtype)
+    for _ in range(STEPS):
+        at.requires_grad_()
+        loss = F.kl_div(F.log_softmax(net(at), 1), F.softmax(net(x), 1), reduction='sum')
+        at = at.detach()+STEP*torch.autograd.grad(loss, at)[0].sign()
+        at = torch.min(torch.max(at, x-EPS), x+EPS).clamp(0, 1)
+    return at
+
+def seeded(f, *args):
+    "From the same start every time"
+    torch.manual_seed(2)
+    return f(*args)
+
+def same_pixels(s, ours, theirs):
+    "Every pixel of an attack in float64, where rounding cannot turn a sign; in float32 the share that is equal"
+    def agree(found):
+        net, (x, y) = s.net(torch.float64), s.images(4, 16, torch.float64)
+        worst = (seeded(ours, fold(net), last(x), y)-seeded(theirs, net, x, y)).abs().max().item()
+        share = ((found['ours']-found['theirs']).abs() < 1e-5).float().mean().item()
+        said = f'differ by up to {worst:.0e}' if worst else 'are equal'
+        return worst < 1e-6, f'float64: all pixels {said}; float32: {share:.1%} of them equal'
+    return agree
+
+def attack_contest(s, ours, theirs):
+    "Ours on the folded channels-last copy of the net, theirs on the net as it is"
+    net, (x, y) = s.net(), s.images(s.batch)
+    folded, x_last = fold(net), last(x)
+    sides = {'ours': lambda: seeded(ours, folded, x_last, y), 'theirs': lambda: seeded(theirs, net, x, y)}
+    if not s.quick: sides['theirs on our net'] = lambda: seeded(theirs, folded, x_last, y)
+    return Contest(sides, same_pixels(s, ours, theirs), f'{s.batch} images')
+
+@row('PGD-10, against ten times forward and backward to the images', at_most=1.05)
+def pgd_passes(s):
+    net, (x, y) = fold(s.net()), s.images(s.batch)
+    x = last(x)
+    return Contest({'ours': lambda: seeded(our_pgd, net, x, y), 'theirs': lambda: passes(net, x, y)}, lambda found: (True, 'nothing to compare'), f'{s.batch} images')
+
+@row('PGD-10, against foolbox', at_least=2.)
+def pgd_foolbox(s): needs('foolbox'); return attack_contest(s, our_pgd, foolbox_pgd)
+
+@row('PGD-10, against torchattacks', at_least=1.4)
+def pgd_torchattacks(s): needs('torchattacks'); return attack_contest(s, our_pgd, torchattacks_pgd)
+
+@row('PGD-10 on the KL divergence, against a loop that recomputes the clean logits', at_least=1.6)
+def kl_pgd_recomputing(s): return attack_contest(s, our_kl_pgd, recomputing_kl_pgd)
+
+
+# ---- the device's own rates --------------------------------------------------------------------------------------------------------------
+
+def rate(f, amount, clock, seconds=.5):
+    "`amount` per second, in units of 1e9: the best of the runs that fit in `seconds`"
+    f(); best, start = float('inf'), clock.wall()
+    while clock.wall()-start < seconds: best = min(best, clock.time(f)[1][0])
+    return amount/best/1e9
+
+def device_limits(s):
+    "Matrix products, copies, and what the net reaches of them: name -> (rate, unit)"
+    clock, n = s.clock(), 8192 if s.cuda else 1536
+    a, b, c = (torch.rand(n, n, device=s.device) for _ in range(3))
+    source = torch.rand(2**28 if s.cuda else 2**25, device=s.device)
+    target = torch.empty_like(source)
+    net, (x, _) = fold(s.net()), s.images(s.batch)
+    x = last(x)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter: net(x)
+    work = counter.get_total_flops()
+    def forward():
+        with torch.no_grad(): net(x)
+    def both():
+        at = x.detach().requires_grad_()
+        torch.autograd.grad(net(at).sum(), at)
+    kind = 'TF32' if s.cuda else 'float32'
+    return {f'matrix product {n}x{n}, {kind}': (rate(lambda: torch.mm(a, b, out=c), 2*n**3, clock), 'GFLOP/s'),
+            'copy in memory, read and written': (rate(lambda: target.copy_(source), 8*source.numel(), clock), 'GB/s'),
+            f'ResNet-18 forward, {s.batch} images, {kind}': (rate(forward, work, clock), 'GFLOP/s'),
+            f'the same, forward and backward to the images, {kind}': (rate(both, 2*work, clock), 'GFLOP/s')}
+
+
+# ---- the command -------------------------------------------------------------------------------------------------------------------------
+
+def arguments(argv):
+    p = argparse.ArgumentParser(prog='bench.py', description=__doc__.splitlines()[0])
+    p.add_argument('--quick', action='store_true', help='small batches, about a minute: does everything work?')
+    p.add_argument('--rows', help='names with commas; all are: '+', '.join(r.name for r in ROWS))
+    p.add_argument('--out', type=Path, help='folder of bench.md and bench.json; whole, full runs go to reports/bench/<device kind>/')
+    p.add_argument('--device', help="'cpu', 'cuda' or 'cuda:1'; the first GPU where there is one")
+    return p.parse_args(argv)
+
+def main(argv=None, rows=None):
+    args = arguments(argv)
+    try: rows = chosen([n for n in (args.rows or '').split(',') if n], ROWS if rows is None else rows)
+    except ValueError as e: print(e, file=sys.stderr); return 2
+    s, load = Setting(engine(args.device).device, args.quick), os.getloadavg()[0]
+    limits = device_limits(s)
+    made = report(run(rows, s, seconds=45 if args.quick else 480, rounds=1 if args.quick else 3, clock=s.clock()), s, limits=limits, load=load, quick=args.quick)
+    folder = args.out or (None if args.quick or args.rows else REPORTS/s.kind)
+    if folder: save(made, folder)
+    print(markdown(made))
+    return int(any(r.get('agrees') is False for r in made['rows']))
+
+
+if __name__ == '__main__': sys.exit(main())
