@@ -6,6 +6,7 @@
 __all__ = ['figure_style', 'method_style', 'method_colour', 'dot_interval', 'plot_curves', 'plot_confusion', 'save_figure']
 
 # %% ../nbs/67_figures.ipynb #098fade9
+from contextlib import contextmanager
 from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -17,16 +18,20 @@ from .core import choose
 from .environment import whole
 
 # %% ../nbs/67_figures.ipynb #71f1b060
+@contextmanager
 def figure_style(
     **settings, # matplotlib settings that differ from ours, dots written as in matplotlib: **{'font.size': 7}
 ): # a context manager
     "The look of every figure, for the length of a `with` block"
-    return mpl.rc_context({
+    with mpl.rc_context({
         'figure.figsize': (4, 2), 'figure.dpi': 100, 'savefig.dpi': 200, 'font.size': 8, 'font.family': 'DejaVu Sans',
         'axes.titlesize': 8, 'axes.labelsize': 8, 'xtick.labelsize': 7, 'ytick.labelsize': 7, 'legend.fontsize': 7,
         'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .6, 'axes.titlelocation': 'left',
         'axes.axisbelow': True, 'grid.color': '.9', 'grid.linewidth': .6, 'legend.frameon': False,
-        'figure.constrained_layout.use': True, 'svg.hashsalt': 'refine_nb', 'svg.fonttype': 'path', **settings})
+        'figure.constrained_layout.use': True, 'svg.hashsalt': 'refine_nb', 'svg.fonttype': 'path', **settings}):
+        try: yield
+        finally: shown = mpl.is_interactive()
+    mpl.interactive(shown) # a notebook turns this on at its first figure: it is no matter of style, and stays on
 
 # %% ../nbs/67_figures.ipynb #721535ee
 _INK = {'black': '#000000', 'grey': '#808080', 'orange': '#E69F00', 'sky': '#56B4E9', 'green': '#009E73',
