@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from .core import Adversarials, Call, Cell, Recipe, Spec, Worst
 from .perturb import attacking
+from .quantise import Quantised
 from .refine import Correction
 from .sources import OnSource, Share
 from .store import passed
@@ -57,6 +58,17 @@ SIZES = { # images for training and validation together, images for the test, cl
     'cifar10_jpeg': (50_000, 10_000, 10, (3,32,32)), 'cifar100': (50_000, 10_000, 100, (3,32,32)), 'cinic10': (180_000, 90_000, 10, (3,32,32))}
 WRONG_SHARE = .05 # of the training images, assumed for the price of a correction
 
+def _trained(recipe:Recipe, n:int, n_valid:int)->Counter: # a method inside another one, as in `through_int8`, has a forward of its own
+    outer = recipe.method.all_settings; inner = outer['method'].all_settings if 'method' in outer else outer
+    each = recipe.epochs*n*(2 if 'source' in inner else 1)
+    return Counter(train=each, forward=recipe.epochs*(n_valid+outer.get('n_calibrate', 0)) + (each if 'method' in outer else 0))
+
+def _attacked(attack:Call|None, n:int)->Counter:
+    if attack is None: return Counter()
+    steps, restarts = attack.all_settings.get('steps') or 10, attack.all_settings.get('restarts') or 1
+    return Counter({'forward' if attack.name=='salt_and_pepper' else 'attack': steps*restarts*n})
+
+# %% ../nbs/65_price.ipynb #67462db1
 def images(
     spec:Spec, # whatever a store makes
 )->Counter:    # images by pass: 'forward', 'attack', 'train'
@@ -65,7 +77,8 @@ def images(
     pool, test = SIZES[data['name']][:2]
     n_valid = pool//2 if data['name']=='cinic10' else int(pool*data['valid'])
     n = min(data['n_train'] or pool, pool-n_valid)
-    if isinstance(spec, Recipe): return Counter(train=spec.epochs*n*(2 if 'source' in spec.method.all_settings else 1), forward=spec.epochs*n_valid)
+    if isinstance(spec, Recipe): return _trained(spec, n, n_valid)
+    if isinstance(spec, Quantised): return Counter(forward=spec.n_calibrate)
     seen = getattr(spec, 'n_eval', None) or {'train': n, 'valid': n_valid, 'test': test}[getattr(spec, 'split', 'test')]
     if isinstance(spec, Cell): return Counter(forward=seen) + _attacked(None if spec.surrogate else spec.attack, seen)
     if isinstance(spec, Adversarials): return _attacked(spec.attack, seen)
@@ -74,11 +87,6 @@ def images(
     if isinstance(spec, Share): return Counter() # of a correction that is priced by itself
     if isinstance(spec, OnSource): return Counter(forward=2*n)
     raise TypeError(f"price knows recipes, cells and corrections, got a {type(spec).__name__}")
-
-def _attacked(attack:Call|None, n:int)->Counter:
-    if attack is None: return Counter()
-    steps, restarts = attack.all_settings.get('steps') or 10, attack.all_settings.get('restarts') or 1
-    return Counter({'forward' if attack.name=='salt_and_pepper' else 'attack': steps*restarts*n})
 
 # %% ../nbs/65_price.ipynb #e590cae9
 def duration(
@@ -104,6 +112,7 @@ def cost(
 # %% ../nbs/65_price.ipynb #c7d0482d
 def _detail(spec): # what tells runs of one kind apart
     if isinstance(spec, Recipe): return spec.method.name
+    if isinstance(spec, Quantised): return spec.backend
     if isinstance(spec, (OnSource, Worst)): return {OnSource: 'source', Worst: 'worst case'}[type(spec)]
     return f'transferred {spec.attack.name}' if getattr(spec, 'surrogate', None) else spec.attack.name if spec.attack else 'clean'
 
@@ -114,7 +123,7 @@ def price(
     "What a plan costs on this device"
     rows, on_the_way = {}, passed(specs)
     for s in specs:
-        what = {Recipe: 'train', Correction: 'correct', Share: 'correct', Adversarials: 'attack', Cell: 'evaluate', OnSource: 'evaluate', Worst: 'evaluate'}[type(s)]
+        what = {Recipe: 'train', Quantised: 'quantise', Correction: 'correct', Share: 'correct', Adversarials: 'attack', Cell: 'evaluate', OnSource: 'evaluate', Worst: 'evaluate'}[type(s)]
         detail = _detail(s)
         n, t = rows.get((what, detail), (0, 0.)); rows[what, detail] = (n+1, t+(0. if s in on_the_way else cost(s, engine)))
     rows['all', ''] = (len(specs), sum(t for _,t in rows.values()))

@@ -21,6 +21,7 @@ from .environment import commit, device_name, versions
 from .evaluate import Outcome, adversarial_images, classify, first_broken, narrow, pack, survivors, unpack, verdicts
 from .models import n_parameters
 from .progress import bar
+from .quantise import Quantised, StraightThrough, integers, mebibytes, quantise, restored
 from .refine import Corrected, Correction, correct
 from .sources import OnSource, Share, on_source, share_of
 from .statistics import mcnemar, proportion
@@ -166,8 +167,11 @@ def fresh(self:Store, recipe:Recipe)->nn.Module:
 
 # %% ../nbs/60_store.ipynb #1ca873da
 @patch
-def model(self:Store, recipe:Recipe)->nn.Module:
-    "A recipe's trained model, in evaluation mode, on the engine's device"
+def model(self:Store, recipe:Recipe|Quantised)->nn.Module:
+    "A recipe's trained model, in evaluation mode, on the engine's device; of a `Quantised`, int8 with the gradients of its counterpart"
+    if isinstance(recipe, Quantised):
+        float32 = self.model(recipe.recipe)
+        return StraightThrough(restored(float32, self.tensors(recipe), backend=recipe.backend), float32).eval()
     weights, data, root = self.tensors(recipe), self.data(recipe.data), recipe
     if (was := self.get(recipe).result['data']) != data.fingerprint:
         raise ValueError(f"the stored weights {key(recipe)} were made from other images (fingerprint {was[:12]}) than {data.name} has now ({data.fingerprint[:12]}): restore the data, or use another REFINE_HOME")
@@ -180,7 +184,7 @@ def model(self:Store, recipe:Recipe)->nn.Module:
 @patch
 def value(self:Store, spec:Spec):
     "What a spec stands for: a trained model, a corrected set, attacked images, what became of each image; else its numbers"
-    if isinstance(spec, Recipe): return self.model(spec)
+    if isinstance(spec, (Recipe, Quantised)): return self.model(spec)
     if isinstance(spec, Share): return share_of(self.value(spec.full), spec.rate, spec.seed)
     t, r = self.tensors(spec), self.get(spec).result
     if isinstance(spec, Correction): return Corrected(unpack(t['right'], r['n']), t['index'], t['x'], t['linf'], t['l2'], r['seconds'])
@@ -205,7 +209,7 @@ class _Shown(Snapshots):
 def _(recipe:Recipe, store, passing=()): # `passing`: the same recipe with fewer epochs, made on the way
     data, model = store.data(recipe.data), store.fresh(recipe)
     method = store.resolved(recipe.method)(data, batch_size=recipe.batch_size, seed=recipe.seed, device=store.engine.device)
-    def validate(m): return verdicts(m, data.valid, size=data.size, device=store.engine.device).float().mean().item()
+    def validate(m): return verdicts(method.deploy(m), data.valid, size=data.size, device=store.engine.device).float().mean().item()
     def result(log): return {**log, 'parameters': n_parameters(model), 'images_per_epoch': method.n_images, 'data': data.fingerprint}
     def see(state):
         for r in passing:
@@ -275,6 +279,13 @@ def _(spec:Share, store): # the images are those of the full set: only the count
 def _(spec:OnSource, store):
     data = store.data(spec.recipe.data)
     return {**on_source(store.model(spec.recipe), data, store.value(spec.source), device=store.engine.device), 'data': data.fingerprint}, {}
+
+# %% ../nbs/60_store.ipynb #c7bc5546
+@make.register
+def _(spec:Quantised, store):
+    data, model = store.data(spec.data), store.model(spec.recipe)
+    state = integers(quantise(model, data, backend=spec.backend, observer=spec.observer, n_calibrate=spec.n_calibrate))
+    return {'mebibytes': mebibytes(state), 'float_mebibytes': mebibytes(model.state_dict()), 'data': data.fingerprint}, state
 
 # %% ../nbs/60_store.ipynb #13235b93
 @patch
