@@ -34,14 +34,21 @@ def test_ratios_by_hand():
     toy = Toy(); contest = toy.contest([9., 1., 2., 4.], [9., 4., 4., 4.])             # the first is the warm-up
     r = make(Row('toy', 'a toy', None, at_least=2.), contest, toy)
     assert toy.order == ['ours', 'theirs']*4, 'interleaved, warm-up and three rounds'
-    assert r['ratios']['theirs'] == {'wall': {'median': 2., 'min': 1., 'max': 4.}, 'cpu': {'median': 4., 'min': 2., 'max': 8.}}
+    assert r['ratios'] == {'wall': {'median': 2., 'min': 1., 'max': 4.}, 'cpu': {'median': 4., 'min': 2., 'max': 8.}}
     assert (r['ours'], r['theirs'], r['rounds'], r['reached']) == (2., 4., 3, True)
     assert r['seconds']['ours'] == [[1., 1.], [2., 2.], [4., 4.]] and r['seconds']['theirs'] == [[4., 8.]]*3
 
 def test_a_limit_is_ours_over_theirs():
     for ours, reached in ((1.04, True), (1.06, False)):
         toy = Toy(); r = make(Row('toy', 'a toy', None, at_most=1.05), toy.contest([ours], [1.]), toy)
-        assert r['ratios']['theirs']['wall']['median'] == pytest.approx(ours) and r['reached'] is reached
+        assert r['ratios']['wall']['median'] == pytest.approx(ours) and r['reached'] is reached
+
+def test_like_for_like_has_its_own_ratio():
+    toy = Toy(); plain = toy.contest([1.], [6.])
+    contest = Contest({**plain.sides, 'theirs on our net': toy.side('alike', 3.)}, plain.agree, '', alike=('ours', 'theirs on our net'))
+    r = make(Row('toy', '', None, at_least=2.), contest, toy)
+    assert toy.order == ['ours', 'theirs', 'alike']*4 and r['ratios']['wall']['median'] == 6 and r['ratios']['alike'] == {'median': 3., 'min': 3., 'max': 3.}
+    assert bench.line(r)['like for like'] == '3.00' and len(r['seconds']['theirs on our net']) == 3
 
 def test_a_target_that_is_missed_is_said():
     toy = Toy(); r = make(Row('toy', 'a toy', None, at_least=2.), toy.contest([1.], [1.9]), toy)

@@ -12,12 +12,16 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from refine_nb.attacks import kl_pgd, pgd
+from refine_nb.core import call
 from refine_nb.environment import commit, device_name, versions, whole
+from refine_nb.losses import trades
 from refine_nb.models import classifier, fold
-from refine_nb.perturb import attacking
+from refine_nb.perturb import attacking, ce
 from refine_nb.report import show_table
 from refine_nb.train import engine
 
@@ -45,6 +49,7 @@ class Contest:
     sides: dict[str, Callable[[], object]]
     agree: Callable[[dict], tuple[bool, str]] # what each side gave -> whether they agree, and a line that says how well
     size: str                                 # of the work, for the table
+    alike: tuple[str,str]|None = None         # a side of ours and one of theirs that do it in the same way on the same net, where 'ours' and 'theirs' do not
     warm: bool = True                         # one round before the clock; a long contest may count its first
     rounds: int|None = None                   # at least; None is the run's own
     about: dict = field(default_factory=dict) # what else the JSON should hold
@@ -105,11 +110,11 @@ def judge(row, contest, agrees, line, times):
     "A line of the report"
     made = {'name': row.name, 'says': row.says, 'target': row.target, 'size': contest.size, 'agrees': agrees, 'agreement': line, 'reached': False, **contest.about}
     if not times['ours']: return {**made, 'status': 'they do not agree: not timed'}
-    def ratios(side, i): return spread([row.ratio(a[i], b[i]) for a,b in zip(times['ours'], times[side]) if min(a[i], b[i]) > 0] or [float('nan')])
-    found = {side: {'wall': ratios(side, 0), 'cpu': ratios(side, 1)} for side in times if side != 'ours'}
+    def ratios(i, ours='ours', theirs='theirs'): return spread([row.ratio(a[i], b[i]) for a,b in zip(times[ours], times[theirs]) if min(a[i], b[i]) > 0] or [0.])
+    found = {'wall': ratios(0), 'cpu': ratios(1)} | ({'alike': ratios(0, *contest.alike)} if contest.alike else {})
     return {**made, 'status': 'measured', 'rounds': len(times['ours']), 'seconds': {k: [list(t) for t in v] for k,v in times.items()},
             'ours': statistics.median(t[0] for t in times['ours']), 'theirs': statistics.median(t[0] for t in times['theirs']),
-            'ratios': found, 'reached': row.reached(found['theirs']['wall']['median'], agrees)}
+            'ratios': found, 'reached': row.reached(found['wall']['median'], agrees)}
 
 def chosen(names, rows):
     "The rows of these names, or `ValueError` that names the unknown ones"
@@ -137,18 +142,17 @@ def shown(s): return f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
 
 def line(r):
     "A row as the table shows it"
-    made = {'what': r['says'], 'size': r.get('size', ''), 'ours (s)': '', 'theirs (s)': '', 'ratio, wall': r['status'], 'ratio, CPU': '', 'same net': '', 'target': r['target'],
+    made = {'what': r['says'], 'size': r.get('size', ''), 'ours (s)': '', 'theirs (s)': '', 'ratio, wall': r['status'], 'ratio, CPU': '', 'like for like': '', 'target': r['target'],
             'reached': {None: '', True: 'yes', False: 'no'}[r.get('reached')], 'agreement': ('' if r.get('agrees', True) else 'NO: ')+r.get('agreement', '')}
     if r['status'] != 'measured': return made
-    theirs, beside = r['ratios']['theirs'], r['ratios'].get('theirs on our net')
-    return {**made, 'ours (s)': f"{r['ours']:.3g}", 'theirs (s)': f"{r['theirs']:.3g}", 'ratio, wall': shown(theirs['wall']), 'ratio, CPU': shown(theirs['cpu']),
-            'same net': f"{beside['wall']['median']:.2f}" if beside else ''}
+    return {**made, 'ours (s)': f"{r['ours']:.3g}", 'theirs (s)': f"{r['theirs']:.3g}", 'ratio, wall': shown(r['ratios']['wall']), 'ratio, CPU': shown(r['ratios']['cpu']),
+            'like for like': f"{r['ratios']['alike']['median']:.2f}" if 'alike' in r['ratios'] else ''}
 
 def markdown(report):
     "The tables of a report, with the machine named"
     limits = report['limits']
     notes = ['Ratios are theirs over ours, except where the target says "at most"; the median over interleaved rounds, and the range. '
-             '"Same net" is the ratio where theirs is given our folded, channels-last copy of the net.']
+             '"Like for like" is the ratio where both do exactly the same: theirs attacks our folded, channels-last copy of the net, or ours attacks in training mode as theirs does.']
     if report['quick']: notes.insert(0, 'A quick run: small batches and few rounds, to see that everything works. Its ratios are not to be quoted.')
     if report['load'] > .5*report['cores']: notes.append(f"The machine was busy: {report['load']:.1f} processes wanted its {report['cores']} cores when the run began.")
     table = show_table(pd.DataFrame([line(r) for r in report['rows']]), f"Speed on {report['device']}{', a quick run' if report['quick'] else ''}", notes).data
@@ -191,7 +195,7 @@ class Setting:
         torch.manual_seed(0)
         net = classifier('resnet18', num_classes=10, stem='cifar')
         for m in net.modules():
-            if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(0, .1); m.running_var.uniform_(.8, 1.2)
+            if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(0, .1); m.running_var.uniform_(.8, 1.2)
         return net.eval().to(self.device, dtype)
 
     def images(self, n, size=32, dtype=torch.float32): # -> x, y
@@ -249,9 +253,8 @@ def attack_contest(s, ours, theirs):
     "Ours on the folded channels-last copy of the net, theirs on the net as it is"
     net, (x, y) = s.net(), s.images(s.batch)
     folded, x_last = fold(net), last(x)
-    sides = {'ours': lambda: seeded(ours, folded, x_last, y), 'theirs': lambda: seeded(theirs, net, x, y)}
-    if not s.quick: sides['theirs on our net'] = lambda: seeded(theirs, folded, x_last, y)
-    return Contest(sides, same_pixels(s, ours, theirs), f'{s.batch} images')
+    sides = {'ours': lambda: seeded(ours, folded, x_last, y), 'theirs': lambda: seeded(theirs, net, x, y), 'theirs on our net': lambda: seeded(theirs, folded, x_last, y)}
+    return Contest(sides, same_pixels(s, ours, theirs), f'{s.batch} images', alike=('ours', 'theirs on our net'))
 
 @row('PGD-10, against ten times forward and backward to the images', at_most=1.05)
 def pgd_passes(s):
@@ -267,6 +270,119 @@ def pgd_torchattacks(s): needs('torchattacks'); return attack_contest(s, our_pgd
 
 @row('PGD-10 on the KL divergence, against a loop that recomputes the clean logits', at_least=1.6)
 def kl_pgd_recomputing(s): return attack_contest(s, our_kl_pgd, recomputing_kl_pgd)
+
+
+# ---- AutoAttack --------------------------------------------------------------------------------------------------------------------------
+
+def digits_net(x, y, *, eps, steps=150):
+    "A small net on digits: taught with PGD at `eps`, or plainly at 0"
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10))
+    optimiser = torch.optim.Adam(net.parameters(), 5e-3)
+    for i in torch.randint(len(x), (steps, 64)):
+        x_adv = pgd(net, x[i], y[i], eps=eps, step_size=max(eps/3, 1e-3), steps=5)
+        optimiser.zero_grad(); F.cross_entropy(net.train()(x_adv), y[i]).backward(); optimiser.step()
+    return net.eval()
+
+def budget(net, x, y, share):
+    "The largest eps, in hundredths, at which PGD leaves at least this share of the images"
+    def left(eps): return (net(pgd(net, x, y, eps=eps, step_size=eps/8, steps=20)).argmax(1) == y).float().mean().item()
+    return max((n/100 for n in range(1, 41) if left(n/100) >= share), default=.01)
+
+def verdict_contest(s, *, taught_at, share, eps=None, **about):
+    "Which images withstand AutoAttack's standard version, by our code and by the authors'"
+    autoattack, theirs = needs('refine_nb.autoattack').autoattack, needs('pyautoattack').AutoAttack
+    data = load_digits()
+    x, y = torch.tensor(data.images[:, None]/16, dtype=torch.float32), torch.tensor(data.target)
+    net, x, y = digits_net(x[:1200], y[:1200], eps=taught_at), x[1200:1200+s.digits], y[1200:1200+s.digits]
+    eps = eps or budget(net, x, y, share)
+    net, x, y = net.to(s.device), x.to(s.device), y.to(s.device)
+    def reference():
+        x_adv, _ = theirs(net, norm='Linf', eps=eps, seed=0, version='standard', device=s.device).run_standard_evaluation(x, y, batch_size=len(x))
+        with torch.no_grad(): return net(x_adv).argmax(1) == y
+    def agree(found):
+        a, b = (found[k].cpu() for k in ('ours', 'theirs'))
+        changed = {'broken by ours alone': (b & ~a).sum().item(), 'broken by theirs alone': (a & ~b).sum().item()}
+        n = sum(changed.values()); contest.about.update(changed_verdicts=n, **changed, robust_accuracy=a.float().mean().item())
+        return n == 0, f"{n} of {len(x)} verdicts changed{f' ({changed})' if n else ''}; robust accuracy {a.float().mean():.1%}"
+    contest = Contest({'ours': lambda: autoattack(net, x, y, eps=eps, batch_size=len(x)).breaker < 0, 'theirs': reference}, agree, f'{len(x)} digits, eps {eps:.2f}',
+                      about={'eps': eps}, **about)
+    return contest
+
+@row('AutoAttack, standard version, a net of about 50 % robust accuracy, against pyautoattack', at_least=2.)
+def autoattack_half(s): return verdict_contest(s, taught_at=.15, share=.65, warm=False, rounds=1)
+
+@row('AutoAttack, standard version, a net that withstands nothing, against pyautoattack', at_least=20.)
+def autoattack_none(s): return verdict_contest(s, taught_at=0, share=0, eps=.3)
+
+
+# ---- training ----------------------------------------------------------------------------------------------------------------------------
+
+def our_step(attack, objective, **mode): # -> (net, x, y, optimiser) -> loss, as all steps below
+    "Our step of adversarial training, as `train_epoch` makes it"
+    step = needs('refine_nb.adversarial').adversarial(call(attack, eps=EPS, step_size=STEP, steps=STEPS), objective, **mode)
+    def make(net, x, y, optimiser):
+        loss, _ = step(net.train(), (x, y, torch.Generator(x.device).manual_seed(2)), 0.)
+        optimiser.zero_grad(set_to_none=True); loss.backward(); optimiser.step()
+        return loss.detach()
+    return make
+
+def near(at, x): return torch.min(torch.max(at, x-EPS), x+EPS).clamp(0, 1)
+
+def train_mode_step(net, x, y, optimiser):
+    "The net attacked in training mode with `backward`, which also adds up gradients of the weights that nobody uses"
+    net.train(); at = near(x+torch.empty_like(x).uniform_(-EPS, EPS), x)
+    for _ in range(STEPS):
+        at = at.detach().requires_grad_()
+        F.cross_entropy(net(at), y).backward()
+        at = near(at.detach()+STEP*at.grad.sign(), x)
+    optimiser.zero_grad(); loss = F.cross_entropy(net(at), y)
+    loss.backward(); optimiser.step()
+    return loss.detach()
+
+def eval_mode_step(net, x, y, optimiser):
+    "The net attacked in evaluation mode with `autograd.grad`"
+    net.eval(); at = near(x+torch.empty_like(x).uniform_(-EPS, EPS), x)
+    for _ in range(STEPS):
+        at.requires_grad_()
+        grad, = torch.autograd.grad(F.cross_entropy(net(at), y), [at])
+        at = near(at.detach()+STEP*grad.sign(), x)
+    net.train(); optimiser.zero_grad(); loss = F.cross_entropy(net(at), y)
+    loss.backward(); optimiser.step()
+    return loss.detach()
+
+def trades_step(net, x, y, optimiser, beta=6.):
+    "TRADES with the clean logits computed anew at every inner step, and a third forward of the loss"
+    net.eval(); at = recomputing_kl_pgd(net, x, y)
+    net.train(); optimiser.zero_grad()
+    robust = F.kl_div(F.log_softmax(net(at), 1), F.softmax(net(x), 1), reduction='batchmean')
+    loss = F.cross_entropy(net(x), y)+beta*robust
+    loss.backward(); optimiser.step()
+    return loss.detach()
+
+def training_contest(s, ours, theirs, same=None):
+    "A step of SGD on equal nets; `same`: our step that does exactly what theirs does, timed as well, where it is not `ours`"
+    def side(step, place, n=s.batch, size=32, dtype=torch.float32):
+        net, (x, y) = place(s.net(dtype)), s.images(n, size, dtype)
+        if s.cuda and place is ours_place: x = last(x)
+        optimiser = torch.optim.SGD(net.parameters(), lr=.01, momentum=.9, weight_decay=5e-4)
+        return lambda: seeded(step, net, x, y, optimiser)
+    def ours_place(net): return engine(s.device).place(net, training=True)
+    def theirs_place(net): return net
+    sides = {'ours': side(ours, ours_place), 'theirs': side(theirs, theirs_place)} | ({'ours as theirs': side(same, ours_place)} if same else {})
+    def agree(found):
+        a, b = (side(step, place, 4, 16, torch.float64)().item() for step,place in ((same or ours, ours_place), (theirs, theirs_place)))
+        return abs(a-b) < 1e-9*abs(b), f"float64: losses {a:.10g} and {b:.10g}; float32: {found['ours'].item():.5g} and {found['theirs'].item():.5g}"
+    return Contest(sides, agree, f'{s.batch} images', alike=('ours as theirs', 'theirs') if same else None)
+
+@row('a training step with PGD-10, against a loop that attacks in training mode with backward()', at_least=2.)
+def at_train_mode(s): return training_contest(s, our_step(pgd, ce), train_mode_step, same=our_step(pgd, ce, mode='train'))
+
+@row('a training step with PGD-10, against a loop that attacks in evaluation mode with autograd.grad', at_least=1.2)
+def at_eval_mode(s): return training_contest(s, our_step(pgd, ce), eval_mode_step)
+
+@row('a TRADES step, against a loop that recomputes the clean logits at every inner step', at_least=1.6)
+def trades_recomputing(s): return training_contest(s, our_step(kl_pgd, trades), trades_step)
 
 
 # ---- the device's own rates --------------------------------------------------------------------------------------------------------------
