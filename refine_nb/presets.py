@@ -10,6 +10,7 @@ import math, os
 from dataclasses import dataclass, replace
 
 from .core import Adversarials, Call, Cell, Recipe, Robustness, Worst, choose, rewrite
+from .quantise import Quantised
 
 # %% ../nbs/61_presets.ipynb #ece7ed22
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def _scaled_call(c:Call, p:Preset)->Call:
         if p.n_train: new['n_train'] = _least(has['n_train'], p.n_train)
     if c.name == 'classifier' and p.scratch_lr and has['weights']: new['weights'] = None
     if c.name == 'classifier' and p.thin and has['stem'] == 'cifar': new['name'] = p.thin
+    if p.n_train and has.get('n_calibrate'): new['n_calibrate'] = min(has['n_calibrate'], p.n_train)
     if p.steps and has.get('steps') is not None: new['steps'] = min(has['steps'], p.steps)
     return c.but(**new) if new else c
 
@@ -73,6 +75,7 @@ def scaled(
     def cap(v):
         if isinstance(v, Call): return _scaled_call(v, p)
         if isinstance(v, Recipe): return _scaled_recipe(v, p)
+        if isinstance(v, Quantised): return replace(v, n_calibrate=_least(v.n_calibrate, p.n_train))
         if isinstance(v, Robustness): return replace(v, n_eval=_least(_least(v.n_eval, p.n_eval), p.n_attacked), components=p.components or v.components)
         if isinstance(v, (Adversarials, Cell)): return replace(v, n_eval=_least(_least(v.n_eval, p.n_eval), v.attack and p.n_attacked))
         return v
