@@ -310,7 +310,7 @@ def verdict_contest(s, *, taught_at, share, eps=None, **about):
     return contest
 
 @row('AutoAttack, standard version, a net of about 50 % robust accuracy, against pyautoattack', at_least=2.)
-def autoattack_half(s): return verdict_contest(s, taught_at=.15, share=.65, warm=False, rounds=1)
+def autoattack_half(s): return verdict_contest(s, taught_at=.15, share=.58, warm=False, rounds=1)
 
 @row('AutoAttack, standard version, a net that withstands nothing, against pyautoattack', at_least=20.)
 def autoattack_none(s): return verdict_contest(s, taught_at=0, share=0, eps=.3)
