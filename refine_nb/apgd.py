@@ -131,7 +131,7 @@ def apgd_rows(
     for i in range(steps+1):
         if i: c.move(.75 if i>1 else 1.)
         previous = c.value; wrong = _look(model, c, loss)
-        if i==0: c.best_value,c.last,c.best_grad,c.value,first = c.value,c.value,c.grad,c.ups,False
+        if i==0: c.best_value,c.last,c.best_grad,c.value = c.value,c.value,c.grad,c.ups
         else: _learn(c, previous)
         out[c.at[wrong]],broken[c.at[wrong]] = c.x_adv[wrong],True
         if early_stop and wrong.any(): c.keep(~torch.isin(c.example, c.example[wrong]))
@@ -172,9 +172,9 @@ def _classes(objective, n_targets, K):
     if K<least: raise ValueError(f"objective={objective!r} needs at least {least} classes, the model has {K}: use objective='ce'")
     if not 1<=n_targets<K: raise ValueError(f"n_targets must be 1..{K-1} for {K} classes, got {n_targets}")
 
-def _clean(model, x, last, batch_size):
+def _clean(model, x, last, batch_size, device=None):
     "Logits [N,K] of the clean images on the CPU, all finite"
-    with torch.no_grad(): z = torch.cat([_logits(model, b, last).cpu() for b in x.split(batch_size)])
+    with torch.no_grad(): z = torch.cat([_logits(model, b.to(device or b.device), last).cpu() for b in x.split(batch_size)])
     if not z.isfinite().all(): raise ValueError("the model gave nan or inf: look at its logits on these images")
     return z
 
