@@ -15,9 +15,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.testing import assert_close
 
+from refine_nb.apgd import apgd
 from refine_nb.attacks import bi, bih, bim, cw_linf, fgsm, kl_pgd, ll, mim, pgd, vbi
 from refine_nb.attacks_min import ddn, salt_and_pepper
 from refine_nb.core import call
+from refine_nb.fab import fab_t
 from refine_nb.perturb import attacking, gaussian, kl, margin, zero
 
 EPS = .15
@@ -29,11 +31,12 @@ BUDGET = {
     'pgd': partial(pgd, **few), 'pgd_restarts': partial(pgd, restarts=2, **few), 'pgd_early': partial(pgd, early_stop=True, **few),
     'pgd_gaussian': partial(pgd, start=gaussian, clamp_start=False, **few), 'cw_linf': partial(cw_linf, **few),
     'bi': partial(bi, **few), 'bih': partial(bih, **few), 'vbi': partial(vbi, **few), 'll': partial(ll, **few),
+    'apgd': partial(apgd, steps=5), 'apgd_dlr_t': partial(apgd, steps=5, objective='dlr_t'), 'fab_t': partial(fab_t, steps=10),
     'pgd_l2': partial(pgd, norm='l2', step_size=.3, steps=5),
 }
 FREE = {'ddn': partial(ddn, steps=20), 'salt_and_pepper': partial(salt_and_pepper, steps=60)}
 ALL = {**{name: partial(a, eps=1. if name=='pgd_l2' else EPS) for name,a in BUDGET.items()}, **FREE}
-RANDOM = {'kl_pgd', 'pgd', 'pgd_restarts', 'pgd_early', 'pgd_gaussian', 'pgd_l2', 'cw_linf', 'salt_and_pepper'}
+RANDOM = {'kl_pgd', 'pgd', 'pgd_restarts', 'pgd_early', 'pgd_gaussian', 'pgd_l2', 'cw_linf', 'apgd', 'apgd_dlr_t', 'salt_and_pepper'}
 HARMLESS = {'vbi', 'll', 'bih'}                   # made to correct, not to break
 
 every = pytest.mark.parametrize('name', ALL)
@@ -210,7 +213,7 @@ def test_bad_budgets(name, eps, trained, batch):
     if name == 'pgd_l2' and eps == 8: return       # an L2 budget may exceed 1
     with pytest.raises(ValueError, match='write 8/255, not 8'): BUDGET[name](trained, *batch, eps=eps)
 
-@pytest.mark.parametrize('attack', [bim, pgd, mim, kl_pgd, cw_linf, bi, bih, vbi, ll, ddn, salt_and_pepper])
+@pytest.mark.parametrize('attack', [bim, pgd, mim, kl_pgd, cw_linf, apgd, fab_t, bi, bih, vbi, ll, ddn, salt_and_pepper])
 def test_bad_steps(attack, trained, batch):
     with pytest.raises(ValueError, match='steps must be at least 1, got 0'): attack(trained, *batch, steps=0)
 
