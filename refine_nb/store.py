@@ -14,8 +14,9 @@ import filelock, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .core import Adversarials, Call, Cell, Recipe, Spec, Worst, canonical, key, nested, seeded
-from .data import Data, Split
+from .autoattack import autoattack
+from .core import Adversarials, Call, Cell, Recipe, Robustness, Spec, Worst, canonical, choose, key, nested, seeded
+from .data import Data, Split, to_input
 from .entry import Damaged, Entry, home_folder, read_entry, write_entry, writing
 from .environment import commit, device_name, versions
 from .evaluate import Outcome, adversarial_images, classify, first_broken, narrow, pack, survivors, unpack, verdicts
@@ -118,7 +119,7 @@ def _made(store:Store, spec:Spec, **also)->Entry: # `also` is for `make`
 _ANY_LENGTH = ('refine_nb.train.fine_tune', 'refine_nb.refine.adapt', 'refine_nb.sources.equal_steps') # their steps do not ask how long the training will be
 
 def _family(recipe:Recipe): # what recipes of one training have in common; None where the length matters
-    asks = getattr(recipe, 'schedule', None) is not None or recipe.method.fn not in _ANY_LENGTH
+    asks = recipe.schedule or recipe.select or recipe.robust or recipe.method.fn not in _ANY_LENGTH
     return None if asks else replace(recipe, epochs=1)
 
 def passed(
@@ -166,8 +167,18 @@ def fresh(self:Store, recipe:Recipe)->nn.Module:
         return self.engine.place(recipe.model(num_classes=self.data(recipe.data).num_classes), training=True)
 
 # %% ../nbs/60_store.ipynb #1ca873da
+def _beside(recipe:Recipe, other:dict)->dict: # what `fit` hands back besides the result, as tensors of the entry
+    return {f'{name}/{k}': v for name,state in other.items() for k,v in state.items()} if recipe.robust or recipe.select else {}
+
+def _weights(recipe:Recipe, tensors:dict, best_epoch:int, which=None)->dict: # of the result (None), or of the 'best' or 'last' epoch
+    if which: choose(which, ('best','last'), 'which')
+    if which in (None, 'last' if recipe.select=='last' else 'best') or best_epoch==recipe.epochs: return {k: v for k,v in tensors.items() if '/' not in k}
+    if found := {k.partition('/')[2]: v for k,v in tensors.items() if k.startswith(f'{which}/')}: return found
+    raise ValueError(f"the weights of the {which} epoch were not kept: a recipe keeps both where it names `robust` or `select`")
+
+# %% ../nbs/60_store.ipynb #f22e1200
 @patch
-def model(self:Store, recipe:Recipe|Quantised)->nn.Module:
+def model(self:Store, recipe:Recipe|Quantised, which:str|None=None)->nn.Module: # `which` epoch: 'best' or 'last'; None is the recipe's choice
     "A recipe's trained model, in evaluation mode, on the engine's device; of a `Quantised`, int8 with the gradients of its counterpart"
     if isinstance(recipe, Quantised):
         float32 = self.model(recipe.recipe)
@@ -177,7 +188,7 @@ def model(self:Store, recipe:Recipe|Quantised)->nn.Module:
         raise ValueError(f"the stored weights {key(recipe)} were made from other images (fingerprint {was[:12]}) than {data.name} has now ({data.fingerprint[:12]}): restore the data, or use another REFINE_HOME")
     while root.init is not None: root = root.init
     bare = root.model.but(weights=None) if 'weights' in root.model.all_settings else root.model
-    model = bare(num_classes=data.num_classes); model.load_state_dict(weights)
+    model = bare(num_classes=data.num_classes); model.load_state_dict(_weights(recipe, weights, self.get(recipe).result.get('best_epoch'), which))
     return self.engine.place(model).eval()
 
 # %% ../nbs/60_store.ipynb #106baf72
@@ -189,7 +200,7 @@ def value(self:Store, spec:Spec):
     t, r = self.tensors(spec), self.get(spec).result
     if isinstance(spec, Correction): return Corrected(unpack(t['right'], r['n']), t['index'], t['x'], t['linf'], t['l2'], r['seconds'])
     if isinstance(spec, Adversarials): return t['x']
-    if not isinstance(spec, (Cell, Worst)): return r
+    if not isinstance(spec, (Cell, Robustness, Worst)): return r
     return Outcome(unpack(t['right'], r['n']), t['predicted'].long() if 'predicted' in t else None, t.get('breaker'))
 
 # %% ../nbs/60_store.ipynb #74d1494d
@@ -210,6 +221,8 @@ def _(recipe:Recipe, store, passing=()): # `passing`: the same recipe with fewer
     data, model = store.data(recipe.data), store.fresh(recipe)
     method = store.resolved(recipe.method)(data, batch_size=recipe.batch_size, seed=recipe.seed, device=store.engine.device)
     def validate(m): return verdicts(method.deploy(m), data.valid, size=data.size, device=store.engine.device).float().mean().item()
+    some, attack = Split(*(v[:recipe.n_robust] for v in (data.valid.x, data.valid.y))), recipe.robust and store.resolved(recipe.robust)
+    def robust(m): return verdicts(method.deploy(m), some, size=data.size, attack=attack, seed=recipe.seed, device=store.engine.device).float().mean().item()
     def result(log): return {**log, 'parameters': n_parameters(model), 'images_per_epoch': method.n_images, 'data': data.fingerprint}
     def see(state):
         for r in passing:
@@ -217,8 +230,10 @@ def _(recipe:Recipe, store, passing=()): # `passing`: the same recipe with fewer
     running = _Shown(store.root/'running'/key(recipe), store.every, see)
     with writing(store.root):
         log = fit(model, method, recipe.optimiser(model.parameters()), epochs=recipe.epochs, seed=recipe.seed, validate=validate,
+                  robust=robust if attack else None, select=recipe.select or 'valid', schedule=recipe.schedule, clip=recipe.clip,
                   snapshots=running, engine=store.engine, quiet=store.quiet)
-    return result(log), model.state_dict()
+    tensors = {**model.state_dict(), **_beside(recipe, log.pop('other'))}
+    return result(log), tensors
 
 # %% ../nbs/60_store.ipynb #f1576cf0
 def _part(data:Data, spec)->Split: # the images that a spec looks at
@@ -286,6 +301,18 @@ def _(spec:Quantised, store):
     data, model = store.data(spec.data), store.model(spec.recipe)
     state = integers(quantise(model, data, backend=spec.backend, observer=spec.observer, n_calibrate=spec.n_calibrate))
     return {'mebibytes': mebibytes(state), 'float_mebibytes': mebibytes(model.state_dict()), 'data': data.fingerprint}, state
+
+# %% ../nbs/60_store.ipynb #36b787e2
+@make.register
+def _(spec:Robustness, store):
+    data, model = store.data(spec.recipe.data), store.model(spec.recipe)
+    part, running = _part(data, spec), Snapshots(store.root/'running'/key(spec), every=store.every)
+    def save(state):
+        with writing(store.root): running.save({'epoch': running.epoch+1, 'run': state})
+    x = to_input(part.x, data.size); known = running.load()
+    r = autoattack(model, x, part.y, eps=spec.eps, components=spec.components, reference=spec.reference, seed=spec.recipe.seed, quiet=store.quiet, state=known and known['run'], save=save)
+    numbers = {**proportion(r.breaker==-1), 'label': r.label, 'survivors': r.survivors, 'seconds': r.seconds, 'flags': list(r.flags), 'data': data.fingerprint}
+    return numbers, {'right': pack(r.breaker==-1), 'breaker': r.breaker}
 
 # %% ../nbs/60_store.ipynb #13235b93
 @patch
