@@ -30,7 +30,7 @@ class Notebook:
     @property
     def number(self): return int(m[1]) if (m := re.match(r'(\d\d)_', self.name)) else None
     @property
-    def is_artefact(self): return bool(re.match(r'(tab|fig|study)', self.name))
+    def is_artefact(self): return bool(re.match(r'(tab|fig|study|claims)', self.name))
     @property
     def module(self):
         found = [m[1] for _,s,_ in self.code if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', s, re.M))]
@@ -220,10 +220,10 @@ def test_every_artefact_notebook_has_its_published_numbers():
 
 def test_catalogue_and_artefacts_agree():
     "The catalogue also lists what is planned: only what it calls ready needs a notebook and the printed numbers"
-    ready, there = {i for i,a in ARTEFACTS.items() if a.ready}, {nb.name for nb in NOTEBOOKS if re.match('tab|fig', nb.name)}
+    ready, there = {i for i,a in ARTEFACTS.items() if a.ready}, {nb.name for nb in NOTEBOOKS if nb.is_artefact}
     assert ready, 'the catalogue calls no artefact ready'
     assert not (lacking := sorted(ready - there)), f'the catalogue calls {lacking} ready, but nbs/ has no such notebook'
-    assert not (lacking := sorted(ready - published_ids())), f'refine_nb/published/ lacks {lacking}, which the catalogue calls ready'
+    assert not (lacking := sorted(i for i in ready - published_ids() if re.match('tab|fig', i))), f'refine_nb/published/ lacks {lacking}, which the catalogue calls ready'
     assert not (unlisted := sorted(there - ready)), f'71_catalogue.ipynb does not call {unlisted} ready: add them'
 
 def smells(file):

@@ -117,6 +117,30 @@ def test_clean_accuracies_of_table_4_are_those_of_table_1(tab1, tab4):
     assert len(both) == 24 and (both.clean == both.accuracy).all() and (both.clean_std == both['std']).all()
 
 
+# ---- AdCorDA, Table 2, figures and text ----------------------------------------------------------------------------------------------------
+
+def test_table_2():
+    "20 numbers; deltas are the differences; a training accuracy of the baseline is its count of misclassified images, out of 90,000"
+    t = published('tab2_adcorda')
+    assert [t[c].count() for c in ('train', 'accuracy', 'delta', 'corrected', 'total')] == [6, 6, 4, 2, 2] and [round(t[c].sum(), 2) for c in ('train', 'accuracy', 'delta')] == [571.29, 515.74, 3.67]
+    assert mismatches(t) == {} and t.corrected.dropna().equals(t.total.dropna().rename('corrected'))
+    for _,b in t.groupby('model'): assert round(100*(1-int(b.total.max())/90_000), 2) == b.train.iloc[0]
+    below = [(r.model, r.attack) for _,b in t.groupby('model') for r in b.itertuples() if r.train < b.train.iloc[0]]
+    assert below == [('resnet18', 'None'), ('resnet50', 'None'), ('resnet50', 'DDN')] == [(r.model, r.attack) for r in t[t.note.str.contains('below BL|Below BL')].itertuples()]   # A-31
+
+
+def test_figures_of_adcorda():
+    "Of Figure 2 the text has three accuracies, two of which end panel b; Figure 1 has no number but the 100 % of its text"
+    f = published('fig2_adcorda')
+    assert f[f.panel=='a'].accuracy.tolist() == [73.48, 80.57, 83.51] and f[f.panel=='b'].accuracy.tolist() == [80.57, 83.51] and f[f.panel=='b'].note.str.contains('A-24').all()
+    assert published('fig1_adcorda').set.tolist() == ['T', 'T_c', 'T_w', 'T_a', "T'"] and published('fig1_adcorda').accuracy.sum() == 100
+
+
+def test_numbers_of_the_text_of_adcorda():
+    t = published('claims_adcorda')
+    assert len(t) == 10 and round(t.value.sum(), 3) == 5619.437 and t.value[:2].tolist() == [.254, .173] and t.note.str.contains('A-23|A-18').sum() == 4
+
+
 # ---- the mixture document ------------------------------------------------------------------------------------------------------------------
 
 COLUMNS = ['clean', 'fgsm_0.1', 'pgd_0.1', 'fgsm_0.5', 'pgd_0.5']
@@ -137,3 +161,50 @@ def test_oddities_of_the_mixture_document():
     assert set(one.index[one['pgd_0.1'] > one['fgsm_0.1']]) == {'Adversarial', 'SAT', 'ALS + SAT'}                                # M-2
     improved = [(m, a) for m in two.index for a in COLUMNS[1:] if two.loc[m, a] > one.loc[m, a]]
     assert sorted(improved) == [('Adversarial', 'fgsm_0.5'), ('Adversarial', 'pgd_0.5'), ('SAT', 'pgd_0.5')]                      # M-4
+
+
+# ---- Table 3 of AdCorDA ------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def tab3():
+    "What is printed in the table; the last two rows of the file are from the text"
+    table = published('tab3_adcorda')
+    return table[table.source.str.contains('Table 3')]
+
+
+def int8_mismatches(table):
+    "As `mismatches`; deltas of Table 3 are over PTSQ"
+    exact, found = lambda x: Decimal(f'{x:.2f}'), {}
+    for key,block in table.groupby(BLOCK, sort=False):
+        base = exact(block.accuracy[block.approach=='PTSQ'].item())
+        for _,r in block[block.delta.notna()].iterrows():
+            ours, printed = exact(r.accuracy)-base, exact(r.delta)
+            if ours != printed: found[(*key, r.attack)] = (str(printed), str(ours))
+    return found
+
+
+def test_table_3_is_whole(tab3):
+    assert [k for k,_ in tab3.groupby(BLOCK, sort=False)] == [(m, d) for m in ('resnet18', 'resnet34') for d in ('cifar10', 'cifar100')]
+    for _,block in tab3.groupby(BLOCK, sort=False):
+        assert list(zip(block.approach, block.attack)) == [('BL', '-'), ('PTSQ', '-'), ('PTSQ-IST', 'None'), ('PTSQ-IST', 'BIH'), ('PTSQ-IST', 'SP')]
+    assert tab3.accuracy.count() == tab3['std'].count() == 20 and tab3.delta.count() == 12 and tab3['size'].count() == 0
+    assert (round(tab3.accuracy.sum(), 2), round(tab3['std'].sum(), 2), round(tab3.delta.sum(), 2)) == (1740.55, 5.23, 41.78)
+
+
+def test_numbers_beside_table_3():
+    rest = published('tab3_adcorda').query('~source.str.contains("Table 3")')
+    assert rest[['model', 'accuracy', 'size']].fillna(0).values.tolist() == [['resnet152', 81.52, 223.49], ['resnet34', 0, 20.76]] and rest.note.str.contains('A-29:').all()
+
+
+def test_printed_deltas_of_table_3_are_over_ptsq_but_for_two(tab3):
+    wrong = {('resnet18', 'cifar10', 'BIH'): ('3.07', '3.06'), ('resnet18', 'cifar10', 'SP'): ('2.93', '2.87')}
+    assert int8_mismatches(tab3) == wrong
+    over_full_precision = tab3.assign(approach=tab3.approach.replace({'BL': 'PTSQ', 'PTSQ': 'BL'}))
+    assert len(int8_mismatches(over_full_precision)) == 12
+    where = lambda code: set(map(tuple, tab3.loc[tab3.note.str.contains(rf'\b{code}:'), [*BLOCK, 'attack']].values))
+    assert where('A-4') | where('A-5') == set(wrong) and {a for _,_,a in where('A-6')} == {'None'}
+
+
+def test_baselines_of_table_3_are_those_of_table_1(tab1, tab3):
+    base = lambda t: t[t.approach=='BL'].set_index(BLOCK)[['accuracy', 'std']]
+    assert base(tab3).equals(base(tab1).loc[base(tab3).index])
