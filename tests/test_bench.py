@@ -103,6 +103,12 @@ def test_the_json_is_complete(command):
     assert {'name', 'says', 'target', 'size', 'agrees', 'agreement', 'status', 'rounds', 'seconds', 'ours', 'theirs', 'ratios', 'reached'} == set(fine)
     assert absent == {'name': 'absent', 'says': 'the absent row', 'target': 'at least 2.0', 'status': 'torchattacks is not installed'}
 
+def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
+    (tmp_path/'half_there.py').write_text('import lacking_part'); monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Absent, match='^nobodys_attacks is not installed$'): bench.needs('nobodys_attacks')
+    with pytest.raises(Absent, match='^half_there needs lacking_part, which is not installed$'): bench.needs('half_there')
+    assert bench.needs('json') is json
+
 def test_the_table_names_the_machine(command, tmp_path):
     _, made = command('fine', 'absent')
     said = (tmp_path/'out'/'bench.md').read_text()

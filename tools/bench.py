@@ -83,8 +83,7 @@ def needs(name):
     "The module, or `Absent`"
     try: return import_module(name)
     except ModuleNotFoundError as e:
-        if e.name.split('.')[0] not in (name.split('.')[0], 'refine_nb'): raise
-        raise Absent(f'{name} is not installed') from None
+        raise Absent(f'{name} is not installed' if e.name in name else f'{name} needs {e.name}, which is not installed') from None
 
 def race(contest, *, seconds, rounds, most=9, clock=Clock()):
     "Interleaved rounds until `seconds` are over, at least `rounds`: agreement, and the times of each side, {side: [(wall, cpu)]}"
