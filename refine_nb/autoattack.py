@@ -48,7 +48,7 @@ class _Protocol:
 @dataclass(frozen=True)
 class Result:
     "What AutoAttack found"
-    breaker: Tensor  # int8 [N]: -1 survived, 0 misclassified when clean, i broken by the i-th component
+    breaker: Tensor  # int8 [N] on the CPU: -1 survived, 0 misclassified when clean, i broken by the i-th component
     x_adv: Tensor    # [N,C,H,W]: misclassified images within the budget; the clean image where it survived or was wrong already
     survivors: dict  # 'clean' and each component -> images that are still right after it
     seconds: dict    # component -> seconds, those of interrupted runs too
