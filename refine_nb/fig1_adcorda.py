@@ -40,7 +40,7 @@ def tidy(
     return pd.DataFrame([{'set': s, 'n': n, 'accuracy': round(100*a, 6)} for s,(n,a) in rows.items()])
 
 # %% ../nbs/fig1_adcorda.ipynb #789c3c9e
-_PLACES = {'T': (.01,.36), 'T_c': (.27,.68), 'T_w': (.27,.05), 'T_a': (.53,.05), "T'": (.79,.36)} # lower left corners, shares of the figure
+_PLACES = {'T': (0,.42), 'T_c': (.29,.76), 'T_w': (.29,.06), 'T_a': (.56,.06), "T'": (.81,.42)} # lower left corners, shares of the picture
 
 def _samples(model, data:Data, t:Corrected, k:int, device)->dict: # set -> images [k,C,H,W], true and predicted labels
     wrong = (~t.right).nonzero()[:,0]; fixed = t.index[:k]; rest = wrong[~torch.isin(wrong, t.index)]
@@ -51,12 +51,12 @@ def _samples(model, data:Data, t:Corrected, k:int, device)->dict: # set -> image
     out["T'"] = tuple(torch.cat([a[:k-half], b[:half]]) for a,b in zip(out['T_c'], out['T_a']))
     return {s: (x, y, predict(model, x, device=device) if len(x) else y) for s,(x,y) in out.items()}
 
-def _thumbnails(fig, at, samples, classes): # a row of images with what the network says
+def _thumbnails(ax, at, samples, classes): # a row of images with what the network says
     for i,(x,y,said) in enumerate(zip(*samples)):
-        ax = fig.add_axes([at[0]+.05*i, at[1]+.06, .046, .14]); ax.set(xticks=[], yticks=[])
-        ax.imshow(x.permute(1,2,0).squeeze(-1), cmap='gray', vmin=0, vmax=1)
-        ax.set_xlabel(classes[said][:6], fontsize=6, labelpad=1, color=method_colour('DDN' if said==y else 'VBI'))
-        for side in ax.spines.values(): side.set_visible(False)
+        small = ax.inset_axes([at[0]+.048*i, at[1], .044, .15]); small.set(xticks=[], yticks=[])
+        small.imshow(x.permute(1,2,0).squeeze(-1), cmap='gray', vmin=0, vmax=1)
+        small.set_xlabel(classes[said][:6], fontsize=6, labelpad=1, color=method_colour('DDN' if said==y else 'VBI'))
+        for side in small.spines.values(): side.set_visible(False)
 
 # %% ../nbs/fig1_adcorda.ipynb #d4073d3b
 def flow(
@@ -65,20 +65,16 @@ def flow(
 ): # matplotlib figure
     "Figure 1: the five steps with the counts and the images of a run"
     import matplotlib.pyplot as plt
-    fig = plt.figure(figsize=(7.2, 2.7), layout='none')
-    samples = _samples(model, data, t, k, device)
-    for s,at in _PLACES.items():
-        name = f"${s}$".replace("T'", "T^{\\prime}")
-        fig.text(at[0], at[1]+.22, f"{name}: {sizes[s]:,} images", fontsize=8)
-        _thumbnails(fig, at, samples[s], data.classes)
-    lost = sizes['T_w']-sizes['T_a']
-    for a,b,words,where in (((.21,.56),(.265,.76),'2 right',(.2,.69)), ((.21,.42),(.265,.24),'2 wrong',(.2,.27)), ((.475,.17),(.525,.17),'',(0,0)), ((.475,.78),(.82,.64),'4',(.66,.74)),
-                            ((.735,.2),(.82,.37),'4',(.765,.31)), ((.8,.33),(.06,.33),'',(0,0))):
-        curve = 'arc3,rad=-.42' if b[0]<a[0] else 'arc3'
-        fig.add_artist(plt.matplotlib.patches.FancyArrowPatch(a, b, transform=fig.transFigure, arrowstyle='-|>', mutation_scale=8, lw=.8, color='.35', connectionstyle=curve))
-        if words: fig.text(*where, words, fontsize=7, color='.35')
-    fig.text(.5, .3, f"3 correct by {attack}" + (f'\n{lost:,} fail and are left out' if lost else ''), fontsize=7, color='.35', ha='center', va='bottom')
-    fig.text(.8, .08, "5 adapt from $T^{\\prime}$\nback to $T$", fontsize=7, color='.35', va='center'); fig.text(.01, .97, title, fontsize=8, va='top')
+    fig, ax = plt.subplots(figsize=(7.2, 2.9)); ax.set_axis_off(); ax.set(xlim=(0,1), ylim=(-.05,1), title=title)
+    samples, lost = _samples(model, data, t, k, device), sizes['T_w']-sizes['T_a']
+    for s,(x,y) in _PLACES.items():
+        ax.text(x, y+.17, f"${s}$: {sizes[s]:,} images".replace("T'", "T^{\\prime}"), fontsize=8, transform=ax.transAxes)
+        _thumbnails(ax, (x,y), samples[s], data.classes)
+    for a,b in (((.2,.54),(.28,.8)), ((.2,.46),(.28,.17)), ((.485,.13),(.555,.13)), ((.485,.83),(.84,.69)), ((.755,.16),(.84,.36)), ((.8,.5),(.2,.5))):
+        ax.annotate('', b, a, 'axes fraction', 'axes fraction', arrowprops=dict(arrowstyle='-|>', lw=.8, color='.35', ls='--' if b[0]<a[0] else '-'))
+    fails = f', {lost:,} fail and are left out' if lost else ''
+    for x,y,words in ((.225,.7,'2 right'), (.225,.28,'2 wrong'), (.525,.34,f'3 correct by {attack}{fails}'), (.67,.8,'4 join'), (.825,.24,'4 join'), (.5,.53,"5 adapt from $T^{\\prime}$ back to $T$")):
+        ax.text(x, y, words, fontsize=7, color='.35', ha='right' if words[0]=='2' else 'center', transform=ax.transAxes)
     return fig
 
 # %% ../nbs/fig1_adcorda.ipynb #30cd9f8b
