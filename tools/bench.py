@@ -371,7 +371,7 @@ def training_contest(s, ours, theirs, same=None):
     sides = {'ours': side(ours, ours_place), 'theirs': side(theirs, theirs_place)} | ({'ours as theirs': side(same, ours_place)} if same else {})
     def agree(found):
         a, b = (side(step, place, 4, 16, torch.float64)().item() for step,place in ((same or ours, ours_place), (theirs, theirs_place)))
-        return abs(a-b) < 1e-9*abs(b), f"float64: losses {a:.10g} and {b:.10g}; float32: {found['ours'].item():.5g} and {found['theirs'].item():.5g}"
+        return abs(a-b) < 1e-9*abs(b), f"float64: losses {a:.10g} and {b:.10g}; float32: {found['ours as theirs' if same else 'ours'].item():.5g} and {found['theirs'].item():.5g}"
     return Contest(sides, agree, f'{s.batch} images', alike=('ours as theirs', 'theirs') if same else None)
 
 @row('a training step with PGD-10, against a loop that attacks in training mode with backward()', at_least=2.)
