@@ -74,6 +74,7 @@ class Protocol:
     batch_size: int
     coral_weight: float # lambda
 
+# %% ../nbs/80_adcorda.ipynb #96e659de
 def protocol_of(
     base:Recipe,        # from `baseline` or `cinic_baseline`
 )->Protocol:

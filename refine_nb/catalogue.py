@@ -59,7 +59,7 @@ _TITLES = {
     'fig5_dra': 'corrupted images',
     'tab1_mixture': 'nine mixtures, weak attacker', 'tab2_mixture': 'strong attacker', 'fig1_mixture': 'two batch norms', 'fig2_mixture': 'decision boundaries', 'fig3_mixture': 'ReLU and its smooth relatives',
     'fig4_mixture': 'accuracy against robustness'}
-_READY = {'fig1_adcorda', 'claims_adcorda', 'tab1_adcorda', 'tab3_adcorda', 'fig2_adcorda', 'tab2_adcorda', 'study_adcorda', 'fig3_mixture', 'fig2_mixture', 'fig1_mixture'}
+_READY = {'tab1_mixture', 'fig1_adcorda', 'claims_adcorda', 'tab1_adcorda', 'tab3_adcorda', 'fig2_adcorda', 'tab2_adcorda', 'study_adcorda', 'fig3_mixture', 'fig2_mixture', 'fig1_mixture'}
 ARTEFACTS = {i: Artefact(i, t, i in _READY) for i,t in _TITLES.items()}
 
 def catalogue(
@@ -115,6 +115,10 @@ def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine)->s
     return '\n'.join(lines)
 
 # %% ../nbs/71_catalogue.ipynb #6e9e3f24
+def _network(cell)->str: # the network that is trained at this scale, by name
+    c = cell.recipe.model
+    return (c if 'name' in c.all_settings else c['base'])['name']
+
 def announce(
     artefact:str,      # an id of `ARTEFACTS`
     p:SimpleNamespace, # the checked parameters: `preset` (a `Preset`), `model`, `dataset`, perhaps more
@@ -124,7 +128,7 @@ def announce(
     "What the numbers of this run are, in words"
     a = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')]
     what = f"{a.name} of {SHORT[a.paper]}"
-    where = f"{p.model} on {p.preset.data or p.dataset}"
+    where = f"{_network(scaled(cells[0], p.preset))} on {p.preset.data or p.dataset}"
     tag = {'demo': 'DEMO', 'small': 'SMALL RUN', 'paper': "PAPER'S SCALE"}[p.preset.name]
     settings = {k: getattr(p, k) for k in ('model', 'dataset')}
     banner = f"**{tag}: {what}, {where}.** This is {p.preset.says}."

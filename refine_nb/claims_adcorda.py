@@ -7,7 +7,6 @@ __all__ = ['CLAIMS', 'modest', 'correction_share', 'our_tables', 'printed', 'led
 
 # %% ../nbs/claims_adcorda.ipynb #5ce72afc
 import importlib
-from pathlib import Path
 
 import pandas as pd
 

@@ -144,6 +144,7 @@ def classifier(
         _start(net, *_weights(name, weights, weights_file, download or os.environ.get('REFINE_DOWNLOAD')=='1'))
     return nn.Sequential(OrderedDict(normalise=Normalise(mean, std), net=net))
 
+# %% ../nbs/02_models.ipynb #6309d918
 def _weights(name, weights, weights_file, download): # -> tensors by name, and where they are from
     if weights=='places365' and weights_file is None:
         file = data_root()/f'{name}_places365.pth.tar'

@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'share_of', 'Share', 'part_of', 'equal_steps', 'on_source', 
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from .core import Recipe, Spec, choose, seeded
