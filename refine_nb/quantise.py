@@ -81,8 +81,9 @@ def prepared(
     observer:str='histogram', # 'histogram' or 'minmax'
 )->nn.Module:                 # a copy in evaluation mode, fused, with observers behind its parts
     "A network that looks at its activations, ready to be converted"
-    look = OBSERVERS[choose(observer, OBSERVERS, 'observer')].with_args(dtype=torch.quint8, quant_min=0, quant_max=_TOP[choose(backend, BACKENDS, 'backend')])
+    kind = OBSERVERS[choose(observer, OBSERVERS, 'observer')]
     with kernels(backend):
+        look = kind.with_args(dtype=torch.quint8, quant_min=0, quant_max=_TOP[backend])
         config = get_default_qconfig_mapping(backend).set_global(QConfig(activation=look, weight=get_default_qconfig(backend).weight))
         custom = PrepareCustomConfig().set_non_traceable_module_classes([Normalise])
         try: return prepare_fx(deepcopy(model).eval(), config, (torch.empty(0),), prepare_custom_config=custom)
@@ -203,8 +204,8 @@ class _Round(nn.Module): # an activation on its calibrated grid
     def __init__(self, observer:ObserverBase):
         super().__init__()
         s, z = observer.calculate_qparams()
-        self.s, self.z, self.ends = s.item(), z.item(), (observer.quant_min, observer.quant_max)
-    def forward(self, x): return torch.fake_quantize_per_tensor_affine(x, self.s, self.z, *self.ends)
+        self.s, self.z = s.item(), z.item()
+    def forward(self, x): return torch.fake_quantize_per_tensor_affine(x, self.s, self.z, 0, 255) # kernels cut off at 8 bits, also where 7 were calibrated
 
 def _folded(model:nn.Module, norms:dict[str,str])->Iterator[tuple[str,Tensor,Tensor|None]]: # name, weight and bias with its batch norm
     for n,m in model.named_modules():
