@@ -59,7 +59,7 @@ _TITLES = {
     'fig5_dra': 'corrupted images',
     'tab1_mixture': 'nine mixtures, weak attacker', 'tab2_mixture': 'strong attacker', 'fig1_mixture': 'two batch norms', 'fig2_mixture': 'decision boundaries', 'fig3_mixture': 'ReLU and its smooth relatives',
     'fig4_mixture': 'accuracy against robustness'}
-_READY = {'tab1_mixture', 'fig1_adcorda', 'claims_adcorda', 'tab1_adcorda', 'tab3_adcorda', 'fig2_adcorda', 'tab2_adcorda', 'study_adcorda', 'fig3_mixture', 'fig2_mixture', 'fig1_mixture'}
+_READY = {'tab4_adcorda', 'tab1_mixture', 'fig1_adcorda', 'claims_adcorda', 'tab1_adcorda', 'tab3_adcorda', 'fig2_adcorda', 'tab2_adcorda', 'study_adcorda', 'fig3_mixture', 'fig2_mixture', 'fig1_mixture'}
 ARTEFACTS = {i: Artefact(i, t, i in _READY) for i,t in _TITLES.items()}
 
 def catalogue(
