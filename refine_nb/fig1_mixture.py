@@ -19,7 +19,7 @@ from .claims import Claim, cell
 from .core import call
 from .data import Data
 from .models import _Leaves, classifier
-from .surgery import DualNorm, auxiliary, operated
+from .surgery import DualNorm, operated
 from .train import Engine, sgd, train_epoch
 
 # %% ../nbs/fig1_mixture.ipynb #cddb2b22

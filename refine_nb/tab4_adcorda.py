@@ -6,8 +6,6 @@
 __all__ = ['BUDGETS', 'ROWS', 'CLAIMS', 'grid', 'tidy', 'robust_table']
 
 # %% ../nbs/tab4_adcorda.ipynb #3bf2d0b5
-import math
-
 import pandas as pd
 
 from .adcorda import baseline, refined
