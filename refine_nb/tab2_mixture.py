@@ -91,11 +91,11 @@ def step_curve(
 
 # %% ../nbs/tab2_mixture.ipynb #3bd7ebae
 def explained(
-    walk:pd.DataFrame, # from `step_curve`, with 1 and 2 steps
-)->str: # 'no rise', 'caught', or 'leaked or robust', with its numbers
+    walk:pd.DataFrame, # from `step_curve`, with 0, 1 and 2 steps
+)->str: # 'no rise', 'caught', 'leaked or robust' or 'unclear', with its numbers
     "What the second step does to the first"
-    one, two = (walk[walk.steps==k].iloc[0] for k in (1, 2))
-    verdict = 'no rise' if two.low <= one.high else 'caught' if two.other >= two.low else 'leaked or robust'
+    clean, one, two = (walk[walk.steps==k].iloc[0] for k in (0, 1, 2))
+    verdict = 'no rise' if two.low <= one.high else 'leaked or robust' if two.other < two.low else 'caught' if two.other >= clean.other/2 else 'unclear'
     return f'{verdict}: accuracy {one.accuracy:.1f} to {two.accuracy:.1f}, the other network {two.other:.1f}, pixels at x {one.returned:.1f} to {two.returned:.1f}'
 
 # %% ../nbs/tab2_mixture.ipynb #89454180
