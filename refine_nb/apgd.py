@@ -6,14 +6,13 @@
 __all__ = ['dlr', 'dlr_t', 'apgd_checkpoints', 'boundary_start', 'apgd_rows', 'pursue', 'apgd']
 
 # %% ../nbs/13_apgd.ipynb #50e81cd9
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from .core import choose, seeded
+from .core import choose
 from .perturb import _check, _each, _logits, attacking, ce, linf
 
 # %% ../nbs/13_apgd.ipynb #ef4f31e5
@@ -86,16 +85,36 @@ def _consider(c, waited, rho):
     c.halved,c.last,c.ups = halve,c.best_value,torch.zeros_like(c.ups)
 
 # %% ../nbs/13_apgd.ipynb #f4851529
-def _names(x): # one string per image, from its pixels
-    return [hashlib.sha256(image.float().cpu().numpy().tobytes()).hexdigest()[:16] for image in x.detach()]
+def _mixed(h):
+    "The finaliser of SplitMix64 on int64 [...]: each input bit turns about half of the output bits"
+    for shift,factor in ((30, 0xBF58476D1CE4E5B9-2**64), (27, 0x94D049BB133111EB-2**64)): h = (h ^ (h>>shift & 2**(64-shift)-1))*factor
+    return h ^ (h>>31 & 2**33-1)
 
+def _hash(h, *lanes):
+    "Mix integers or integer tensors into `h`, one after the other; all broadcast"
+    for lane in lanes: h = _mixed(h + (torch.as_tensor(lane, device=h.device)+1)*(0x9E3779B97F4A7C15-2**64))
+    return h
+
+# %% ../nbs/13_apgd.ipynb #d8929770
+def _names(x, seed=0):
+    "int64 [B]: what each image's draws depend on"
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits = [(b+0.).contiguous().flatten(1).view(kind).long() for b in x.detach().split(256)] # -0 becomes 0; few at a time, for they are large
+    return _hash(torch.cat([_hash(b, torch.arange(b.shape[1], device=x.device)).sum(1) for b in bits]), seed)
+
+def _uniform(names, queries, lanes):
+    "Draws [B,T,lanes] in [0,1), a function of name, query [T] and lane"
+    h = _hash(names[:,None,None], queries[:,None], torch.arange(lanes, device=names.device))
+    return (h>>40 & 2**24-1).float()*2**-24
+
+# %% ../nbs/13_apgd.ipynb #2a834d7a
 def boundary_start(
-    x:Tensor,   # [B,C,H,W], clean images
-    eps:float,  # L-inf budget
-    names:list, # one tuple per image: the draw is a function of it alone
+    x:Tensor,     # [B,C,H,W], clean images
+    eps:float,    # L-inf budget
+    names:Tensor, # int64 [B], on their device: each draw is a function of it alone
 )->Tensor:        # [B,C,H,W], in [0,1], within eps of x
     "A random start on the border of the L-inf ball, drawn by name"
-    u = torch.stack([torch.rand(x.shape[1:], generator=seeded(*name)) for name in names])*2-1
+    u = _uniform(names, names.new_zeros(1), x.shape[1:].numel()).view(x.shape)*2-1
     u = u/_each(u.flatten(1).abs().amax(1), u)
     return (x + eps*torch.empty_like(x).copy_(u)).clamp_(0, 1)
 
@@ -104,7 +123,7 @@ _LOSSES = {'ce':lambda z, y, aim: ce(z, y), 'dlr':lambda z, y, aim: dlr(z, y), '
 
 def _look(model, c, loss):
     "Set loss and gradient of each row; which rows are misclassified"
-    x_adv = c.x_adv.detach().requires_grad_()
+    x_adv = c.x_adv.detach().clone(memory_format=torch.channels_last).requires_grad_()
     z = model(x_adv)
     if not z.requires_grad: raise ValueError("the logits do not depend on the images: the model must not detach or use no_grad")
     value = loss(z, c.y, c.aim)
@@ -133,7 +152,7 @@ def apgd_rows(
         previous = c.value; wrong = _look(model, c, loss)
         if i==0: c.best_value,c.last,c.best_grad,c.value = c.value,c.value,c.grad,c.ups
         else: _learn(c, previous)
-        out[c.at[wrong]],broken[c.at[wrong]] = c.x_adv[wrong],True
+        if wrong.any(): out[c.at[wrong]],broken[c.at[wrong]] = c.x_adv[wrong],True
         if early_stop and wrong.any(): c.keep(~torch.isin(c.example, c.example[wrong]))
         if not len(c.at): break
         if i in looks: _consider(c, looks[i], rho)
@@ -200,7 +219,7 @@ def apgd(
         z = _clean(model, x, last, len(x)); _classes(objective, n_targets if objective=='dlr_t' else 1, z.shape[1])
         order,x_adv,broken,names = z.argsort(1),x.clone(),z.argmax(1)!=y.cpu(),_names(x)
         def attack(x, y, e, job):
-            aim,start = order[e,-2-job//restarts],boundary_start(x, eps, [(seed,j,names[i]) for j,i in zip(job.tolist(), e.tolist())])
+            aim,start = order[e,-2-job//restarts],boundary_start(x, eps, _hash(names[e.to(names.device)], seed, job))
             return apgd_rows(model, x, y, aim.to(y.device), e.to(y.device), start, eps=eps, steps=steps, objective=objective, rho=rho, early_stop=early_stop)
         pursue(attack, x, y, broken, x_adv, jobs=restarts*(n_targets if objective=='dlr_t' else 1), batch_size=len(x))
     return x_adv

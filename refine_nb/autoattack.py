@@ -10,11 +10,12 @@ import hashlib, importlib, inspect, logging, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from .apgd import _clean, _names, apgd_rows, boundary_start, pursue
+from .apgd import _clean, _hash, _names, apgd_rows, boundary_start, pursue
 from .core import choose, key
 from .fab import fab_rows
 from .models import fold
@@ -60,14 +61,14 @@ class Result:
 
 # %% ../nbs/16_autoattack.ipynb #ce08a445
 def _doubts(model, x, y, z, p):
-    "Sentences about model and protocol; `x`, `y`: a batch on the model's device; `z`: clean logits [N,K]"
+    "Sentences about model and protocol; `x`, `y`: the first batch, on the model's device; `z`: clean logits [N,K]"
     K,targeted = z.shape[1],{'apgd-t','fab-t'}&{*p.components}
     if z.min()>-1e-5 and z.max()<1+1e-5 and ((z.sum(1)-1).abs()<1e-5).all():
         raise ValueError("the model returns probabilities, but the losses need logits: take off its softmax")
     if 'apgd-t' in p.components and K<4:
         raise ValueError(f"apgd-t needs at least 4 classes, the model has {K}: leave it out of components, which gives an upper bound")
     if targeted and K-1<p.n_targets: yield f"{K} classes leave {K-1} targets where the protocol has {p.n_targets}"
-    with torch.no_grad(): a,b = model(x),model(x)
+    with torch.no_grad(): a,b = z[:len(x)].to(x.device),model(x)
     unit = [t/(t.norm(dim=1, keepdim=True)+1e-10) for t in (a,b)]
     if not torch.equal(a.argmax(1), b.argmax(1)) or (unit[0]-unit[1]).norm(dim=1).max()>1e-4:
         yield "the model answers the same images differently each time: a randomised defence needs other attacks"
@@ -106,13 +107,13 @@ _OURS = {'apgd-ce':_apgd_ce, 'apgd-t':_apgd_t, 'fab-t':_fab_t, 'square':_square}
 # %% ../nbs/16_autoattack.ipynb #7e388632
 def _ours(p, name, model, fast, order, names):
     "An attack on rows, as `pursue` wants it"
-    device,memory = _where(model),torch.channels_last
+    device,memory = _where(model),torch.channels_last; names = names.to(device)
     def run(model, x, y, aim, e, job):
-        return _OURS[name](p, model, x, y, aim, e, [(p.seed,name,j,names[i]) for j,i in zip(job.tolist(), e.tolist())])
+        return _OURS[name](p, model, x, y, aim, e, _hash(names[e], p.seed, STANDARD.index(name), job))
     def judged(found, hit, y):
         with torch.no_grad(): return hit & (model(found).argmax(1)!=y)
     def attack(x, y, e, job):
-        x,y,aim,i = x.to(device).contiguous(memory_format=memory),y.to(device),order[e,-2-job].to(device),e.to(device)
+        x,y,aim,i = x.to(device).clone(memory_format=memory),y.to(device),order[e,-2-job].to(device),e.to(device)
         found,hit = run(fast, x, y, aim, i, job); sure = judged(found, hit, y)
         again = torch.isin(i, i[hit & ~sure])
         if fast is not model and again.any():
@@ -172,7 +173,7 @@ class _Run:
     "What is known so far, and where we are"
     def __init__(self, p, x, z, y, names, batch_size, state):
         wrong = z.argmax(1)!=y.cpu()
-        self.of = key({**asdict(p), 'images':hashlib.sha256(''.join(names).encode()).hexdigest(), 'labels':y.tolist(), 'batch_size':batch_size if p.reference else None})
+        self.of = key({**asdict(p), 'images':hashlib.sha256(names.cpu().numpy().tobytes()).hexdigest(), 'labels':y.tolist(), 'batch_size':batch_size if p.reference else None})
         self.breaker,self.x_adv = torch.where(wrong, 0, -1).to(torch.int8),x.clone()
         self.component,self.at,self.seconds,self.flags,self.survivors = 0,0,{},{},{'clean':int((~wrong).sum())}
         if state is not None: self.go_on(state, wrong)
@@ -211,7 +212,7 @@ def autoattack(
     reference:bool=False, seed:int=0, # run the authors' code; of the draws
     batch_size:int=250,               # rows of a batch; the authors' draws depend on it, ours do not
     steps:int=100, n_queries:int=5000, n_targets:int=9, # of APGD and FAB; of Square; of APGD-T and FAB-T. Others than these are no AutoAttack
-    folded:bool=True,                 # attack with batch norms folded into convolutions
+    folded:bool=True,                 # after 'apgd-ce', attack with batch norms folded into convolutions
     state:dict|None=None, save:Callable|None=None, # go on from there; called with it after every batch
     quiet:bool=True,                  # no progress bar
 )->Result:
@@ -231,9 +232,13 @@ def _evaluate(p, model, x, y, last, training, batch_size, folded, state, save, q
     if training: flags.append("the model was in training mode: it is attacked in evaluation mode")
     n_targets = min(p.n_targets, z.shape[1]-1)
     if p.reference: theirs = _authors_attack(model, p, _where(model), n_targets)
-    else: fast,why = _folded(model, head[0]) if folded else (model,None); flags += [why] if why else []
     run.flags = dict.fromkeys([*flags,*run.flags])
+    @cache
+    def faster():
+        fast,why = _folded(model, head[0]); run.flags.update({why:None} if why else {})
+        return fast
     for name in bar(p.components[run.component:], desc=p.label, unit='attack', quiet=quiet):
+        fast = faster() if folded and not p.reference and name!='apgd-ce' and (run.breaker<0).any() else model
         attack = _theirs(p, name, model, theirs, run.flags) if p.reference else _ours(p, name, model, fast, order, names)
         _component(run, p, name, attack, x, y, 1 if p.reference or name in ('apgd-ce','square') else n_targets, batch_size, save)
     if n := _only_square(p, run.breaker): run.flags[f"Square broke {n} images that no attack with a gradient did: gradients may be masked"] = None

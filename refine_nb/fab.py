@@ -34,7 +34,7 @@ def plane_step(
 # %% ../nbs/14_fab.ipynb #d0adaecc
 def _gaps(model, x_adv, y, aim):
     "z_aim - z_y [B] and its gradient [B,d]"
-    x_adv = x_adv.detach().requires_grad_()
+    x_adv = x_adv.detach().clone(memory_format=torch.channels_last).requires_grad_()
     z = model(x_adv)
     if not z.requires_grad: raise ValueError("the logits do not depend on the images: the model must not detach or use no_grad")
     gap = z.gather(1, aim[:,None])[:,0]-z.gather(1, y[:,None])[:,0]
@@ -47,7 +47,7 @@ def _walk(x_adv, x, gap, w, alpha_max, eta):
     far,near = d.abs().amax(1, keepdim=True).clamp_min(1e-8).chunk(2)
     alpha = (far/(far+near)).clamp_max(alpha_max)
     step,lean = d.chunk(2)
-    return ((here+eta*step)*(1-alpha)+(home+eta*lean)*alpha).clamp(0, 1).reshape_as(x)
+    return torch.empty_like(x).copy_(((here+eta*step)*(1-alpha)+(home+eta*lean)*alpha).clamp_(0, 1).reshape_as(x)) # its layout
 
 # %% ../nbs/14_fab.ipynb #5bbce396
 def fab_rows(
@@ -68,10 +68,11 @@ def fab_rows(
         with torch.no_grad(): wrong = model(x_adv).argmax(1)!=y
         far = (x_adv-x).abs().flatten(1).amax(1)
         nearer = wrong & (far<best[at])
-        out[at[nearer]],best[at[nearer]] = x_adv[nearer],far[nearer]
+        if nearer.any(): out[at[nearer]],best[at[nearer]] = x_adv[nearer],far[nearer]
         x_adv = torch.where(_each(wrong, x), x+beta*(x_adv-x), x_adv)
         if early_stop and (done := wrong & (far<=eps)).any():
-            x_adv,x,y,aim,at,example = (t[~torch.isin(example, example[done])] for t in (x_adv,x,y,aim,at,example))
+            alive = ~torch.isin(example, example[done])
+            x_adv,x,y,aim,at,example = (t[alive] for t in (x_adv,x,y,aim,at,example))
             if not len(at): break
     return out,best<=eps
 

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .apgd import _names, _uniform
 from .perturb import _check, _each, _logits, attacking, linf
 
 # %% ../nbs/15_square.ipynb #4587d369
@@ -26,29 +27,6 @@ def square_side(
     "The side of the square of a query (Square attack, section 4, without rescaling)"
     p = p_init/2**sum(query>q for q in _HALVED)
     return min(max(round(math.sqrt(p*height*width)), 1), height, width)
-
-# %% ../nbs/15_square.ipynb #fdeeb3be
-def _mixed(h):
-    "The finaliser of SplitMix64 on int64 [...]: each input bit turns about half of the output bits"
-    for shift,factor in ((30, 0xBF58476D1CE4E5B9-2**64), (27, 0x94D049BB133111EB-2**64)): h = (h ^ (h>>shift & 2**(64-shift)-1))*factor
-    return h ^ (h>>31 & 2**33-1)
-
-def _hash(h, *lanes):
-    "Mix integer tensors into `h`, one after the other; all broadcast"
-    for lane in lanes: h = _mixed(h + (lane+1)*(0x9E3779B97F4A7C15-2**64))
-    return h
-
-# %% ../nbs/15_square.ipynb #1eed7686
-def _names(x, seed):
-    "int64 [B]: what each image's draws depend on"
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    bits = (x+0.).contiguous().flatten(1).view(kind).long() # -0 becomes 0
-    return _hash(_hash(bits, torch.arange(bits.shape[1], device=x.device)).sum(1), torch.tensor(seed, device=x.device))
-
-def _uniform(names, queries, lanes):
-    "Draws [B,T,lanes] in [0,1), a function of name, query [T] and lane"
-    h = _hash(names[:,None,None], queries[:,None], torch.arange(lanes, device=names.device))
-    return (h>>40 & 2**24-1).float()*2**-24
 
 # %% ../nbs/15_square.ipynb #a6694241
 def _stripes(names, C, W):
@@ -73,17 +51,24 @@ def _lead(z, y):
     "Lead of the true logit over the best other one [B]"
     return z.gather(1, y[:,None])[:,0] - z.scatter(1, y[:,None], -torch.inf).amax(1)
 
+def _ask(model, s, x_new):
+    "The leads of the candidates [B]; a row of `s['fault']` becomes nan once its logits are not finite"
+    i = slice(None) if x_new.is_cuda else (x_new!=s['best']).flatten(1).any(1).nonzero()[:,0]
+    lead = s['lead'].clone()
+    if x_new.is_cuda or len(i):
+        z = model(x_new[i])
+        lead[i] = _lead(z, s['y'][i]); s['fault'][i] += (z*0).sum(1)
+    return lead
+
 def _query(model, s, t):
     "Query number `t` (a tensor [1]) of the window for all examples of the state `s`; then the next"
     rows,cols,up = (s[k].index_select(1, t)[:,0] for k in ('rows','cols','up'))
     inside = rows[:,None,:,None] & cols[:,None,None,:]
     x_new = torch.where(inside, torch.where(up[...,None,None], s['high'], s['low']), s['best'], out=torch.empty_like(s['best'])) # its layout
-    z = model(x_new)
-    lead = _lead(z, s['y'])
+    lead = _ask(model, s, x_new)
     better = (lead<s['lead']) & (s['lead']>0)
-    s['sound'] &= z.isfinite().all(1)
-    s['lead'].copy_(torch.where(better, lead, s['lead']))
-    s['best'].copy_(torch.where(_each(better, x_new), x_new, s['best']))
+    torch.where(better, lead, s['lead'], out=s['lead'])
+    torch.where(_each(better, x_new), x_new, s['best'], out=s['best'])
     t += 1
 
 # %% ../nbs/15_square.ipynb #5c1030f5
@@ -92,7 +77,7 @@ def _begin(model, x, y, at, eps, seed):
     high,low,name = (x+eps).clamp_(0,1),(x-eps).clamp_(0,1),_names(x, seed)
     best = torch.where(_stripes(name, x.shape[1], x.shape[3]), high, low, out=torch.empty_like(high))
     z = model(best)
-    return dict(name=name, at=at, y=y, high=high, low=low, best=best, lead=_lead(z, y), sound=z.isfinite().all(1))
+    return dict(name=name, at=at, y=y, high=high, low=low, best=best, lead=_lead(z, y), fault=(z*0).sum(1))
 
 # %% ../nbs/15_square.ipynb #db5bbc05
 def _sound(bad):
@@ -101,9 +86,8 @@ def _sound(bad):
 def _retire(s, out, share=0.):
     "Put broken examples into `out` and drop them from `s`, if there are any, and at least `share` of all; did it happen?"
     broken = s['lead']<=0
-    n,unsound = torch.stack([broken.sum(), (~s['sound']).sum()]).tolist()
-    _sound(unsound)
-    if n<max(1, share*len(broken)): return False
+    if broken.sum()<max(1, share*len(broken)): return False
+    _sound(s['fault'].isnan().sum())
     out[s['at'][broken]] = s['best'][broken]
     for k,v in s.items():
         v = v[~broken]
@@ -130,7 +114,7 @@ def _stepper(model, s, t):
     "A function that makes the next query of the examples in `s`"
     step = partial(_query, model, s, t)
     if not t.is_cuda: return step
-    try: return _captured(step, [s['best'], s['lead'], s['sound'], t])
+    try: return _captured(step, [s['best'], s['lead'], s['fault'], t])
     except RuntimeError as e:
         warnings.warn(f"the model cannot run as a CUDA graph, so each query is launched by the host: slower, the same result ({str(e).splitlines()[0]})")
         return step
@@ -148,6 +132,7 @@ def _search(model, s, out, n_queries, p_init):
             step()
             if not t.is_cuda: _retire(s, out)
             if not len(s['y']): return
+        _sound(s['fault'].isnan().sum())
         if t.is_cuda and _retire(s, out, .25): step = None
         if not len(s['y']): return
     out[s['at']] = s['best']

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import refine_nb.autoattack as module
-from refine_nb.apgd import _names, apgd, boundary_start
+from refine_nb.apgd import _hash, _names, apgd, boundary_start
 from refine_nb.attacks import pgd
 from refine_nb.autoattack import STANDARD, autoattack
 from refine_nb.fab import fab_t
@@ -58,8 +58,8 @@ def same_starts(monkeypatch):
         def run(x, y, x_init=None, *, run, name, attack):
             aim = attack.y_target if name == 'apgd-t' else None
             with torch.no_grad(): order = model(x).argsort(1)
-            job = [0]*len(x) if aim is None else (order.shape[1]-2-(order == aim[:, None]).int().argmax(1)).tolist()
-            return run(x, y, x_init=boundary_start(x, p.eps, [(p.seed, name, j, n) for j, n in zip(job, _names(x))]))
+            job = 0 if aim is None else order.shape[1]-2-(order == aim[:, None]).int().argmax(1)
+            return run(x, y, x_init=boundary_start(x, p.eps, _hash(_names(x), p.seed, STANDARD.index(name), job)))
         for name, attack in (('apgd-ce', a.apgd), ('apgd-t', a.apgd_targeted)):
             attack.attack_single_run = partial(run, run=attack.attack_single_run, name=name, attack=attack)
         return a

@@ -93,13 +93,27 @@ def test_company_and_order_do_not_matter(task):
     parts = torch.cat([square(net, a, b, eps=.02, n_queries=80) for a, b in zip(x[order].split(7), y[order].split(7))])
     assert_close(parts, whole[order], atol=1e-6, rtol=0)
 
-def test_broken_examples_are_queried_no_more(task):
+def test_broken_examples_are_queried_no_more(monkeypatch, task):
     net, x, y = task
-    seen = []
+    seen, alive = [], []
+    def counted(model, s, t, query=module._query):
+        alive.append(len(s['y'])); seen.clear(); query(model, s, t)
+        assert sum(seen) <= alive[-1]            # fewer where the square is there already
+    monkeypatch.setattr(module, '_query', counted)
     hook = net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
     square(net, x, y, eps=.02, n_queries=200); hook.remove()
-    queries = seen[2:-1]                         # after the clean images and the start
-    assert queries == sorted(queries, reverse=True) and queries[0] > queries[-1]
+    assert len(alive) == 200 and alive == sorted(alive, reverse=True) and alive[0] > alive[-1]
+
+def test_a_square_that_changes_nothing_is_not_asked_about(monkeypatch, task):
+    "The images are those of a search that asks about every candidate"
+    net, x, y = task
+    def found():
+        seen = []; hook = net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
+        try: return square(net, x, y, eps=.01, n_queries=300, p_init=.01), sum(seen)
+        finally: hook.remove()
+    def every(model, s, x_new): return module._lead(model(x_new), s['y'])
+    few, asked = found(); monkeypatch.setattr(module, '_ask', every); all_of_them, more = found()
+    assert_close(few, all_of_them, atol=1e-6, rtol=0); assert asked < .95*more and (few != x).any()
 
 def test_no_gradient_and_channels_last(task):
     net, x, y = task
