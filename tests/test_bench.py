@@ -139,5 +139,11 @@ def test_contestants_give_the_same_pixels(ours, theirs):
     a, b = (bench.seeded(getattr(bench, f), net, x, y) for f in (ours, theirs))
     assert (a-b).abs().max() < 1e-9 and (a-x).abs().max() > .03
 
+def test_only_verdicts_opposed_under_every_seed_disagree():
+    "Four images: alike; theirs wavers; ours wavers and differs at seed 0; every seed of ours against every seed of theirs"
+    ours, theirs = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 0, 1]]).bool(), torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 0]]).bool()
+    assert bench.verdicts_compared(ours, theirs) == {'changed': 2, 'ours_unsure': 1, 'theirs_unsure': 1, 'opposed': 1}
+    assert bench.verdicts_compared(theirs[:, :3], ours[:, :3])['opposed'] == 0
+
 def test_every_row_has_a_target_and_a_name():
     assert len(ROWS) == len(bench.ROWS) and all(r.says and bool(r.at_least) != bool(r.at_most) for r in bench.ROWS)
