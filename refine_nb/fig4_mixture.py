@@ -6,7 +6,6 @@
 __all__ = ['grid', 'points', 'scatter']
 
 # %% ../nbs/fig4_mixture.ipynb #b46b4f77
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 

@@ -8,13 +8,12 @@ __all__ = ['STRONG', 'COLUMNS', 'BOLD', 'MASKING', 'WEAK', 'CLAIMS', 'grid', 'bo
 
 # %% ../nbs/tab2_mixture.ipynb #80bfe258
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from .attacks import pgd
 from .audit import Audit
 from .claims import Claim, cell
-from .core import Cell, call
+from .core import Cell
 from .evaluate import predict
 from .mixture import STRENGTHS, attackers
 from .perturb import zero
