@@ -9,7 +9,7 @@ __all__ = ['grid', 'points', 'scatter']
 import pandas as pd
 from matplotlib.axes import Axes
 
-from .core import Cell
+from .core import Cell, Robustness
 from .figures import method_style
 from .mixture import METHODS
 from .tab1_mixture import grid as table_1
@@ -18,7 +18,7 @@ from .tab1_mixture import grid as table_1
 def grid(
     robust:tuple[str,...]=('pgd_0.1', 'pgd_0.5'), # columns of Table 1, a panel each
     **settings, # as for Table 1's grid
-)->dict[str,dict[str,Cell]]: # method -> 'clean' and the attackers -> cell, at published scale
+)->dict[str,dict[str,Cell|Robustness]]: # method -> 'clean' and the attackers -> what fills it, at published scale
     "The cells behind Figure 4"
     return {m: {name: row[name] for name in ('clean', *robust)} for m,row in table_1(**settings).items()}
 

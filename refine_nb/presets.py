@@ -23,6 +23,7 @@ class Preset:
     n_train: int|None = None    # most training images
     n_eval: int|None = None     # most images of an evaluation
     n_attacked: int|None = None # most images of an evaluation under attack
+    n_autoattack: int|None = None # most images under AutoAttack, where each survivor costs thousands of passes
     seeds: int|None = None      # most seeds
     steps: int|None = None      # most steps of an attack
     batch_size: int|None = None # most images of a training step
@@ -35,7 +36,7 @@ class Preset:
 PRESETS = {p.name: p for p in (
     Preset('demo', epochs=.1, data='digits', size=8, n_train=500, n_eval=360, n_attacked=100, seeds=1, steps=100, batch_size=32, scratch_lr=.02, components=('apgd-ce',), thin='resnet20',
            says="a demonstration on 8x8 digits in a minute or two on a CPU: it shows how the table is made, not what the paper found"),
-    Preset('small', epochs=.2, size=32, n_train=5_000, n_attacked=1_000, seeds=1, scratch_lr=.02, thin='resnet20',
+    Preset('small', epochs=.2, size=32, n_train=5_000, n_attacked=1_000, n_autoattack=100, seeds=1, scratch_lr=.02, thin='resnet20',
            says="real images at 32x32, 5,000 for training, a fifth of the epochs, one seed, from scratch: directions, not the paper's numbers"),
     Preset('paper', says="the published settings"))}
 
@@ -76,7 +77,7 @@ def scaled(
         if isinstance(v, Call): return _scaled_call(v, p)
         if isinstance(v, Recipe): return _scaled_recipe(v, p)
         if isinstance(v, Quantised): return replace(v, n_calibrate=_least(v.n_calibrate, p.n_train))
-        if isinstance(v, Robustness): return replace(v, n_eval=_least(_least(v.n_eval, p.n_eval), p.n_attacked), components=p.components or v.components)
+        if isinstance(v, Robustness): return replace(v, n_eval=_least(_least(_least(v.n_eval, p.n_eval), p.n_attacked), p.n_autoattack), components=p.components or v.components)
         if isinstance(v, (Adversarials, Cell)): return replace(v, n_eval=_least(_least(v.n_eval, p.n_eval), v.attack and p.n_attacked))
         return v
     if isinstance(value, tuple): return tuple(scaled(v, p) for v in value)

@@ -13,24 +13,23 @@ from torch import Tensor, nn
 from .attacks import pgd
 from .audit import Audit
 from .claims import Claim, cell
-from .core import Cell
+from .core import Cell, Robustness
 from .evaluate import predict
 from .mixture import STRENGTHS, attackers
 from .perturb import zero
 from .report import published
 from .statistics import wilson
-from .tab1_mixture import grid as table_1, tidy as tidy_1
+from .tab1_mixture import OURS, grid as table_1, headings, tidy as tidy_1
 
 # %% ../nbs/tab2_mixture.ipynb #1086b8b7
 STRONG = ('SAT', 'AdvProp', 'Adversarial') # in the order of Table 2
 
 def grid(
     dataset:str='cifar10', seed:int=0,
-    pgd_steps:int=2,  # of the printed PGD columns
-    **choices,        # as for `trained`, without `strength`
-)->dict[str,dict[str,dict[str,Cell]]]: # training 'weak' or 'strong' -> method -> column -> cell, at published scale
+    **choices, # as for Table 1's grid, without `strength`
+)->dict[str,dict[str,dict[str,Cell|Robustness]]]: # training 'weak' or 'strong' -> method -> column -> what fills it, at published scale
     "The cells of Table 2, and those of Table 1 that they are held against"
-    return {s: table_1((('Traditional',) if s=='weak' else ()) + STRONG, dataset, seed, pgd_steps, strength=s, **choices) for s in STRENGTHS}
+    return {s: table_1((('Traditional',) if s=='weak' else ()) + STRONG, dataset, seed, strength=s, **choices) for s in STRENGTHS}
 
 # %% ../nbs/tab2_mixture.ipynb #1c2a511b
 COLUMNS = tuple(attackers()) # as printed
@@ -53,9 +52,9 @@ def improved(
 
 # %% ../nbs/tab2_mixture.ipynb #22031b21
 def tidy(
-    cells:dict[str,dict[str,dict[str,Cell]]], # training -> method -> column -> cell, at the scale that was run
-    store,                                    # where they were made
-)->pd.DataFrame: # method, attack, accuracy, low, high (%), n, training
+    cells:dict[str,dict[str,dict[str,Cell|Robustness]]], # as `grid` gives them, at the scale that was run
+    store,                                               # where they were made
+)->pd.DataFrame: # method, attack, accuracy, low, high (%), n, label, training
     "Our table, tidy"
     return pd.concat([tidy_1(rows, store).assign(training=s) for s,rows in cells.items()], ignore_index=True)
 
