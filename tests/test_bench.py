@@ -142,8 +142,15 @@ def test_contestants_give_the_same_pixels(ours, theirs):
 def test_only_verdicts_opposed_under_every_seed_disagree():
     "Four images: alike; theirs wavers; ours wavers and differs at seed 0; every seed of ours against every seed of theirs"
     ours, theirs = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 0, 1]]).bool(), torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 0]]).bool()
-    assert bench.verdicts_compared(ours, theirs) == {'changed': 2, 'ours_unsure': 1, 'theirs_unsure': 1, 'opposed': 1}
-    assert bench.verdicts_compared(theirs[:, :3], ours[:, :3])['opposed'] == 0
+    said, opposed = bench.verdicts_compared(ours, theirs)
+    assert said == {'changed': 2, 'ours_unsure': 1, 'theirs_unsure': 1, 'opposed': 1} and opposed.tolist() == (ours != theirs).all(0).nonzero()[:,0].tolist()
+    assert bench.verdicts_compared(theirs[:, :3], ours[:, :3])[0]['opposed'] == 0
+
+def test_chance_is_told_from_a_fault():
+    images = torch.tensor([4, 9, 11])
+    def side(*often): return lambda seed, at: torch.tensor([seed-3 < n for n in often]) # of eight seeds, 3 to 10
+    assert bench.set_apart(side(8, 5, 0), side(0, 3, 0), images) == [4] # 8 of 8 against 0 of 8; 5 against 3 is chance
+    assert bench.set_apart(side(0, 7, 6), side(8, 1, 2), images) == [4, 9] # Fisher, two sides: 2/12870, 130/12870, and .13
 
 def test_every_row_has_a_target_and_a_name():
     assert len(ROWS) == len(bench.ROWS) and all(r.says and bool(r.at_least) != bool(r.at_most) for r in bench.ROWS)
