@@ -15,9 +15,9 @@ from .claims import Claim, cell
 from .core import Cell
 from .evaluate import unpack
 from .refine import Correction
-from .report import mean_std
+from .report import mean_std, over_seeds
 from .sources import OnSource
-from .statistics import mcnemar, wilson
+from .statistics import mcnemar
 
 # %% ../nbs/study_adcorda.ipynb #3fc91975
 ARMS = ('BL', 'T', 'T, CORAL', 'T_c', 'T_c, CORAL', "T'", "T', CORAL", 'exchanged, CORAL')
@@ -49,12 +49,7 @@ def tidy(
     model:str, dataset:str,          # as they shall be named
 )->pd.DataFrame: # model, dataset, attack (the arm), accuracy, std, low, high (%), n
     "The arms as a tidy table"
-    def row(arm, cs):
-        results = [store.get(c, make=False).result for c in cs]
-        mean, std = mean_std(r['accuracy'] for r in results); n = results[0]['n']
-        low, high = wilson(round(mean*n), n)
-        return {'model': model, 'dataset': dataset, 'attack': arm, 'accuracy': 100*mean, 'std': 100*std, 'low': 100*low, 'high': 100*high, 'n': n}
-    return pd.DataFrame([row(arm, cs) for arm,cs in cells.items()])
+    return pd.DataFrame([{'model': model, 'dataset': dataset, 'attack': arm, **over_seeds(store.get(c, make=False).result for c in cs)} for arm,cs in cells.items()])
 
 # %% ../nbs/study_adcorda.ipynb #1081eab1
 CONTRASTS = { # what it shows -> (arm, arm without it)

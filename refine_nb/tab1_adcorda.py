@@ -13,8 +13,7 @@ import pandas as pd
 from .adcorda import baseline, control, refined
 from .claims import Claim, cell
 from .core import Cell
-from .report import mean_std
-from .statistics import wilson
+from .report import over_seeds
 
 # %% ../nbs/tab1_adcorda.ipynb #3c0180ed
 ROWS = ('-', 'Control', 'None', 'LL', 'BIH', 'VBI', 'DDN', 'SP') # '-' is BL; the control is ours
@@ -45,14 +44,11 @@ def row_of(
     store,               # where they were made
 )->dict:                 # a line of the tidy table
     "Accuracy, interval, correction counts and times of one row"
-    results = [store.get(c, make=False).result for c in cells]
-    mean, std = mean_std(r['accuracy'] for r in results); n = results[0]['n']
-    low, high = wilson(round(mean*n), n)
     source = [c.recipe.method.all_settings.get('source') for c in cells]
     counts = [store.get(s).result for s in source if s]
     fixed = {k: sum(c[k] for c in counts)/len(counts) if counts and source[0].attack else math.nan for k in ('corrected','wrong','seconds')}
     runs = [store.get(c.recipe).result for c in cells]
-    return {'attack': row, 'accuracy': 100*mean, 'std': 100*std, 'low': 100*low, 'high': 100*high, 'n': n, 'corrected': fixed['corrected'], 'total': fixed['wrong'],
+    return {'attack': row, **over_seeds(store.get(c, make=False).result for c in cells), 'corrected': fixed['corrected'], 'total': fixed['wrong'],
             'best_epoch': sum(r['best_epoch'] for r in runs)/len(runs), 'correct_s': fixed['seconds'], 'train_s': sum(r['seconds'] for r in runs)/len(runs),
             'train_images_per_s': sum(h['images_per_second'] for h in runs[0]['history'])/len(runs[0]['history'])}
 

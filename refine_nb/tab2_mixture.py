@@ -19,7 +19,7 @@ from .mixture import STRENGTHS, attackers
 from .perturb import zero
 from .report import published
 from .statistics import wilson
-from .tab1_mixture import OURS, grid as table_1, headings, tidy as tidy_1
+from .tab1_mixture import grid as table_1, tidy as tidy_1
 
 # %% ../nbs/tab2_mixture.ipynb #1086b8b7
 STRONG = ('SAT', 'AdvProp', 'Adversarial') # in the order of Table 2

@@ -16,8 +16,7 @@ from .core import Cell
 from .data import load_data
 from .models import classifier
 from .quantise import CALIBRATION_BATCH, Quantised, integers, mebibytes, quantise
-from .report import mean_std
-from .statistics import wilson
+from .report import over_seeds
 
 # %% ../nbs/tab3_adcorda.ipynb #d805156f
 ROWS = ('BL', 'PTSQ', 'Control', 'None', 'BIH', 'SP') # the control is ours
@@ -43,9 +42,6 @@ def row_of(
     store,                 # where they were made
 )->dict:                   # a line of the tidy table
     "Accuracy, interval, correction counts and size of one row"
-    results = [store.get(c, make=False).result for c in cells]
-    mean, std = mean_std(r['accuracy'] for r in results); n = results[0]['n']
-    low, high = wilson(round(mean*n), n)
     recipes = [getattr(c.recipe, 'recipe', c.recipe) for c in cells]
     method = recipes[0].method.all_settings.get('method')
     counts = [store.get(r.method['method']['source']).result for r in recipes] if method and 'source' in method.all_settings else []
@@ -53,7 +49,7 @@ def row_of(
     small = [store.get(c.recipe).result['mebibytes'] for c in cells if isinstance(c.recipe, Quantised)]
     runs = [store.get(r).result for r in recipes]
     return {'approach': {'BL': 'BL', 'PTSQ': 'PTSQ', 'Control': 'Control'}.get(row, 'PTSQ-IST'), 'attack': row if row in ROWS[3:] else '-',
-            'accuracy': 100*mean, 'std': 100*std, 'low': 100*low, 'high': 100*high, 'n': n, 'corrected': fixed['corrected'], 'total': fixed['wrong'],
+            **over_seeds(store.get(c, make=False).result for c in cells), 'corrected': fixed['corrected'], 'total': fixed['wrong'],
             'size': small[0] if small else mebibytes(store.tensors(recipes[0])), 'best_epoch': sum(r['best_epoch'] for r in runs)/len(runs), 'train_s': sum(r['seconds'] for r in runs)/len(runs)}
 
 # %% ../nbs/tab3_adcorda.ipynb #454df147

@@ -12,8 +12,7 @@ from .adcorda import baseline, refined
 from .claims import Claim, cell
 from .core import Cell, Robustness
 from .models import IMAGENET_STD
-from .report import mean_std
-from .statistics import wilson
+from .report import over_seeds
 
 # %% ../nbs/tab4_adcorda.ipynb #8f0a7bb3
 BUDGETS = {'5e-4': 5e-4, '5e-4 normalised': 5e-4*sum(IMAGENET_STD)/3, '8/255': 8/255} # of images in [0,1]
@@ -43,9 +42,7 @@ def tidy(
     for row,columns in cells.items():
         for name,cs in columns.items():
             results = [store.get(c, make=False).result for c in cs]
-            mean, std = mean_std(r['accuracy'] for r in results); n = results[0]['n']
-            low, high = wilson(round(mean*n), n)
-            rows.append({'model': model, 'dataset': dataset, 'attack': row, 'budget': name, 'accuracy': 100*mean, 'std': 100*std, 'low': 100*low, 'high': 100*high, 'n': n, 'label': results[0].get('label', 'clean')})
+            rows.append({'model': model, 'dataset': dataset, 'attack': row, 'budget': name, **over_seeds(results), 'label': results[0].get('label', 'clean')})
     return pd.DataFrame(rows)
 
 # %% ../nbs/tab4_adcorda.ipynb #a98d9052
