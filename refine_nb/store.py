@@ -74,19 +74,30 @@ def plan(self:Store, specs)->list[Spec]:
     return list(seen)
 
 # %% ../nbs/60_store.ipynb #bfb5657c
+def _lock(store:Store, spec:Spec):
+    with writing(store.root): (store.root/'locks').mkdir(exist_ok=True)
+    return filelock.FileLock(store.root/'locks'/f'{key(spec)}.lock')
+
 @patch
 @contextlib.contextmanager
 def claimed(self:Store, spec:Spec):
     "Hold the right to make a spec; waits while another process holds it"
+    lock = _lock(self, spec)
     with writing(self.root):
-        (self.root/'locks').mkdir(exist_ok=True)
-        lock = filelock.FileLock(self.root/'locks'/f'{key(spec)}.lock')
         try: lock.acquire(timeout=0)
         except filelock.Timeout:
             if not self.quiet: print(f"another process makes this {type(spec).__name__.lower()} ({key(spec)}): waiting for it", flush=True)
             lock.acquire()
     try: yield
     finally: lock.release()
+
+@patch
+def taken(self:Store, spec:Spec)->bool:
+    "Does another process hold the right to make it?"
+    with writing(self.root):
+        try:
+            with _lock(self, spec).acquire(timeout=0): return False
+        except filelock.Timeout: return True
 
 # %% ../nbs/60_store.ipynb #333f1b37
 @singledispatch
@@ -135,12 +146,14 @@ def passed(
 @patch
 def run(self:Store, specs)->None:
     "Make what is missing for `specs`, with a bar over the runs; a longer run also makes the shorter ones that it passes"
-    todo = self.plan(specs); longer = passed(todo)
+    todo = dict.fromkeys(self.plan(specs)); longer = passed(todo)
     with bar(total=len(todo), desc='runs', unit='run', quiet=self.quiet or not todo) as runs:
-        for spec in todo:
+        while todo:
+            ready = [s for s in todo if not any(p in todo for p in nested(s))]
+            spec = next((s for s in ready if not self.taken(longer.get(s, s))), ready[0])
             if (long := longer.get(spec)) and not self.find(spec):
                 with self.claimed(long): self.find(long) or _made(self, long, passing=[r for r,l in longer.items() if l==long])
-            self.get(spec); runs.update()
+            self.get(spec); del todo[spec]; runs.update()
 
 # %% ../nbs/60_store.ipynb #a474c626
 @patch

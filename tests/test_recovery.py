@@ -1,5 +1,5 @@
 "A store's promises: a run that is killed, damaged, refused or asked for twice ends with the bits of one that was left in peace."
-import json, os, shutil, signal, tempfile, time, warnings
+import json, os, shutil, signal, tempfile, threading, time, warnings
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -309,6 +309,16 @@ def test_two_want_the_same_parent(peace, root, tmp_path):
     go.touch()
     assert one.end() == other.end() == 0 and len(makers(log)) == 1
     assert len(entries(root)) == 3 and same(peace, root, refined())
+
+def test_two_share_the_work(tmp_path):
+    "What another process is at is left to it, with all that needs it; the rest is made meanwhile"
+    first, second = replace(RUN, seed=1), replace(RUN, seed=2)
+    store, helper = quiet(tmp_path), threading.Thread(target=lambda: quiet(tmp_path).run([Cell(first), Cell(second)]), daemon=True)
+    with store.claimed(first):
+        helper.start(); until(lambda: store.find(Cell(second)))
+        assert store.find(first) is None
+    helper.join(60)
+    assert store.find(Cell(first)) and store.plan([Cell(first), Cell(second)]) == []
 
 def test_the_second_takes_over(peace, root, tmp_path):
     "The first is killed while the second waits: it goes on from the first one's snapshot"
