@@ -43,6 +43,7 @@ def tidy(
             rows.append({'method': method, 'attack': name, 'accuracy': 100*r['accuracy'], 'low': 100*low, 'high': 100*high, 'n': r['n'], 'label': r.get('label', name)})
     return pd.DataFrame(rows)
 
+# %% ../nbs/tab1_mixture.ipynb #b6b00b74
 def headings(
     table:pd.DataFrame, # from `tidy`
 )->dict[str,str]:       # column -> its heading, with the number of images; what is less than AutoAttack is not called so

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import refine_nb.store as store_module
+import refine_nb.makers as makers_module
 from refine_nb.autoattack import autoattack
 from refine_nb.core import Robustness, key
 from refine_nb.data import to_input
@@ -46,7 +46,7 @@ def test_a_run_that_dies_goes_on(trained, monkeypatch):
             save(known)
             if len(calls) == 1: raise KeyboardInterrupt
         return autoattack(model, x, y, save=dying, state=state, batch_size=20, **settings)
-    monkeypatch.setattr(store_module, 'autoattack', counted)
+    monkeypatch.setattr(makers_module, 'autoattack', counted)
     with pytest.raises(KeyboardInterrupt): trained.get(asked)
     assert trained.find(asked) is None and (trained.root/'running'/key(asked)).exists()
     done = trained.get(asked)
