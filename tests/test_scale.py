@@ -116,9 +116,9 @@ def test_price_by_hand(nothing_there):
     table = price([base, Cell(base)])
     assert_close(float(table.seconds.iloc[-1]), 4_500_000*.004 + 500_000*.001 + 10_000*.001)
 
-def test_the_demo_prices_the_paper_with_nothing_there(nothing_there):
+def test_the_demo_prices_the_paper_with_nothing_there(nothing_there, tmp_path):
     p = SimpleNamespace(preset=PRESETS['demo'], model='efficientnet_v2_m', dataset='cifar100')
-    said = announce('tab1_adcorda', p, Engine(), all_cells(p.model, p.dataset, SEEDS)).banner
+    said = announce('tab1_adcorda', p, Store(tmp_path, Engine()), all_cells(p.model, p.dataset, SEEDS)).banner
     assert '**small**' in said and '**paper**' in said and '-p preset paper -p model efficientnet_v2_m -p dataset cifar100' in said and 'nan' not in said and ' days on this machine' in said
 
 
