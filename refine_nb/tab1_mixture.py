@@ -15,7 +15,7 @@ from .mixture import METHODS, attackers, trained
 from .statistics import wilson
 
 # %% ../nbs/tab1_mixture.ipynb #d198750f
-PGD20 = call(pgd, eps=8/255, step_size=2/255, steps=20, restarts=3) # the usual budget, and enough steps
+PGD20 = call(pgd, eps=8/255, step_size=2/255, steps=20, restarts=3, early_stop=True) # the usual budget, and enough steps
 OURS = ('pgd_8', 'autoattack_8') # columns beyond the paper
 
 def grid(
