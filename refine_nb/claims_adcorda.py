@@ -61,7 +61,7 @@ def our_tables(
 )->dict[str,pd.DataFrame]: # variants (all of a table's together) -> tidy table; empty where nothing was run
     "Our numbers of an artefact, from its reports"
     folder = report_folder(artefact, preset)
-    found = {v.name: pd.concat([pd.read_csv(f, keep_default_na=False, na_values=['']) for f in sorted(v.glob('*.csv')) if f.stem not in ('side_by_side','claims')], ignore_index=True)
+    found = {v.name: pd.concat([pd.read_csv(f, keep_default_na=False, na_values=['']) for f in sorted(v.glob('*.csv')) if f.stem not in ('side_by_side','claims','survivors')], ignore_index=True)
              for v in sorted(folder.iterdir()) if (v/'table.csv').exists()} if folder.exists() else {}
     if artefact.startswith('tab') and found: return {', '.join(found): pd.concat(found.values(), ignore_index=True)}
     return found
