@@ -272,7 +272,7 @@ def test_bfloat16(kind):
     if kind == 'adapt': assert math.isfinite(log16['coral_loss']) and log16['coral_loss'] > 0
 
 def test_bfloat16_on_a_resnet():
-    torch.manual_seed(0); model, data = classifier('resnet18', num_classes=10), load_data('digits', n_train=16)
+    torch.manual_seed(0); model, data = classifier('resnet18', num_classes=10), load_data('digits', n_train=16, size=32)
     log = train_epoch(Engine().place(model, training=True), fine_tune(data, batch_size=16, seed=1), sgd(model.parameters()), epoch=0, epochs=1, seed=1, engine=Engine(precision='bfloat16'), quiet=True)
     assert math.isfinite(log['loss']) and model.net.conv1.weight.dtype == torch.float32
 
