@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import choose
-from .perturb import _check, _each, _logits, attacking, ce, linf
+from .perturb import _check, _demand, _each, _logits, attacking, ce, linf
 
 # %% ../nbs/13_apgd.ipynb #ef4f31e5
 def dlr(
@@ -122,14 +122,14 @@ def boundary_start(
 _LOSSES = {'ce':lambda z, y, aim: ce(z, y), 'dlr':lambda z, y, aim: dlr(z, y), 'dlr_t':dlr_t}
 
 def _look(model, c, loss):
-    "Set loss and gradient of each row; which rows are misclassified"
+    "Set loss and gradient of each row; which rows are misclassified; is all finite"
     x_adv = c.x_adv.detach().clone(memory_format=torch.channels_last).requires_grad_()
     z = model(x_adv)
     if not z.requires_grad: raise ValueError("the logits do not depend on the images: the model must not detach or use no_grad")
     value = loss(z, c.y, c.aim)
     c.grad, = torch.autograd.grad(value.sum(), x_adv)
     c.value = value.detach()
-    return z.detach().argmax(1)!=c.y
+    return z.detach().argmax(1)!=c.y,z.detach().isfinite().all() & ~c.grad.isnan().any()
 
 # %% ../nbs/13_apgd.ipynb #52632c0e
 def apgd_rows(
@@ -146,16 +146,17 @@ def apgd_rows(
 )->tuple[Tensor,Tensor]:   # the misclassified iterates [B,C,H,W] (the start where there is none); bool [B]: is there one
     "Auto-PGD on rows that share images (Croce & Hein 2020, algorithm 1)"
     c,out,broken = _climb(x, y, aim, example, start, eps),start.clone(),torch.zeros_like(y, dtype=torch.bool)
-    looks,loss = dict(apgd_checkpoints(steps)),_LOSSES[objective]
+    looks,loss,sound = dict(apgd_checkpoints(steps)),_LOSSES[objective],True
     for i in range(steps+1):
         if i: c.move(.75 if i>1 else 1.)
-        previous = c.value; wrong = _look(model, c, loss)
+        previous = c.value; wrong,finite = _look(model, c, loss); sound = finite & sound
         if i==0: c.best_value,c.last,c.best_grad,c.value = c.value,c.value,c.grad,c.ups
         else: _learn(c, previous)
         if wrong.any(): out[c.at[wrong]],broken[c.at[wrong]] = c.x_adv[wrong],True
         if early_stop and wrong.any(): c.keep(~torch.isin(c.example, c.example[wrong]))
         if not len(c.at): break
         if i in looks: _consider(c, looks[i], rho)
+    _demand(sound) # nan has an argmax too: it must not count as broken
     return out,broken
 
 # %% ../nbs/13_apgd.ipynb #c39f66b1

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .perturb import ce, gaussian, iterate, kl, l2, linf, margin, momentum, signed, uniform, unit_l2, worst
+from .perturb import attacking, ce, gaussian, iterate, kl, l2, linf, margin, momentum, signed, uniform, unit_l2, worst
 
 # %% ../nbs/10_attacks.ipynb #a13df883
 def fgsm(
@@ -53,6 +53,10 @@ def bim(
 # %% ../nbs/10_attacks.ipynb #f43fe586
 _balls = dict(linf=dict(project=linf, direction=signed), l2=dict(project=l2, direction=unit_l2))
 
+@torch.no_grad()
+def _standing(model, x_adv, y, targeted): # bool [B]: not yet where the attack wants it
+    with attacking(model): return (model(x_adv).argmax(1)==y) != targeted if len(x_adv) else y.bool()
+
 # %% ../nbs/10_attacks.ipynb #c49e2df2
 def pgd(
     model:nn.Module,       # logits [B,K] from images in [0,1]
@@ -73,10 +77,13 @@ def pgd(
 )->Tensor:                     # [B,C,H,W], detached, in [0,1]
     "Projected gradient descent (Madry et al. 2018)"
     if norm not in _balls or restarts<1: raise ValueError(f"norm is one of {list(_balls)} and restarts at least 1, got {norm!r}, {restarts}")
-    run = partial(iterate, model, x, y, eps=eps, step_size=step_size, steps=steps, objective=objective, start=start,
+    run = partial(iterate, model, eps=eps, step_size=step_size, steps=steps, objective=objective, start=start,
         clamp_start=clamp_start, targeted=targeted, early_stop=early_stop, generator=generator, **_balls[norm])
-    x_adv = run()
-    for _ in range(restarts-1): x_adv = worst(model, x, y, x_adv, run(), objective=objective, targeted=targeted)
+    x_adv = run(x, y)
+    for _ in range(restarts-1):
+        left = _standing(model, x_adv, y, targeted) if early_stop else torch.ones_like(y, dtype=torch.bool)
+        if not left.any(): break
+        x_adv[left] = worst(model, x[left], y[left], x_adv[left], run(x[left], y[left]), objective=objective, targeted=targeted)
     return x_adv
 
 # %% ../nbs/10_attacks.ipynb #4c1a0cf6
@@ -127,7 +134,7 @@ def cw_linf(
     generator:torch.Generator|None=None, # of the starts
 )->Tensor:                # [B,C,H,W], detached, in [0,1]
     "PGD on the Carlini-Wagner margin (settings of MAIL's evaluation code)"
-    def objective(z_adv, y): return margin(z_adv, y, kappa)
+    def objective(z_adv, y): return margin(z_adv, y, kappa, targeted)
     return pgd(model, x, y, eps=eps, step_size=step_size, steps=steps, objective=objective, clamp_start=False,
         restarts=restarts, targeted=targeted, generator=generator)
 

@@ -209,8 +209,9 @@ class Robustness(Spec):
 
     def __post_init__(self):
         _check_images(self)
-        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 <= self.eps <= 1: raise ValueError(f"eps wants a number in [0,1], such as 8/255, got {self.eps!r}")
+        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 < self.eps <= 1: raise ValueError(f"eps wants a number in (0,1], such as 8/255, got {self.eps!r}")
         if not self.components or not isinstance(self.components, tuple): raise ValueError(f"components wants a tuple such as ('apgd-ce', 'apgd-t'), got {self.components!r}")
+        for c in self.components: choose(c, Robustness.components, 'component')
 
 # %% ../nbs/00_core.ipynb #05f0e0a9
 def canonical(

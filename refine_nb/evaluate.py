@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .perturb import attacking
+from .perturb import _demand, attacking
 from .core import Call, seeded
 from .data import Split, to_input
 from .progress import bar
@@ -26,6 +26,8 @@ def _inputs(x:Tensor, size:int|None, device)->Tensor:
     x = to_input(x, size) if x.dtype==torch.uint8 else x
     return x.contiguous(memory_format=torch.channels_last)
 
+def _class(z): return torch.where(z.isfinite().all(1), z.argmax(1), -1) # nan has an argmax too
+
 @torch.no_grad()
 def predict(
     model:nn.Module, # images in [0,1] -> logits [B,K]
@@ -36,8 +38,10 @@ def predict(
 )->Tensor:           # int64 [N] on the CPU
     "The class that the model, in evaluation mode, gives each image"
     with attacking(model):
-        found = [model(_inputs(b, size, device)).argmax(1) for b in bar(x.split(EVAL_BATCH), desc='predict', quiet=quiet)]
-    return torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.int64)
+        found = [_class(model(_inputs(b, size, device))) for b in bar(x.split(EVAL_BATCH), desc='predict', quiet=quiet)]
+    z = torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.int64)
+    _demand((z>=0).all())
+    return z
 
 # %% ../nbs/35_evaluate.ipynb #25dfeed5
 def _attacked(model, split:Split, attack:Call, size, seed, device, quiet): # iterator of x_adv, a batch each, on the device

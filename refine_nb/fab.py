@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .apgd import _classes, _clean, pursue
-from .perturb import _check, _each, attacking, linf
+from .perturb import _check, _demand, _each, attacking, linf
 
 # %% ../nbs/14_fab.ipynb #51bff07b
 def plane_step(
@@ -62,10 +62,11 @@ def fab_rows(
     early_stop:bool=True,     # a row leaves as soon as its image is broken within eps
 )->tuple[Tensor,Tensor]:      # the nearest misclassified images [B,C,H,W], `x` where there is none; bool [B]: is it within eps
     "Targeted FAB on rows that share images (Croce & Hein 2020, algorithm 1)"
-    out,best,at,x_adv = x.clone(),torch.full_like(x[:,0,0,0], torch.inf),torch.arange(len(x), device=x.device),x
+    out,best,at,x_adv,sound = x.clone(),torch.full_like(x[:,0,0,0], torch.inf),torch.arange(len(x), device=x.device),x,True
     for _ in range(steps):
         x_adv = _walk(x_adv, x, *_gaps(model, x_adv, y, aim), alpha_max, eta)
-        with torch.no_grad(): wrong = model(x_adv).argmax(1)!=y
+        with torch.no_grad(): z = model(x_adv)
+        wrong,sound = z.argmax(1)!=y,z.isfinite().all() & sound
         far = (x_adv-x).abs().flatten(1).amax(1)
         nearer = wrong & (far<best[at])
         if nearer.any(): out[at[nearer]],best[at[nearer]] = x_adv[nearer],far[nearer]
@@ -74,6 +75,7 @@ def fab_rows(
             alive = ~torch.isin(example, example[done])
             x_adv,x,y,aim,at,example = (t[alive] for t in (x_adv,x,y,aim,at,example))
             if not len(at): break
+    _demand(sound)
     return out,best<=eps
 
 # %% ../nbs/14_fab.ipynb #d964a04a

@@ -6,10 +6,10 @@
 __all__ = ['make']
 
 # %% ../nbs/59_makers.ipynb #150a45f0
-import time
-from functools import singledispatch
+import time, warnings
+from functools import partial, singledispatch
 
-from .autoattack import autoattack
+from .autoattack import OtherRun, autoattack
 from .core import Adversarials, Cell, Recipe, Robustness, Worst, choose, key
 from .data import Data, Split, to_input
 from .entry import writing
@@ -137,6 +137,8 @@ def _(spec:Robustness, store):
     def save(state):
         with writing(store.root): running.save({'epoch': running.epoch+1, 'run': state})
     x = to_input(part.x, data.size); known = running.load()
-    r = autoattack(model, x, part.y, eps=spec.eps, components=spec.components, reference=spec.reference, seed=spec.recipe.seed, quiet=store.quiet, state=known and known['run'], save=save)
+    run = partial(autoattack, model, x, part.y, eps=spec.eps, components=spec.components, reference=spec.reference, seed=spec.recipe.seed, quiet=store.quiet, save=save)
+    try: r = run(state=known and known['run'])
+    except OtherRun as e: warnings.warn(f"the unfinished AutoAttack {key(spec)} cannot go on ({e}): it begins again", stacklevel=2); r = run()
     numbers = {**proportion(r.breaker==-1), 'label': r.label, 'survivors': r.survivors, 'seconds': r.seconds, 'flags': list(r.flags), 'data': data.fingerprint}
     return numbers, {'right': pack(r.breaker==-1), 'breaker': r.breaker}

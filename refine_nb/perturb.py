@@ -57,12 +57,12 @@ def kl(
 def margin(
     z_adv:Tensor,    # [B,K], logits at the iterate
     y:Tensor,        # [B], labels in 0..K-1
-    kappa:float=50., # confidence, in logits
-)->Tensor:           # [B], <= 0
-    "Minus the hinged lead of the true logit (C&W as run in GAIRAT's and MAIL's code)"
-    true = z_adv.gather(1, y[:,None])[:,0]
-    other = z_adv.scatter(1, y[:,None], -torch.inf).amax(1)
-    return -(true-other+kappa).clamp_min(0)
+    kappa:float=50., # confidence, in logits, >= 0
+    targeted:bool=False, # to be descended, towards `y`
+)->Tensor:           # [B], <= 0, or >= -kappa where targeted
+    "Minus the hinged lead of the true logit (C&W as run in GAIRAT's and MAIL's code), or of the target's"
+    lead = z_adv.gather(1, y[:,None])[:,0]-z_adv.scatter(1, y[:,None], -torch.inf).amax(1)
+    return -lead.clamp_max(kappa) if targeted else -(lead+kappa).clamp_min(0)
 
 # %% ../nbs/09_perturb.ipynb #3832f87e
 def signed(
@@ -202,11 +202,14 @@ def _gradient(model, objective, x_adv, y, z, last):
     if not z_adv.requires_grad: raise ValueError("the logits do not depend on the images: the model must not detach or use no_grad")
     loss = _value(objective, z_adv=z_adv, y=y, z=z)
     grad, = torch.autograd.grad(loss.sum(), x_adv)
-    return grad, z_adv.detach(), loss.detach().isfinite().all()
+    return grad, z_adv.detach(), loss.detach().isfinite().all() & ~grad.isnan().any()
 
 # %% ../nbs/09_perturb.ipynb #eaa43086
 class NotFinite(ValueError):
     "The model or the objective gave nan or inf during an attack"
+
+def _demand(sound): # a bool, or a bool tensor
+    if not sound: raise NotFinite("the model or the objective gave nan or inf: look at its logits on these images")
 
 # %% ../nbs/09_perturb.ipynb #20000eed
 def _climb(model, x_adv, x, y, z, *, last, eps, step_size, steps, objective, direction, project, targeted, early_stop):
@@ -223,7 +226,7 @@ def _climb(model, x_adv, x, y, z, *, last, eps, step_size, steps, objective, dir
             at,x_adv,x,y,z,grad,memory = (t if t is None else t[going] for t in (at,x_adv,x,y,z,grad,memory))
         step,memory = direction(grad, memory)
         x_adv = project(x_adv+rate*step, x, eps)
-    if not sound: raise NotFinite("the model or the objective gave nan or inf: look at its logits on these images")
+    _demand(sound)
     if early_stop: out[at] = x_adv
     return out if early_stop else x_adv
 

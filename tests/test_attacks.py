@@ -16,14 +16,21 @@ from torch import nn
 from torch.testing import assert_close
 
 from refine_nb.apgd import apgd
+from refine_nb.autoattack import autoattack
 from refine_nb.attacks import bi, bih, bim, cw_linf, fgsm, kl_pgd, ll, mim, pgd, vbi
 from refine_nb.attacks_min import ddn, salt_and_pepper
 from refine_nb.core import call
 from refine_nb.fab import fab_t
 from refine_nb.perturb import attacking, gaussian, kl, margin, zero
+from refine_nb.square import square
 
 EPS = .15
 few = dict(step_size=.04, steps=5)
+
+def short_autoattack(model, x, y, *, eps):
+    "All four components, a few steps of each"
+    if eps == 0 or len(x) == 0: return x.clone() # there it has nothing to say, and says so: see test_autoattack
+    return autoattack(model, x, y, eps=eps, steps=4, n_queries=20, n_targets=2).x_adv
 
 # name -> attack at its test settings, needing only (model, x, y) and perhaps eps and generator
 BUDGET = {
@@ -32,7 +39,7 @@ BUDGET = {
     'pgd_gaussian': partial(pgd, start=gaussian, clamp_start=False, **few), 'cw_linf': partial(cw_linf, **few),
     'bi': partial(bi, **few), 'bih': partial(bih, **few), 'vbi': partial(vbi, **few), 'll': partial(ll, **few),
     'apgd': partial(apgd, steps=5), 'apgd_dlr_t': partial(apgd, steps=5, objective='dlr_t'), 'fab_t': partial(fab_t, steps=10),
-    'pgd_l2': partial(pgd, norm='l2', step_size=.3, steps=5),
+    'pgd_l2': partial(pgd, norm='l2', step_size=.3, steps=5), 'square': partial(square, n_queries=300), 'autoattack': short_autoattack,
 }
 FREE = {'ddn': partial(ddn, steps=20), 'salt_and_pepper': partial(salt_and_pepper, steps=60)}
 ALL = {**{name: partial(a, eps=1. if name=='pgd_l2' else EPS) for name,a in BUDGET.items()}, **FREE}
@@ -184,6 +191,25 @@ def test_targeted_goes_to_the_target(name, trained, batch):
     runner_up = trained(x).topk(2).indices[:, 1]
     assert correct(trained, run(name, trained, x, runner_up, targeted=True), runner_up) > .3
 
+@pytest.mark.parametrize('kappa', [0., 1., 50.])
+@pytest.mark.parametrize('scale', [1, 100])
+def test_targeted_cw_needs_no_confidence(kappa, scale, trained, batch):
+    "The target is far behind at first, by more than any kappa where logits are large: there the hinge must be steep"
+    x, target = batch[0], trained(batch[0]).topk(2).indices[:, 1]
+    loud = Answer(lambda x: scale*trained(x))
+    x_adv = cw_linf(loud, x, target, eps=EPS, step_size=.02, kappa=kappa, targeted=True, generator=torch.Generator().manual_seed(0))
+    assert correct(trained, x_adv, target) > .6
+
+def test_restarts_leave_what_is_broken(trained, batch):
+    "With early_stop a later start is for the images that still stand; without, for all"
+    x, y = batch
+    starts = []
+    def start(x, *_): starts.append(len(x)); return x+(torch.rand_like(x)*2-1)*.1
+    standing = lambda x_adv: (trained(x_adv).argmax(1)==y)
+    torch.manual_seed(0); x_adv = pgd(trained, x, y, eps=.1, step_size=.03, steps=4, start=start, restarts=4, early_stop=True)
+    assert starts[0] == len(x) > starts[1] >= starts[2] >= starts[3] >= standing(x_adv).sum() and (x_adv-x).abs().max() <= .1+1e-6
+    starts.clear(); pgd(trained, x, y, eps=.1, step_size=.03, steps=4, start=start, restarts=2); assert starts == [len(x)]*2
+
 
 # ---- errors at the border --------------------------------------------------------------------------------------------
 
@@ -207,11 +233,21 @@ def test_errors_are_sentences(name, change, says, trained, batch):
     given.update({k: f(given[k]) for k, f in change.items()})
     with pytest.raises(ValueError, match=says): run(name, **given)
 
+@pytest.mark.parametrize('name', sorted(set(BUDGET)-HARMLESS-{'fgsm'}))    # FGSM looks at the images given, no further
+def test_nan_half_way_does_not_count_as_broken(name, trained, batch):
+    "Finite on the images given, nan wherever a pixel has left them"
+    x, y = batch
+    seen = x.flatten(1)
+    def fragile(v):
+        known = (torch.cdist(v.detach().flatten(1), seen) < 1e-3).any(1)
+        return trained(v)*torch.where(known, 1., torch.nan)[:, None]
+    with pytest.raises(ValueError, match='nan or inf'): run(name, Answer(fragile), x[y != 0], y[y != 0])
+
 @with_budget
 @pytest.mark.parametrize('eps', [-.1, 8, float('nan'), float('inf')])
 def test_bad_budgets(name, eps, trained, batch):
     if name == 'pgd_l2' and eps == 8: return       # an L2 budget may exceed 1
-    with pytest.raises(ValueError, match='write 8/255, not 8'): BUDGET[name](trained, *batch, eps=eps)
+    with pytest.raises(ValueError, match='write 8/255, not 8|eps must be above 0'): BUDGET[name](trained, *batch, eps=eps)
 
 @pytest.mark.parametrize('attack', [bim, pgd, mim, kl_pgd, cw_linf, apgd, fab_t, bi, bih, vbi, ll, ddn, salt_and_pepper])
 def test_bad_steps(attack, trained, batch):
@@ -222,7 +258,7 @@ def test_bad_step_size(attack, trained, batch):
     for bad in (0, -1/255, float('nan')):
         with pytest.raises(ValueError, match='step_size must be > 0'): attack(trained, *batch, step_size=bad)
 
-@pytest.mark.parametrize('name', sorted(set(ALL)-{'salt_and_pepper'}))
+@pytest.mark.parametrize('name', sorted(set(ALL)-{'salt_and_pepper', 'square'}))
 def test_a_model_without_gradient_is_named(name, trained, batch):
     model = Answer(lambda x: trained(x).detach())
     with pytest.raises(ValueError, match='do not depend on the images'): run(name, model, *batch)
@@ -297,6 +333,20 @@ def reference(name):
 def test_bim_is_torchattacks(trained, batch):
     ours = bim(trained, *batch, eps=.1, step_size=.02, steps=8)
     assert_close(ours, reference('PGD')(trained, eps=.1, alpha=.02, steps=8, random_start=False)(*batch), atol=1e-6, rtol=0)
+
+def test_fgsm_is_torchattacks(trained, batch):
+    assert_close(fgsm(trained, *batch, eps=.1), reference('FGSM')(trained, eps=.1)(*batch), atol=1e-6, rtol=0)
+
+def test_targeted_bim_is_torchattacks(trained, batch):
+    x, y = batch
+    theirs = reference('PGD')(trained, eps=.1, alpha=.02, steps=8, random_start=False); theirs.set_mode_targeted_by_label(quiet=True)
+    target = (y+1)%10
+    assert_close(bim(trained, x, target, eps=.1, step_size=.02, steps=8, targeted=True), theirs(x, target), atol=1e-6, rtol=0)
+
+def test_pgd_is_torchattacks_from_the_same_start(trained, batch):
+    torch.manual_seed(3); theirs = reference('PGD')(trained, eps=.1, alpha=.02, steps=8)(*batch)
+    torch.manual_seed(3); ours = pgd(trained, *batch, eps=.1, step_size=.02, steps=8)
+    assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 def test_mim_is_torchattacks(trained, batch):
     assert_close(mim(trained, *batch, eps=.1, step_size=.02, steps=8), reference('MIFGSM')(trained, eps=.1, alpha=.02, steps=8)(*batch), atol=1e-6, rtol=0)
