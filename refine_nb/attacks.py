@@ -64,7 +64,7 @@ def pgd(
     y:Tensor,              # [B], labels, or targets
     *,
     eps:float=8/255,       # budget, in `norm`
-    step_size:float=2/255, # length of a step, in `norm`
+    step_size:float|None=None, # length of a step, in `norm`; None: eps/4
     steps:int=10,          # at least 1
     norm:str='linf',       # 'linf' or 'l2'
     objective:Callable=ce, # what to climb: asks for any of z_adv, y, z
@@ -76,6 +76,7 @@ def pgd(
     generator:torch.Generator|None=None, # of the random starts
 )->Tensor:                     # [B,C,H,W], detached, in [0,1]
     "Projected gradient descent (Madry et al. 2018)"
+    step_size = eps/4 if step_size is None else step_size
     if norm not in _balls or restarts<1: raise ValueError(f"norm is one of {list(_balls)} and restarts at least 1, got {norm!r}, {restarts}")
     run = partial(iterate, model, eps=eps, step_size=step_size, steps=steps, objective=objective, start=start,
         clamp_start=clamp_start, targeted=targeted, early_stop=early_stop, generator=generator, **_balls[norm])

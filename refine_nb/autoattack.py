@@ -46,7 +46,7 @@ class _Protocol:
         return f"upper bound ({', '.join(_PRINTED[c] for c in self.components)}{'; '*bool(other)}{', '.join(other)})"
 
 # %% ../nbs/16_autoattack.ipynb #1a3bbc7f
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     "What AutoAttack found"
     breaker: Tensor  # int8 [N] on the CPU: -1 survived, 0 misclassified when clean, i broken by the i-th component
@@ -58,6 +58,9 @@ class Result:
 
     @property
     def robust(self)->float: return (self.breaker<0).float().mean().item() # part of all images
+    def __repr__(self):
+        left = ', '.join(f'{n} after {c}' if c!='clean' else f'{n} right when clean' for c,n in self.survivors.items())
+        return f"{self.label}: {self.robust:.1%} of {len(self.breaker)} robust ({left}){''.join(f'; {f}' for f in self.flags)}"
 
 # %% ../nbs/16_autoattack.ipynb #ce08a445
 def _doubts(model, x, y, z, p):
@@ -225,8 +228,8 @@ def autoattack(
     quiet:bool=True,                  # no progress bar
 )->Result:
     "AutoAttack (Croce & Hein 2020), standard version"
-    p = _Protocol(eps, norm, tuple(components), reference, seed, steps, n_queries, n_targets)
     last = _check(x, y, eps, 1., steps, linf if norm=='linf' else l2)
+    p = _Protocol(eps, norm, (components,) if isinstance(components, str) else tuple(components), reference, seed, steps, n_queries, n_targets)
     if batch_size<1 or len(x)==0: raise ValueError(f"batch_size must be at least 1 and there must be images, got {batch_size} and {len(x)} images")
     training = any(m.training for m in model.modules())
     with attacking(model), torch.inference_mode(False), torch.enable_grad():

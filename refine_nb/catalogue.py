@@ -75,7 +75,7 @@ def catalogue(
 # %% ../nbs/71_catalogue.ipynb #ae382ef4
 def report_folder(
     artefact:str,   # an id of `ARTEFACTS`
-    preset:str,     # 'demo', 'small' or 'paper'
+    preset:str,     # one of `PRESETS`
     variant:str='', # what the notebook was asked for, e.g. 'resnet18_cifar10'
 )->Path:            # not made here: `save_report` makes it whole
     "The folder of a report"
@@ -123,7 +123,7 @@ def _weights(cells:list[Cell])->str: return ''.join(_FROM.get(w, '') for w in so
 def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine)->str:
     "What the small and the paper's scale need and cost here, as Markdown lines"
     needs, lines = NEEDS[settings['dataset']], []
-    for name in ('small', 'paper'):
+    for name in ('small', 'gpu', 'paper'):
         cost = price(ancestors(*scaled(tuple(cells), PRESETS[name])), engine).seconds.iloc[-1]
         also = _weights(cells) if name=='paper' else ''
         lines.append(f"- **{name}**: {PRESETS[name].says}. `{_command(artefact, name, settings)}` needs {needs}{also}; about {duration(cost)} on this machine.")
@@ -144,7 +144,7 @@ def announce(
     a = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')]
     what = f"{a.name} of {SHORT[a.paper]}"
     where = f"{_network(scaled(cells[0], p.preset))} on {p.preset.data or p.dataset}"
-    tag = {'demo': 'DEMO', 'small': 'SMALL RUN', 'paper': "PAPER'S SCALE"}[p.preset.name]
+    tag = {'demo': 'DEMO', 'small': 'SMALL RUN', 'gpu': 'GPU RUN', 'paper': "PAPER'S SCALE"}[p.preset.name]
     settings = {k: getattr(p, k) for k in ('model', 'dataset')}
     banner = f"**{tag}: {what}, {where}.** This is {p.preset.says}."
     if p.preset.name=='demo': banner += f"\n\nThe real thing:\n\n{_real_thing(artefact, settings, cells, store.engine)}"

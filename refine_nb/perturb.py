@@ -10,6 +10,7 @@ __all__ = ['attacking', 'ce', 'kl', 'margin', 'signed', 'unit_l2', 'momentum', '
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ def attacking(
 )->Iterator[nn.Module]: # the same model, no parameter asks for a gradient
     "Lend `model` to an attack and give it back exactly as it was, also after an error; only 'train' lets buffers move"
     choose(mode, ('eval','train','train_untouched'), 'mode')
+    if not isinstance(model, nn.Module): raise ValueError(f"model must be an nn.Module, got {type(model).__name__}: wrap it in one, whose mode and weights can be lent")
     training = [(m,m.training) for m in model.modules()]
     grads = [(p,p.requires_grad) for p in model.parameters()]
     buffers = [(b,b.clone()) for b in model.buffers()] if mode=='train_untouched' else []
@@ -159,6 +161,8 @@ def _is(part, function): return part is function or (isinstance(part, Call) and 
 
 def _check(x, y, eps, step_size, steps, project, objective=ce, start=uniform):
     "The largest label, or a sentence that says what is wrong"
+    for name,v,kind,write in (('images',x,Tensor,'torch.as_tensor'), ('labels',y,Tensor,'torch.as_tensor'), ('eps',eps,Real,'a number such as 8/255'), ('steps',steps,Integral,'a whole number')):
+        if not isinstance(v, kind): raise ValueError(f"{name} must be {'a tensor' if kind is Tensor else 'a number'}, got {v!r:.60} ({type(v).__name__}): write {write}")
     if not 0<=eps<float('inf') or (_is(project, linf) and eps>1):
         raise ValueError(f"eps is a part of the range [0,1], got {eps}: write 8/255, not 8")
     if steps<1: raise ValueError(f"steps must be at least 1, got {steps}")
@@ -166,7 +170,7 @@ def _check(x, y, eps, step_size, steps, project, objective=ce, start=uniform):
     if eps>0 and not step_size>0: raise ValueError(f"step_size must be > 0, got {step_size}")
     if not x.is_floating_point() or x.ndim<2: raise ValueError(f"images must be float [B,C,H,W], got {x.dtype} {list(x.shape)}")
     if y.dtype!=torch.int64 or y.shape!=x.shape[:1]:
-        raise ValueError(f"labels must be int64 [{len(x)}], got {y.dtype} {list(y.shape)}")
+        raise ValueError(f"labels must be int64 [{len(x)}], got {y.dtype} {list(y.shape)} beside images {list(x.shape)}")
     if len(x)==0: return -1
     low,high,first,last = torch.stack([t.float() for t in (x.amin(),x.amax(),y.amin(),y.amax())]).tolist()
     if not (low>=0 and high<=1): raise ValueError(f"images must lie in [0,1], got {low:.4g}..{high:.4g}: normalise inside the model")
@@ -176,7 +180,11 @@ def _check(x, y, eps, step_size, steps, project, objective=ce, start=uniform):
 # %% ../nbs/09_perturb.ipynb #1f201c6b
 def _logits(model, x, last):
     "Logits [B,K] of `model`, or a sentence that says what is wrong with them"
-    z = model(x)
+    try: z = model(x)
+    except RuntimeError as e:
+        kinds = {p.dtype for p in model.parameters()} if isinstance(model, nn.Module) else {x.dtype}
+        if x.dtype in kinds or not kinds: raise
+        raise ValueError(f"the model does not take {x.dtype} images: its weights are {', '.join(map(str, kinds))}, cast one or the other") from e
     if not isinstance(z, Tensor) or z.ndim!=2 or len(z)!=len(x):
         got = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
         raise ValueError(f"the model must return logits [{len(x)},K], got {got}")

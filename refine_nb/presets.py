@@ -30,14 +30,17 @@ class Preset:
     scratch_lr: float|None = None # None keeps pretrained weights; a number trains from scratch, at this rate or the published one where that is larger
     components: tuple[str,...]|None = None # of AutoAttack; fewer than four give an upper bound, and are named so
     thin: str|None = None       # in place of a network with a CIFAR stem
+    stem: str|None = None       # of a ResNet that starts fresh in place of a pretrained one
     says: str = ''              # one sentence on what it is
 
 # %% ../nbs/61_presets.ipynb #6065985a
 PRESETS = {p.name: p for p in (
-    Preset('demo', epochs=.1, data='digits', size=8, n_train=500, n_eval=360, n_attacked=100, seeds=1, steps=100, batch_size=32, scratch_lr=.02, components=('apgd-ce',), thin='resnet20',
-           says="a demonstration on 8x8 digits in a minute or two on a CPU: it shows how the table is made, not what the paper found"),
+    Preset('demo', epochs=.1, data='digits', size=8, n_train=500, n_eval=360, n_attacked=100, seeds=1, steps=100, batch_size=32, scratch_lr=.005, components=('apgd-ce',), thin='resnet20',
+           says="a demonstration on 8x8 digits, in minutes on a CPU: it shows how the table is made, not what the paper found"),
     Preset('small', epochs=.2, size=32, n_train=5_000, n_attacked=1_000, n_autoattack=100, seeds=1, scratch_lr=.02, thin='resnet20',
            says="real images at 32x32, 5,000 for training, a fifth of the epochs, one seed, from scratch: directions, not the paper's numbers"),
+    Preset('gpu', epochs=.5, size=32, n_autoattack=1_000, seeds=1, scratch_lr=.02, stem='cifar',
+           says="all training images at 32x32, from scratch with a CIFAR stem, half of the epochs, one seed: for one GPU and less than a day"),
     Preset('paper', says="the published settings"))}
 
 def preset(
@@ -56,7 +59,9 @@ def _scaled_call(c:Call, p:Preset)->Call:
         if p.data: new['name'] = p.data
         if p.size: new['size'] = _least(has['size'], p.size)
         if p.n_train: new['n_train'] = _least(has['n_train'], p.n_train)
-    if c.name == 'classifier' and p.scratch_lr and has['weights']: new['weights'] = None
+    if c.name == 'classifier' and p.scratch_lr and has['weights']:
+        new['weights'] = None
+        if p.stem and has['name'].startswith('resnet'): new['stem'] = p.stem
     if c.name == 'classifier' and p.thin and has['stem'] == 'cifar': new['name'] = p.thin
     if p.n_train and has.get('n_calibrate'): new['n_calibrate'] = min(has['n_calibrate'], p.n_train)
     if p.steps and has.get('steps') is not None: new['steps'] = min(has['steps'], p.steps)

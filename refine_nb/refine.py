@@ -64,6 +64,8 @@ def _attack_wrong(
     return torch.cat(made)
 
 # %% ../nbs/40_refine.ipynb #64ec84cb
+def _hint(attack): return '. It goes away from the true class: did you mean targeted=True?' if attack.all_settings.get('targeted') is False else ''
+
 def correct(
     model:nn.Module,      # trained on `data`
     data:Data,            # its training part is T
@@ -74,6 +76,8 @@ def correct(
 )->Corrected:
     "Steps 2 to 4 of AdCorDA (section 3.1); warns where there is nothing to correct or nothing was corrected"
     choose(storage, ('float32','uint8'), 'storage')
+    if not isinstance(data, Data): raise ValueError(f"correct wants the data set whose training part was trained on, got {type(data).__name__}: write load_data(...)")
+    if attack is not None and not isinstance(attack, Call): raise ValueError(f"attack wants a Call or None, got {attack!r}: write call(ddn, targeted=True)")
     right = verdicts(model, data.train, size=data.size, device=device)
     wrong, start = (~right).nonzero()[:,0], time.monotonic()
     if attack is None or not len(wrong):
@@ -81,7 +85,7 @@ def correct(
         return Corrected(right, wrong[:0], torch.empty(0, *data.shape), torch.empty(0), torch.empty(0))
     x = _attack_wrong(model, data, wrong, attack, storage=storage, seed=seed, device=device, quiet=quiet)
     seconds, ok = time.monotonic()-start, predict(model, _plain(x), device=device) == data.train.y[wrong]
-    if not ok.any(): warnings.warn(f"{attack.name} corrected none of {len(wrong)} misclassified images: T' = T_c as for None", stacklevel=2)
+    if not ok.any(): warnings.warn(f"{attack.name} corrected none of {len(wrong)} misclassified images: T' = T_c as for None{_hint(attack)}", stacklevel=2)
     delta = _plain(x[ok]) - to_input(data.train.x[wrong[ok]], data.size)
     return Corrected(right, wrong[ok], x[ok], delta.abs().flatten(1).amax(1), delta.flatten(1).norm(dim=1), seconds)
 
@@ -161,8 +165,9 @@ def adapt(
     device='cpu',
 )->Method:                   # for `fit`
     "Step 5 of AdCorDA: class loss on T' plus lambda times the CORAL loss between T' and T (equation 5)"
+    if not isinstance(source, Corrected): raise ValueError(f"source wants a corrected set, got {type(source).__name__}: make one with correct(model, data, attack)")
     if coral_weight < 0: raise ValueError(f"coral_weight wants a number >= 0, got {coral_weight}")
-    n = len(source.members)//batch_size
+    n = len(source.members)//max(batch_size, 1)
     if not n or batch_size<2: raise ValueError(f"adapt wants batch_size >= 2 and at least one batch in the corrected set, got batch_size {batch_size} and {len(source.members)} images: train the baseline longer, or lower batch_size")
     def epoch_batches(epoch): return paired_batches(data, source, batch_size=batch_size, seed=seed, epoch=epoch, augment=augment, pairing=pairing, device=device)
     return Method(epoch_batches, _coral_step(coral_weight, joint), n, 2*n*batch_size)
