@@ -102,7 +102,7 @@ def refined(
     pairing:str='independent', # of source and target batches: 'independent' or 'aligned'
     rate:float=1.,      # share of T_w that is corrected, 0 to 1 (Figure 2b); the rest is removed
 )->Recipe:
-    "BL-IST: the baseline adapted from its corrected set (section 4)"
+    "BL-IST: the baseline adapted from its corrected set (section 4; IST is read as input space training, A-28)"
     attack = attack if isinstance(attack, Call) else ATTACKS[choose(attack, ATTACKS, 'attack')]
     method = call(adapt, source=_source(base, attack, storage, rate), coral_weight=protocol_of(base).coral_weight, pairing=pairing, augment=base.method['augment'])
     return replace(_second_stage(base), method=method)

@@ -61,17 +61,21 @@ def our_tables(
 )->dict[str,pd.DataFrame]: # variants (all of a table's together) -> tidy table; empty where nothing was run
     "Our numbers of an artefact, from its reports"
     folder = report_folder(artefact, preset)
-    found = {v.name: pd.concat([pd.read_csv(f, keep_default_na=False, na_values=['']) for f in sorted(v.glob('*.csv')) if f.stem not in ('side_by_side','claims','survivors')], ignore_index=True)
-             for v in sorted(folder.iterdir()) if (v/'table.csv').exists()} if folder.exists() else {}
-    if artefact.startswith('tab') and found: return {', '.join(found): pd.concat(found.values(), ignore_index=True)}
-    return found
+    runs = [v for v in sorted(folder.iterdir()) if (v/'table.csv').exists()] if folder.exists() else []
+    if not artefact.startswith('tab') or not runs: return {v.name: _rows(v) for v in runs}
+    return {', '.join(v.name for v in runs): pd.concat([_rows(v, () if v is runs[0] else ('sizes',)) for v in runs], ignore_index=True)}
+
+_ASIDE = ('side_by_side', 'claims', 'survivors') # no part of a table
+
+def _rows(run, also=()): # of one run, its tables together
+    files = [f for f in sorted(run.glob('*.csv')) if f.stem not in (*_ASIDE, *also)]
+    return pd.concat([pd.read_csv(f, keep_default_na=False, na_values=['']) for f in files], ignore_index=True)
 
 # %% ../nbs/claims_adcorda.ipynb #cb9b55a1
 def printed(
     artefact:str, # an id of `ARTEFACTS`
-)->pd.DataFrame:  # empty for a study of ours
+)->pd.DataFrame:
     "The table that the paper's side of an artefact's claims is judged on"
-    if artefact=='study_adcorda': return pd.DataFrame()
     module = importlib.import_module(f'refine_nb.{artefact}')
     return module.known_points() if hasattr(module, 'known_points') else published('tab1_adcorda' if artefact=='claims_adcorda' else artefact)
 
@@ -84,10 +88,6 @@ def ledger(
     for a in ARTEFACTS.values():
         if a.paper != 'adcorda' or not a.ready: continue
         claims = getattr(importlib.import_module(f'refine_nb.{a.id}'), 'CLAIMS', ())
-        ours = our_tables('tab1_adcorda' if a.id=='claims_adcorda' else a.id, preset) or {'': None}
-        judged = [judge(claims, printed(a.id), table, preset) for table in ours.values()]
-        first = judged[0].assign(ours=[_several(words) for words in zip(*(j.ours for j in judged))], artefact=a.id)
-        tables.append(first)
+        ours = our_tables('tab1_adcorda' if a.id=='claims_adcorda' else a.id, preset)
+        tables.append(judge(claims, printed(a.id), ours, preset).assign(artefact=a.id))
     return pd.concat(tables, ignore_index=True)
-
-def _several(words): return '; '.join(dict.fromkeys(words)) # each verdict once
