@@ -234,13 +234,16 @@ def _set_up(method, optimiser, seed)->dict: # what a run that goes on has in com
     return {'lr': [g.get('initial_lr', g['lr']) for g in groups], **{k: [g.get(k) for g in groups] for k in ('momentum','weight_decay')},
             'seed': seed, 'batches an epoch': method.n_steps, 'images an epoch': method.n_images}
 
+def _compare(was:dict, run:dict, snapshots)->None:
+    if other := [f'{k} {was.get(k)}, now {v}' for k,v in run.items() if was.get(k)!=v]:
+        raise ValueError(f"the snapshot of epoch {snapshots.epoch} was made with {'; '.join(other)}: go on with what it was made with, or remove {snapshots.folder} to begin anew")
+
+# %% ../nbs/30_train.ipynb #f6c3842b
 def _start(model, optimiser, snapshots, device, epochs, run)->dict: # the stored state, put into model and optimiser; or a new one
     state = snapshots.load(device) if snapshots else None
     here = device_name(device)
     if state is None: return {'epoch': 0, 'history': [], 'best_epoch': 0, 'best_accuracy': -1., 'best': _copy(model.state_dict()), 'seconds': 0., 'device': here, 'run': run}
-    was = state.setdefault('run', run) # a snapshot of an older version does not say
-    if other := [f'{k} {was.get(k)}, now {v}' for k,v in run.items() if was.get(k)!=v]:
-        raise ValueError(f"the snapshot of epoch {state['epoch']} was made with {'; '.join(other)}: go on with what it was made with, or remove {snapshots.folder} to begin anew")
+    _compare(state.setdefault('run', run), run, snapshots) # a snapshot of an older version does not say
     if state['device'] != here: warnings.warn(f"the snapshot of epoch {state['epoch']} was made on {state['device']}, training goes on on {here}: last digits may differ from those of an unbroken run", stacklevel=3)
     try: model.load_state_dict(state['model']); optimiser.load_state_dict(state['optimiser'])
     except (RuntimeError, ValueError) as e: raise ValueError(f"the snapshot of epoch {state['epoch']} does not fit this model and optimiser ({str(e).splitlines()[0]}): it is of another run, remove {snapshots.folder} to begin anew") from e
