@@ -34,14 +34,14 @@ def _asked(f, given, what:str)->set[str]:
 class _AsIs(nn.Module): # its modes and gradient flags are its lender's affair
     def __init__(self, model): super().__init__(); self.__dict__['lent'] = model # not a child
     def forward(self, x): return self.lent(x)
+    def modules(self): yield self; yield from self.lent.modules() # seen, but no children: `eval` and `train` do not descend to them
 
 def _attacked(model, attack, x, y, mode:str, generator)->Tensor:
     "x_adv [B,...] in full precision, by a model in this mode; no gradient reaches a weight"
     names = attack.accepts if isinstance(attack, Call) else inspect.signature(attack).parameters
     own = {'generator': generator} if 'generator' in names else {}
-    with torch.autocast(x.device.type, enabled=False):
-        if mode=='eval': return attack(model, x, y, **own)
-        with attacking(model, mode): return attack(_AsIs(model), x, y, **own)
+    with torch.autocast(x.device.type, enabled=False), attacking(model, mode):
+        return attack(model if mode=='eval' else _AsIs(model), x, y, **own)
 
 # %% ../nbs/31_adversarial.ipynb #e1119dd0
 def _logits(model, x)->Tensor: z = model(x); return z.to(torch.promote_types(z.dtype, torch.float32))

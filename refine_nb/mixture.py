@@ -15,7 +15,7 @@ from .data import load_data
 from .losses import clean, halves
 from .models import classifier
 from .perturb import zero
-from .surgery import operated
+from .surgery import SmoothReLU, operated, smooth_attack
 from .train import cosine, sgd
 
 # %% ../nbs/83_mixture.ipynb #46b14b5d
@@ -31,6 +31,10 @@ def techniques(
     return parts | {'Adversarial'} if parts & {'SAT', 'AdvProp'} else parts
 
 # %% ../nbs/83_mixture.ipynb #c976ef4d
+def _steps(steps): # as they are, or a sentence that says what is wrong
+    if type(steps) is not int or steps < 1: raise ValueError(f"steps of PGD wants a whole number >= 1, got {steps!r}: the document trains with 2")
+    return steps
+
 def training_attack(
     strength:str='weak', # 'weak' (Table 1) or 'strong' (Table 2)
     *,
@@ -38,17 +42,18 @@ def training_attack(
     start=zero,          # unstated; the formula starts at x
 )->Call:
     "The PGD that makes the images to train on"
-    return call(pgd, **STRENGTHS[choose(strength, STRENGTHS, 'strength')], steps=steps, start=start)
+    return call(pgd, **STRENGTHS[choose(strength, STRENGTHS, 'strength')], steps=_steps(steps), start=start)
 
 # %% ../nbs/83_mixture.ipynb #3ae6a7f9
 def network(
     method:str,            # one of `METHODS`
     *,
     model:str='resnet18',  # a network with a CIFAR stem
-    alpha:float=10.,       # of SAT's smooth derivative, > 0
+    alpha:float=10.,       # of SAT's smooth derivative, > 0 and finite
     where:str='both',      # of the smooth derivative: 'both' attack and update, or 'attack'
 )->Call:
     "The network of a method, with its surgery"
+    choose(where, ('both','attack'), 'place of the smooth derivative'); SmoothReLU(alpha) # says what is wrong with alpha
     parts, base = techniques(method), call(classifier, name=model, stem='cifar', mean=(0.,0.,0.), std=(1.,1.,1.))
     if not parts & {'SAT', 'AdvProp'}: return base
     relu = dict(relu='straight', alpha=alpha, where=where) if 'SAT' in parts else {}
@@ -62,7 +67,8 @@ def objective(
     total:str='mean',   # of the clean and the adversarial half: 'mean' (Algorithm 1) or 'sum' (eq. 4)
 )->Call:
     "The loss of a method (Algorithm 1, lines 10-15)"
-    parts = techniques(method)
+    if not 0 <= smoothing < .5: raise ValueError(f"smoothing is the share of the least likely class, in [0,0.5), got {smoothing}: the true class keeps the rest")
+    parts, total = techniques(method), choose(total, ('mean','sum'), 'total')
     both = 'Adversarial' in parts
     if 'ALS' in parts: return call(als_halves, alpha=smoothing, total=total) if both else call(als, alpha=smoothing)
     return call(halves, total=total) if both else call(clean)
@@ -81,16 +87,17 @@ def trained(
     "One of the nine trainings, for 100 epochs"
     parts, loss = techniques(method), objective(method, smoothing=smoothing, total=total)
     attack = training_attack(strength) if 'Adversarial' in parts else None
+    if 'SAT' in parts and where=='attack': attack = call(smooth_attack, attack=attack)
     how = call(advprop if 'AdvProp' in parts else adversarial_training, attack=attack, objective=loss, augment='crop_flip')
     return Recipe(data=call(load_data, name=choose(dataset, CIFAR10, 'data set'), split_seed=seed),
                   model=network(method, model=model, alpha=alpha, where=where), method=how,
                   optimiser=call(sgd, lr=.1, momentum=.9, weight_decay=5e-4), schedule=call(cosine), epochs=100, batch_size=128, seed=seed, select='last')
 
-# %% ../nbs/83_mixture.ipynb #7b9bb790
+# %% ../nbs/83_mixture.ipynb #fdf658be
 def attackers(
     steps:int=2, # of PGD: unstated, M-2
 )->dict[str,Call|None]: # column of the tables -> attack; None is clean
     "The columns of Tables 1 and 2"
-    weak, strong = STRENGTHS.values()
+    weak, strong, steps = *STRENGTHS.values(), _steps(steps)
     return {'clean': None, 'fgsm_0.1': call(fgsm, eps=.1), 'pgd_0.1': call(pgd, **weak, steps=steps, start=zero),
             'fgsm_0.5': call(fgsm, eps=.5), 'pgd_0.5': call(pgd, **strong, steps=steps, start=zero)}

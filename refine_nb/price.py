@@ -72,6 +72,7 @@ def _withstood(components:tuple[str,...], n:int)->Counter:
 
 def _attacked(attack:Call|None, n:int)->Counter:
     if attack is None: return Counter()
+    if inner := attack.all_settings.get('attack'): return _attacked(inner, n) # an attack around an attack, such as `smooth_attack`
     steps, restarts = attack.all_settings.get('steps') or 10, attack.all_settings.get('restarts') or 1
     return Counter({'forward' if attack.name=='salt_and_pepper' else 'attack': steps*restarts*n})
 

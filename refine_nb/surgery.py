@@ -122,24 +122,38 @@ class SmoothReLU(nn.Module):
     def extra_repr(self): return f"alpha={self.alpha:g}, kind={self.kind!r}, on={self.on}"
 
 # %% ../nbs/03_surgery.ipynb #f39f8887
-_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
+def _spelled(*names): return {getattr(home, n) for home in (torch, F, Tensor) for n in names if hasattr(home, n)}
 
-class _Watch(TorchFunctionMode): # collects the names of modules that call a ReLU as a function
+_KINKED = _spelled(*(n+end for n in ('relu', 'relu6', 'leaky_relu', 'rrelu', 'prelu', 'threshold', 'hardtanh') for end in ('', '_')))
+_CLAMPS, _FROM_BELOW = _spelled('clamp', 'clamp_', 'clip', 'clip_'), _spelled('clamp_min', 'clamp_min_')
+_MAXIMA = _spelled('maximum', 'max', 'fmax')
+
+def _all(value, number): return isinstance(value, (int, float, Tensor)) and bool((torch.as_tensor(value)==number).all())
+
+def _kink(func, args, named)->bool: # is this call a ReLU or one of its relatives?
+    if func in _MAXIMA: return any(isinstance(a, Tensor) and _all(a, 0) for a in (*args, *named.values())) and len(args)+len(named)==2
+    if func not in _CLAMPS|_FROM_BELOW: return func in _KINKED
+    low, high = (named.get(name, bound) for name,bound in zip(('min', 'max'), (*args[1:], None, None)))
+    return _all(low, 0) and not _all(high, 1) or _all(high, 0)
+
+# %% ../nbs/03_surgery.ipynb #947a24ea
+class _Watch(TorchFunctionMode): # collects where a kink is called as a function, and which
     def __init__(self, model):
         super().__init__(); self.found,self.inside = {},[]
         for name,m in model.named_modules():
             m.register_forward_pre_hook(lambda m, x, name=name: self.inside.append((name or type(m).__name__, m)))
             m.register_forward_hook(lambda m, x, out: self.inside.pop() and None)
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in _FUNCTIONS and not isinstance(self.inside[-1][1], (nn.ReLU, SmoothReLU)): self.found[self.inside[-1][0]] = func
+        if not isinstance(self.inside[-1][1], (nn.ReLU, SmoothReLU)) and _kink(func, args, kwargs or {}): self.found[self.inside[-1][0]] = func.__name__.strip('_')
         return func(*args, **(kwargs or {}))
 
-def _functional(model, shape): # -> names of the modules in `model` that do
+def _functional(model, shape)->dict: # name of the module in `model` -> name of the function
     probe = deepcopy(model).eval(); like = next(probe.parameters(), torch.zeros(()))
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(like)
     with torch.no_grad(), _Watch(probe) as seen:
-        try: probe(torch.zeros(shape, device=like.device, dtype=like.dtype))
+        try: probe(x)
         except (RuntimeError, ValueError) as e: raise ValueError(f"{type(model).__name__} does not take a batch of shape {tuple(shape)} ({e}): say what it takes by shape=(1,C,H,W)") from e
-    return list(seen.found)
+    return seen.found
 
 # %% ../nbs/03_surgery.ipynb #f30ce64a
 def smooth(
@@ -148,7 +162,7 @@ def smooth(
     alpha:float=10.,      # slope, > 0; unstated for the document's runs, 10 is what it quotes
     kind:str='straight',  # 'straight' (the document's), 'softplus' or 'swish' (smooth in both passes)
     where:str='both',     # 'both': attacks and updates; 'attack': only inside `with smoothing(model):`
-    shape:tuple[int,...]=(1,3,32,32), # of a dummy batch, to look for ReLUs that are not modules
+    shape:tuple[int,...]=(1,3,32,32), # of a dummy batch, to look for kinks that are not nn.ReLU modules
 )->nn.Module:             # a copy
     "SAT's network: every ReLU becomes smooth (mixture document, eqs. 1-2)"
     choose(where, ('both','attack'), 'place of the smooth derivative')
@@ -156,7 +170,7 @@ def smooth(
     SmoothReLU(alpha, kind)                                             # says what is wrong with them
     out,n = _replaced(model, nn.ReLU, lambda m: SmoothReLU(alpha, kind, on=where=='both'))
     if hidden := _functional(out, shape):
-        raise ValueError(f"{type(model).__name__} calls ReLU as a function in {', '.join(hidden)}, where it cannot be replaced: use nn.ReLU modules there")
+        raise ValueError(f"{type(model).__name__} has kinks that are not nn.ReLU modules, in {', '.join(f'{m} ({f})' for m,f in hidden.items())}, where they cannot be made smooth: use nn.ReLU modules there")
     if not n: raise ValueError(f"{type(model).__name__} has no nn.ReLU to make smooth")
     return out
 

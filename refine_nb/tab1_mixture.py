@@ -87,7 +87,7 @@ CLAIMS = (
 def _norms(t): return [gain(t, m, 'Traditional') for m in METHODS if 'AdvProp' in m]
 
 MIXTURE_CLAIMS = (
-    Claim('M7', 'combining all three techniques gives us results that are strictly worse than simply using AdvProp by itself (accuracy)', 'Mixture, line 190', lambda t: gain(t, 'ALS + SAT + AdvProp', 'AdvProp') < 0, lambda t: f"{gain(t, 'ALS + SAT + AdvProp', 'AdvProp'):+.2f}"),
+    Claim('M7', 'combining all three techniques gives us results that are strictly worse than simply using AdvProp by itself (accuracy)', 'Mixture, line 188', lambda t: gain(t, 'ALS + SAT + AdvProp', 'AdvProp') < 0, lambda t: f"{gain(t, 'ALS + SAT + AdvProp', 'AdvProp'):+.2f}"),
     Claim('M8', 'no mixture of the techniques worked better than simply AdvProp alone for the accuracy', 'Mixture, conclusion', lambda t: max(gain(t, m, 'AdvProp') for m in MIXED) <= 0, lambda t: f"best mixture {max(gain(t, m, 'AdvProp') for m in MIXED):+.2f}"),
     Claim('M9', 'methods which use separate batch norms show an increased accuracy compared to traditional training', 'Mixture, line 158', lambda t: min(_norms(t)) > 0, lambda t: _range(_norms(t))),
     Claim('M10', 'While less robust than standard adversarial training, AdvProp is more robust than no adversarial training at all', 'Mixture, line 160', lambda t: max(_gains(t, 'AdvProp', 'Adversarial')) < 0 < min(_gains(t, 'AdvProp', 'Traditional')),

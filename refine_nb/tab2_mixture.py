@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['STRONG', 'COLUMNS', 'BOLD', 'MASKING', 'WEAK', 'CLAIMS', 'grid', 'both_tables', 'improved', 'tidy', 'returned',
-           'step_curve', 'explained', 'answer']
+           'step_curve', 'explained', 'answer', 'passed_by', 'undefended']
 
 # %% ../nbs/tab2_mixture.ipynb #80bfe258
 import pandas as pd
 from torch import Tensor, nn
 
-from .attacks import pgd
+from .attacks import fgsm, pgd
 from .audit import Audit
 from .claims import Claim, cell
 from .core import Cell, Robustness
@@ -93,7 +93,7 @@ def explained(
 )->str: # 'no rise', 'caught', 'leaked or robust' or 'unclear', with its numbers
     "What the second step does to the first"
     clean, one, two = (walk[walk.steps==k].iloc[0] for k in (0, 1, 2))
-    verdict = 'no rise' if two.low <= one.high else 'leaked or robust' if two.other < two.low else 'caught' if two.other >= clean.other/2 else 'unclear'
+    verdict = 'no rise' if two.low <= one.high else 'caught' if two.other >= clean.other/2 else 'leaked or robust' if two.other < two.low else 'unclear'
     return f'{verdict}: accuracy {one.accuracy:.1f} to {two.accuracy:.1f}, the other network {two.other:.1f}, pixels at x {one.returned:.1f} to {two.returned:.1f}'
 
 # %% ../nbs/tab2_mixture.ipynb #89454180
@@ -107,6 +107,31 @@ def answer(
     masked, weak = ([c.replace('_', ' ') for c in a.raised if c in group] for group in (MASKING, WEAK))
     said = [f"{what} ({', '.join(checks)})" for what,checks in (('reported attack too weak', weak), ('masked gradients', masked)) if checks]
     return '; '.join(said) or 'neither a weak attack nor masked gradients'
+
+# %% ../nbs/tab2_mixture.ipynb #3c0b1b1c
+def passed_by(
+    model:nn.Module, # the attacked network
+    x:Tensor,        # [N,C,H,W], float in [0,1]
+    y:Tensor,        # [N], labels
+    *,
+    near:float=.1, far:float=.5, # budgets of FGSM
+)->float: # in [0,1]; 0 where none fell
+    "Of the images that fall to a small step of FGSM, the share that is right again after a large one"
+    clean, small, large = (predict(model, at, device=x.device)==y.cpu() for at in (x, *(fgsm(model, x, y, eps=e) for e in (near, far))))
+    fell = clean & ~small
+    return (fell & large).sum().item()/max(1, fell.sum().item())
+
+# %% ../nbs/tab2_mixture.ipynb #50b04585
+def undefended(
+    audits:dict[float,Audit], # budget -> audit under FGSM
+    again:float,              # from `passed_by`
+)->str:
+    "Whether an undefended network's accuracy under FGSM is due to masked gradients, in one sentence"
+    left = [100*a['stronger_attack'].numbers[i][1] for a in audits.values() for i in (0, 1)]
+    masked = sorted({c.replace('_', ' ') for a in audits.values() for c in a.raised if c in MASKING})
+    said = f"gradients mislead ({', '.join(masked)})" if masked else 'gradients do not mislead, one step is too weak' if any('stronger_attack' in a.raised for a in audits.values()) else 'gradients do not mislead, and one step is as good as many'
+    pairs = '; '.join(f'at {e:g} FGSM leaves {a:.1f} %, many steps {b:.1f} %' for e,a,b in zip(audits, left[::2], left[1::2]))
+    return f'{pairs}: {said}; of the images that fell at {min(audits):g}, {100*again:.1f} % are right again at {max(audits):g}, passed by in one step.'
 
 # %% ../nbs/tab2_mixture.ipynb #c8a66b23
 def _at(t, method, attack='clean', training='strong'): return cell(t, method=method, attack=attack, training=training)

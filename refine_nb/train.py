@@ -7,7 +7,7 @@ __all__ = ['Engine', 'engine', 'sgd', 'piecewise', 'cosine', 'linear', 'Method',
            'train_epoch', 'fit']
 
 # %% ../nbs/30_train.ipynb #c514e436
-import contextlib, hashlib, io, math, time, warnings
+import contextlib, hashlib, io, math, os, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator
@@ -49,11 +49,13 @@ class Engine:
 # %% ../nbs/30_train.ipynb #534722a7
 def engine(
     device:str|None=None, # None is the first GPU where there is one, else the CPU
-)->Engine:                # bf16 and compilation on a GPU, plain float32 on a CPU (bf16 and compilation lose there)
+)->Engine:                # compiled on a GPU; the environment's REFINE_PRECISION, else bf16 on a GPU and float32 on a CPU
     "The engine that suits this machine; allows TF32 matrix products and convolutions on a GPU"
     if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if not str(device).startswith('cuda'): return Engine(device)
-    made = Engine(device, precision='bfloat16', compiled=True)
+    asked = os.environ.get('REFINE_PRECISION') or None
+    if asked: choose(asked, ('float32','bfloat16'), "precision in the environment's REFINE_PRECISION")
+    if not str(device).startswith('cuda'): return Engine(device, precision=asked or 'float32')
+    made = Engine(device, precision=asked or 'bfloat16', compiled=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return made
 
@@ -227,10 +229,21 @@ def train_epoch(
 # %% ../nbs/30_train.ipynb #92e04ab5
 def _copy(state:dict)->dict: return {k: v.detach().clone() for k,v in state.items()}
 
-def _start(model, optimiser, snapshots, device, epochs)->dict: # the stored state, put into model and optimiser; or a new one
+def _set_up(method, optimiser, seed)->dict: # what a run that goes on has in common with the one before
+    groups = optimiser.param_groups
+    return {'lr': [g.get('initial_lr', g['lr']) for g in groups], **{k: [g.get(k) for g in groups] for k in ('momentum','weight_decay')},
+            'seed': seed, 'batches an epoch': method.n_steps, 'images an epoch': method.n_images}
+
+def _compare(was:dict, run:dict, snapshots)->None:
+    if other := [f'{k} {was.get(k)}, now {v}' for k,v in run.items() if was.get(k)!=v]:
+        raise ValueError(f"the snapshot of epoch {snapshots.epoch} was made with {'; '.join(other)}: go on with what it was made with, or remove {snapshots.folder} to begin anew")
+
+# %% ../nbs/30_train.ipynb #f6c3842b
+def _start(model, optimiser, snapshots, device, epochs, run)->dict: # the stored state, put into model and optimiser; or a new one
     state = snapshots.load(device) if snapshots else None
     here = device_name(device)
-    if state is None: return {'epoch': 0, 'history': [], 'best_epoch': 0, 'best_accuracy': -1., 'best': _copy(model.state_dict()), 'seconds': 0., 'device': here}
+    if state is None: return {'epoch': 0, 'history': [], 'best_epoch': 0, 'best_accuracy': -1., 'best': _copy(model.state_dict()), 'seconds': 0., 'device': here, 'run': run}
+    _compare(state.setdefault('run', run), run, snapshots) # a snapshot of an older version does not say
     if state['device'] != here: warnings.warn(f"the snapshot of epoch {state['epoch']} was made on {state['device']}, training goes on on {here}: last digits may differ from those of an unbroken run", stacklevel=3)
     try: model.load_state_dict(state['model']); optimiser.load_state_dict(state['optimiser'])
     except (RuntimeError, ValueError) as e: raise ValueError(f"the snapshot of epoch {state['epoch']} does not fit this model and optimiser ({str(e).splitlines()[0]}): it is of another run, remove {snapshots.folder} to begin anew") from e
@@ -261,7 +274,7 @@ def fit(
     engine:Engine=Engine(), quiet:bool=False,
 )->dict: # history (a dict an epoch), best_epoch (from 1), best_accuracy, seconds; other: weights of 'last' or 'best' where these are not the selected
     "Train for `epochs` epochs and select one; `Diverged` keeps the last good snapshot"
-    by, state, runner = _judge(select, robust), _start(model, optimiser, snapshots, engine.device, epochs), engine.runner(model)
+    by, state, runner = _judge(select, robust), _start(model, optimiser, snapshots, engine.device, epochs, _set_up(method, optimiser, seed)), engine.runner(model)
     about = dict(method=method, optimiser=optimiser, epochs=epochs, seed=seed, engine=engine, schedule=schedule, clip=clip, quiet=quiet)
     for epoch in range(state['epoch'], epochs):
         start, row, seen = time.monotonic(), _next(runner, epoch, snapshots, **about), _seen(model, validate, robust)

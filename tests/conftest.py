@@ -10,7 +10,7 @@ def refine_home(tmp_path, monkeypatch):
     "REFINE_HOME is an empty folder: no test sees the user's checkpoints, none leaves one behind"
     home = tmp_path/'refine_home'
     monkeypatch.setenv('REFINE_HOME', str(home))
-    monkeypatch.delenv('REFINE_PRESET', raising=False)
+    for name in ('REFINE_PRESET', 'REFINE_PRECISION'): monkeypatch.delenv(name, raising=False)
     return home
 
 
