@@ -27,6 +27,7 @@ $(READY): settings.ini setup.py
 	done; echo "refine_nb needs Python 3.10 or newer, and none of these is: $(PYTHONS). Install one, or say which: make PYTHONS=/path/to/python3.11" >&2; exit 1
 	@if $(BIN)/python -m pip install -q uv && $(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]'; then :; \
 	else echo 'uv could not install: trying pip, which takes longer'; $(BIN)/python -m pip install -q -e '.[dev]'; fi
+	@$(BIN)/python -m pip install -q --no-deps torchattacks==3.5.1 # compared with in tests only: its metadata pins an ancient requests
 	@touch $@
 
 demo: $(READY) ## Table 1 of AdCorDA on 8x8 digits, in a minute or two on a CPU: out.ipynb
@@ -34,7 +35,7 @@ demo: $(READY) ## Table 1 of AdCorDA on 8x8 digits, in a minute or two on a CPU:
 
 test: $(READY) ## every test: the notebooks' own, then tests/; GPU=0 shows them the first GPU
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
-	REFINE_HOME="$$scratch/home" REFINE_REPORTS="$$scratch/reports" REFINE_PRESET=demo CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$(THREADS) \
+	REFINE_HOME="$$scratch/home" REFINE_REPORTS="$$scratch/reports" REFINE_PRESET=demo REFINE_PRECISION= CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$(THREADS) \
 	  $(LIMIT) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing
 	CUDA_VISIBLE_DEVICES=$(GPU) $(BIN)/python -m pytest tests -rs --timeout 300
 

@@ -57,7 +57,7 @@ def correction_share(
 # %% ../nbs/claims_adcorda.ipynb #6ddb61f3
 def our_tables(
     artefact:str, # an id of `ARTEFACTS`
-    preset:str,   # 'demo', 'small' or 'paper'
+    preset:str,   # 'demo', 'small', 'gpu' or 'paper'
 )->dict[str,pd.DataFrame]: # variants (all of a table's together) -> tidy table; empty where nothing was run
     "Our numbers of an artefact, from its reports"
     folder = report_folder(artefact, preset)

@@ -1,7 +1,7 @@
 """The contract of every attack, and agreement with independent implementations.
 
 One table of attacks drives one test body, on a small net trained on scikit-learn's digits. The reference attacks (foolbox,
-torchattacks) run only here; torchattacks is optional.
+torchattacks) run only here; those of torchattacks are skipped where it is not installed.
 """
 import warnings
 from functools import partial

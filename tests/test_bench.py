@@ -143,6 +143,7 @@ def test_only_verdicts_opposed_under_every_seed_disagree():
     "Four images: alike; theirs wavers; ours wavers and differs at seed 0; every seed of ours against every seed of theirs"
     ours, theirs = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 0, 1]]).bool(), torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 0]]).bool()
     said, opposed = bench.verdicts_compared(ours, theirs)
+    assert said.pop('withstood') == {1: ([1, 1, 1], [1, 0, 1]), 2: ([0, 1, 0], [1, 1, 1]), 3: ([1, 1, 1], [0, 0, 0])}
     assert said == {'changed': 2, 'ours_unsure': 1, 'theirs_unsure': 1, 'opposed': 1} and opposed.tolist() == (ours != theirs).all(0).nonzero()[:,0].tolist()
     assert bench.verdicts_compared(theirs[:, :3], ours[:, :3])[0]['opposed'] == 0
 

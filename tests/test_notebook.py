@@ -62,8 +62,8 @@ MISTAKES = [
     (dict(model=['resnet18', 'resnet34']), f"ValueError: unknown model ['resnet18', 'resnet34']: choose one of {MODELS}"),
     (dict(dataset='imagenet'), f"ValueError: unknown dataset 'imagenet': choose one of {DATASETS}"),
     (dict(dataset='CIFAR10'), f"ValueError: unknown dataset 'CIFAR10': choose one of {DATASETS}"),
-    (dict(preset='tiny'), "ValueError: unknown preset 'tiny': choose one of None, 'demo', 'small', 'paper'"),
-    (dict(preset=True), "ValueError: unknown preset True: choose one of None, 'demo', 'small', 'paper'"),
+    (dict(preset='tiny'), "ValueError: unknown preset 'tiny': choose one of None, 'demo', 'small', 'gpu', 'paper'"),
+    (dict(preset=True), "ValueError: unknown preset True: choose one of None, 'demo', 'small', 'gpu', 'paper'"),
     (dict(epochs=5), "ValueError: unknown parameter 'epochs': choose one of 'preset', 'model', 'dataset', 'seeds', 'augment', 'storage', 'pairing', 'device'"),
     (dict(models='resnet18', preset='demo'), "ValueError: unknown parameter 'models': choose one of 'preset', 'model'"),
     (dict(epochs=None), "ValueError: unknown parameter 'epochs': choose one of 'preset'"),
@@ -93,7 +93,7 @@ def test_a_device_that_nobody_has(tmp_path, no_store, given):
 
 def test_a_wrong_preset_in_the_environment(tmp_path, no_store, monkeypatch):
     monkeypatch.setenv('REFINE_PRESET', 'wrong')
-    assert "ValueError: unknown preset 'wrong': choose one of 'demo', 'small', 'paper'" in refused(tmp_path)
+    assert "ValueError: unknown preset 'wrong': choose one of 'demo', 'small', 'gpu', 'paper'" in refused(tmp_path)
     assert not (tmp_path/'refine_home').exists()
 
 def test_the_parameter_outdoes_the_environment(tmp_path, no_store, monkeypatch):

@@ -152,7 +152,9 @@ def markdown(report):
     "The tables of a report, with the machine named"
     limits = report['limits']
     notes = ['Ratios are theirs over ours, except where the target says "at most"; the median over interleaved rounds, and the range. '
-             '"Like for like" is the ratio where both do exactly the same: theirs attacks our folded, channels-last copy of the net, or ours attacks in training mode as theirs does.']
+             '"Like for like" is the ratio where both do exactly the same: theirs attacks our folded, channels-last copy of the net, or ours attacks in training mode as theirs does.',
+             'PGD rows: ours is what a user gets who attacks `fold(model)`; folding is inside the clock.']
+    if report['kind'] == 'cpu' and report['capability'] != 'AVX2': notes.append(f"Targets were set for two AVX2 cores, before anything was measured. With {report['capability']} convolutions take another share of the time, and both sides run the same ones.")
     if report['quick']: notes.insert(0, 'A quick run: small batches and few rounds, to see that everything works. Its ratios are not to be quoted.')
     if report['load'] > .5*report['cores']: notes.append(f"The machine was busy: {report['load']:.1f} processes wanted its {report['cores']} cores when the run began.")
     table = show_table(pd.DataFrame([line(r) for r in report['rows']]), f"Speed on {report['device']}{', a quick run' if report['quick'] else ''}", notes).data
@@ -250,10 +252,10 @@ def same_pixels(s, ours, theirs):
     return agree
 
 def attack_contest(s, ours, theirs):
-    "Ours on the folded channels-last copy of the net, theirs on the net as it is"
+    "Ours on a folded channels-last copy of the net, which is made inside the clock; theirs on the net as it is"
     net, (x, y) = s.net(), s.images(s.batch)
     folded, x_last = fold(net), last(x)
-    sides = {'ours': lambda: seeded(ours, folded, x_last, y), 'theirs': lambda: seeded(theirs, net, x, y), 'theirs on our net': lambda: seeded(theirs, folded, x_last, y)}
+    sides = {'ours': lambda: seeded(ours, fold(net), x_last, y), 'theirs': lambda: seeded(theirs, net, x, y), 'theirs on our net': lambda: seeded(theirs, folded, x_last, y)}
     return Contest(sides, same_pixels(s, ours, theirs), f'{s.batch} images', alike=('ours', 'theirs on our net'))
 
 @row('PGD-10, against ten times forward and backward to the images', at_most=1.05)
@@ -290,10 +292,11 @@ def budget(net, x, y, share):
     return max((n/100 for n in range(1, 41) if left(n/100) >= share), default=.01)
 
 def verdicts_compared(ours, theirs): # bool [seeds, images] each: who withstood
-    "How many images: judged otherwise at the first seed; broken by every seed of one side and none of the other; on which a side's own seeds differ. And which are opposed"
+    "How many images: judged otherwise at the first seed; broken by every seed of one side and none of the other; on which a side's own seeds differ; each of these with (ours, theirs) by seed. And which are opposed"
     def unsure(v): return (v != v[0]).any(0)
     opposed = ((ours[0] != theirs[0]) & ~unsure(ours) & ~unsure(theirs)).nonzero()[:,0]
-    return {'changed': (ours[0] != theirs[0]).sum().item(), 'ours_unsure': unsure(ours).sum().item(), 'theirs_unsure': unsure(theirs).sum().item(), 'opposed': len(opposed)}, opposed
+    return {'changed': (ours[0] != theirs[0]).sum().item(), 'ours_unsure': unsure(ours).sum().item(), 'theirs_unsure': unsure(theirs).sum().item(), 'opposed': len(opposed),
+            'withstood': {i: (ours[:, i].int().tolist(), theirs[:, i].int().tolist()) for i in (unsure(ours) | unsure(theirs) | (ours[0] != theirs[0])).nonzero()[:,0].tolist()}}, opposed
 
 def set_apart(ours, theirs, images): # each: (seed, images) -> bool [images], who withstood
     "Images that chance does not explain: both sides are asked again, with eight seeds that had no part in their choice; Fisher's exact test at 2 %"
