@@ -107,7 +107,7 @@ def made_on(
 )->str:          # one sentence
     "What made the results behind a table, as their records say; where there are none yet, what would"
     entries = [e for s in ancestors(*cells) if (e := store.get(s, make=False))]
-    ways = dict.fromkeys((e.made['device'], e.made['precision']) for e in entries) or {(device_name(store.engine.device), store.engine.precision): None}
+    ways = dict.fromkeys((e.made['device'].replace(' 1 threads', ' 1 thread'), e.made['precision']) for e in entries) or {(device_name(store.engine.device), store.engine.precision): None}
     return 'Made on ' + '; and on '.join(f'{device}, training in {precision}' for device,precision in ways) + '.'
 
 # %% ../nbs/71_catalogue.ipynb #75c0350a
