@@ -156,8 +156,7 @@ def apgd_rows(
         if early_stop and wrong.any(): c.keep(~torch.isin(c.example, c.example[wrong]))
         if not len(c.at): break
         if i in looks: _consider(c, looks[i], rho)
-    _demand(sound) # nan has an argmax too: it must not count as broken
-    return out,broken
+    _demand(sound); return out,broken # nan has an argmax too: it must not count as broken
 
 # %% ../nbs/13_apgd.ipynb #c39f66b1
 def _firsts(example): # positions of the first row of each image

@@ -71,20 +71,17 @@ def pgd(
     start:Callable=uniform,    # zero, uniform or gaussian
     clamp_start:bool=True,     # project the start before the first gradient
     restarts:int=1,            # starts to choose the worst of
-    targeted:bool=False,       # go towards `y`
-    early_stop:bool=False,     # leave an example as soon as it is there
+    targeted:bool=False, early_stop:bool=False, # go towards `y`; leave an example as soon as it is there
     generator:torch.Generator|None=None, # of the random starts
 )->Tensor:                     # [B,C,H,W], detached, in [0,1]
     "Projected gradient descent (Madry et al. 2018)"
-    step_size = eps/4 if step_size is None else step_size
     if norm not in _balls or restarts<1: raise ValueError(f"norm is one of {list(_balls)} and restarts at least 1, got {norm!r}, {restarts}")
-    run = partial(iterate, model, eps=eps, step_size=step_size, steps=steps, objective=objective, start=start,
+    run = partial(iterate, model, eps=eps, step_size=eps/4 if step_size is None else step_size, steps=steps, objective=objective, start=start,
         clamp_start=clamp_start, targeted=targeted, early_stop=early_stop, generator=generator, **_balls[norm])
     x_adv = run(x, y)
     for _ in range(restarts-1):
-        left = _standing(model, x_adv, y, targeted) if early_stop else torch.ones_like(y, dtype=torch.bool)
-        if not left.any(): break
-        x_adv[left] = worst(model, x[left], y[left], x_adv[left], run(x[left], y[left]), objective=objective, targeted=targeted)
+        left = _standing(model, x_adv, y, targeted) if early_stop else y>=0
+        if left.any(): x_adv[left] = worst(model, x[left], y[left], x_adv[left], run(x[left], y[left]), objective=objective, targeted=targeted)
     return x_adv
 
 # %% ../nbs/10_attacks.ipynb #4c1a0cf6

@@ -65,8 +65,7 @@ def fab_rows(
     out,best,at,x_adv,sound = x.clone(),torch.full_like(x[:,0,0,0], torch.inf),torch.arange(len(x), device=x.device),x,True
     for _ in range(steps):
         x_adv = _walk(x_adv, x, *_gaps(model, x_adv, y, aim), alpha_max, eta)
-        with torch.no_grad(): z = model(x_adv)
-        wrong,sound = z.argmax(1)!=y,z.isfinite().all() & sound
+        with torch.no_grad(): z = model(x_adv); wrong,sound = z.argmax(1)!=y,z.isfinite().all() & sound
         far = (x_adv-x).abs().flatten(1).amax(1)
         nearer = wrong & (far<best[at])
         if nearer.any(): out[at[nearer]],best[at[nearer]] = x_adv[nearer],far[nearer]
@@ -75,8 +74,7 @@ def fab_rows(
             alive = ~torch.isin(example, example[done])
             x_adv,x,y,aim,at,example = (t[alive] for t in (x_adv,x,y,aim,at,example))
             if not len(at): break
-    _demand(sound)
-    return out,best<=eps
+    _demand(sound); return out,best<=eps
 
 # %% ../nbs/14_fab.ipynb #d964a04a
 def fab_t(
