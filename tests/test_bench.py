@@ -97,7 +97,7 @@ def command(tmp_path, monkeypatch):
 def test_the_json_is_complete(command):
     code, made = command('fine', 'absent')
     assert code == 0
-    assert {'device', 'kind', 'threads', 'cores', 'load', 'quick', 'capability', 'tf32', 'source', 'versions', 'limits', 'rows'} == set(made)
+    assert {'device', 'kind', 'threads', 'cores', 'load', 'quick', 'capability', 'held_to', 'tf32', 'source', 'versions', 'limits', 'rows'} == set(made)
     assert made['kind'] == 'cpu' and made['threads'] == torch.get_num_threads() and made['versions']['torch'] == torch.__version__.split('+')[0] and 'torchattacks' in made['versions']
     fine, absent = made['rows']
     assert {'name', 'says', 'target', 'size', 'agrees', 'agreement', 'status', 'rounds', 'seconds', 'ours', 'theirs', 'ratios', 'reached'} == set(fine)

@@ -156,6 +156,7 @@ def markdown(report):
              'PGD rows: ours is what a user gets who attacks `fold(model)`; folding is inside the clock.']
     if report['kind'] == 'cpu' and report['capability'] != 'AVX2': notes.append(f"Targets were set for two AVX2 cores, before anything was measured. With {report['capability']} convolutions take another share of the time, and both sides run the same ones.")
     if report['quick']: notes.insert(0, 'A quick run: small batches and few rounds, to see that everything works. Its ratios are not to be quoted.')
+    if report.get('held_to'): notes.append(f"The processor can do more: oneDNN was held to {report['held_to']}, PyTorch's own kernels to {report['capability']}, as on an older machine.")
     if report['load'] > .5*report['cores']: notes.append(f"The machine was busy: {report['load']:.1f} processes wanted its {report['cores']} cores when the run began.")
     table = show_table(pd.DataFrame([line(r) for r in report['rows']]), f"Speed on {report['device']}{', a quick run' if report['quick'] else ''}", notes).data
     rates = pd.DataFrame([{'what': k, 'rate': f'{v:,.0f} {unit}'} for k,(v,unit) in limits.items()])
@@ -164,7 +165,7 @@ def markdown(report):
 def report(rows, setting, *, limits, load, quick):
     "All that a run found and what made it"
     return {'device': device_name(setting.device), 'kind': setting.kind, 'threads': torch.get_num_threads(), 'cores': os.cpu_count(), 'load': load, 'quick': quick,
-            'capability': torch.backends.cpu.get_cpu_capability(), 'tf32': setting.cuda and torch.backends.cuda.matmul.allow_tf32, 'source': commit(),
+            'capability': torch.backends.cpu.get_cpu_capability(), 'held_to': os.environ.get('ONEDNN_MAX_CPU_ISA'), 'tf32': setting.cuda and torch.backends.cuda.matmul.allow_tf32, 'source': commit(),
             'versions': versions(('torch', 'torchvision', 'foolbox', 'torchattacks', 'pyautoattack', 'refine_nb')), 'limits': limits, 'rows': rows}
 
 def save(made, folder):
