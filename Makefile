@@ -37,7 +37,7 @@ test: $(READY) ## every test: the notebooks' own, then tests/; GPU=0 shows them 
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
 	REFINE_HOME="$$scratch/home" REFINE_REPORTS="$$scratch/reports" REFINE_PRESET=demo REFINE_PRECISION= CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$(THREADS) \
 	  $(LIMIT) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing
-	CUDA_VISIBLE_DEVICES=$(GPU) $(BIN)/python -m pytest tests -rs --timeout 300
+	CUDA_VISIBLE_DEVICES=$(GPU) $(BIN)/python -m pytest tests -rs --timeout 300 -n $(WORKERS)
 
 bench: $(READY) ## our speed beside that of other codes, into reports/bench/; ARGS=--quick takes a minute, ARGS="--rows pgd_foolbox" one row
 	$(BIN)/python tools/bench.py $(ARGS)
