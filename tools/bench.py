@@ -154,7 +154,7 @@ def markdown(report):
     notes = ['Ratios are theirs over ours, except where the target says "at most"; the median over interleaved rounds, and the range. '
              '"Like for like" is the ratio where both do exactly the same: theirs attacks our folded, channels-last copy of the net, or ours attacks in training mode as theirs does.',
              'PGD rows: ours is what a user gets who attacks `fold(model)`; folding is inside the clock.']
-    if report['kind'] == 'cpu' and report['capability'] != 'AVX2': notes.append(f"Targets were set for two AVX2 cores, before anything was measured. With {report['capability']} convolutions take another share of the time, and both sides run the same ones.")
+    if report['kind'] == 'cpu': notes.append('Targets were set for two AVX2 cores, before anything was measured. Where our loop takes no longer than its passes (first row), a ratio can only come from what a pass costs: weight gradients, batch norms, layout.')
     if report['quick']: notes.insert(0, 'A quick run: small batches and few rounds, to see that everything works. Its ratios are not to be quoted.')
     if report.get('held_to'): notes.append(f"The processor can do more: oneDNN was held to {report['held_to']}, PyTorch's own kernels to {report['capability']}, as on an older machine.")
     if report['load'] > .5*report['cores']: notes.append(f"The machine was busy: {report['load']:.1f} processes wanted its {report['cores']} cores when the run began.")
