@@ -37,3 +37,14 @@ def one_thread():
 def seed():
     "Draws that a test does not seed itself are the same in every run"
     torch.manual_seed(0)
+
+@pytest.fixture
+def squares_as_theirs(monkeypatch):
+    "Call it with C: our Square draws from torch's global generator what the authors' code draws, in its order: stripes of each image, then a square for all"
+    def use(C):
+        def uniform(names, queries, lanes):
+            if torch.equal(queries, torch.zeros(1, dtype=torch.int64)): return torch.rand(len(names), C, 1, lanes//C).reshape(-1, 1, lanes)
+            u = torch.stack([torch.cat([torch.rand(1), torch.rand(1), torch.rand(C, 1, 1).flatten()]) for _ in queries])
+            return u.expand(len(names), *u.shape)
+        monkeypatch.setattr('refine_nb.square._uniform', uniform)
+    return use

@@ -247,7 +247,7 @@ def test_nan_half_way_does_not_count_as_broken(name, trained, batch):
 @pytest.mark.parametrize('eps', [-.1, 8, float('nan'), float('inf')])
 def test_bad_budgets(name, eps, trained, batch):
     if name == 'pgd_l2' and eps == 8: return       # an L2 budget may exceed 1
-    with pytest.raises(ValueError, match='write 8/255, not 8|eps must be above 0'): BUDGET[name](trained, *batch, eps=eps)
+    with pytest.raises(ValueError, match='write 8/255, not 8'): BUDGET[name](trained, *batch, eps=eps)
 
 @pytest.mark.parametrize('attack', [bim, pgd, mim, kl_pgd, cw_linf, apgd, fab_t, bi, bih, vbi, ll, ddn, salt_and_pepper])
 def test_bad_steps(attack, trained, batch):

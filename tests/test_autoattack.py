@@ -1,7 +1,8 @@
 """Our AutoAttack against the authors' code, verdict by verdict.
 
 Three nets: a plain one; a loud one, whose cross-entropy has no gradient, so that of the APGDs only the targeted one breaks it; a rounded one
-without any gradient, which only Square breaks. Both sides see the same random numbers, and must then agree on each image and each component. With draws of their own they may differ at the border, as the authors' code differs from itself under another seed.
+without any gradient, which only Square breaks. Both sides see the same random numbers, and must then agree on each image and each
+component. With draws of their own they may differ at the border, as the authors' code differs from itself under another seed.
 """
 from functools import partial
 
@@ -12,7 +13,6 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import refine_nb.autoattack as module
-import refine_nb.square as square_module
 from refine_nb.apgd import _hash, _names, apgd, boundary_start
 from refine_nb.attacks import pgd
 from refine_nb.autoattack import STANDARD, autoattack
@@ -50,7 +50,7 @@ def nets(digits):
 def batch(digits): return digits[0][1200:1200+N], digits[1][1200:1200+N]
 
 @pytest.fixture
-def same_draws(monkeypatch):
+def same_draws(monkeypatch, squares_as_theirs):
     "The authors' APGDs begin where ours do; our Square takes the numbers that theirs draws. How each goes on is its own"
     def made(model, p, device, n_targets, make=module._authors_attack):
         a = make(model, p, device, n_targets)
@@ -62,20 +62,16 @@ def same_draws(monkeypatch):
         for name, attack in (('apgd-ce', a.apgd), ('apgd-t', a.apgd_targeted)):
             attack.attack_single_run = partial(run, run=attack.attack_single_run, name=name, attack=attack)
         return a
-    def drawn(names, queries, lanes, C=1): # as theirs: stripes of each image, then one square for all
-        if torch.equal(queries, torch.zeros(1, dtype=torch.int64)): return torch.rand(len(names), C, 1, lanes//C).reshape(-1, 1, lanes)
-        u = torch.stack([torch.cat([torch.rand(1), torch.rand(1), torch.rand(C, 1, 1).flatten()]) for _ in queries])
-        return u.expand(len(names), *u.shape)
     def as_theirs(model, x, y, *, seed, square=module.square, **settings):
         with torch.random.fork_rng(): torch.manual_seed(seed); return square(model, x, y, seed=seed, **settings)
     monkeypatch.setattr(module, '_authors_attack', made)
-    monkeypatch.setattr(square_module, '_uniform', drawn); monkeypatch.setattr(module, 'square', as_theirs)
+    squares_as_theirs(1); monkeypatch.setattr(module, 'square', as_theirs)
 
 
 # ---- verdict by verdict ------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('seed', range(3))
-@pytest.mark.parametrize('eps', [.2, .26])
+@pytest.mark.parametrize('eps', [.14, .22])
 @pytest.mark.parametrize('name', ['plain', 'loud', 'rounded'])
 def test_same_draws_same_breakers(name, eps, seed, nets, batch, same_draws):
     "Who is broken, and by which component, image by image, of all four; ours on the folded model and in batches of another size"
@@ -87,7 +83,8 @@ def test_same_draws_same_breakers(name, eps, seed, nets, batch, same_draws):
     broken = {c: ours.survivors[a]-ours.survivors[c] for a, c in zip(['clean', *STANDARD], STANDARD)}
     if name == 'plain': assert broken['apgd-ce'] > 0
     if name == 'loud': assert broken['apgd-ce'] == 0 < broken['apgd-t']
-    if name == 'rounded': assert broken['apgd-ce'] <= 1 and broken['apgd-t'] <= 1 and broken['fab-t'] == 0 < broken['square'] # a random start may do it
+    if name == 'rounded': assert broken['apgd-ce'] <= 1 and broken['apgd-t'] <= 1 and broken['fab-t'] == 0 # a random start may do it
+    if name == 'rounded' and eps == .22: assert broken['square'] > 0
 
 @pytest.mark.parametrize('name, eps', [('plain', .14), ('loud', .14), ('rounded', .22)])
 def test_own_draws_same_verdicts_but_at_the_border(name, eps, nets, batch):

@@ -55,6 +55,7 @@ def test_keys_of_old_cells_are_unchanged():
     base = baseline('resnet18', 'cifar10', 1)
     assert key(Cell(base)) == 'f6cc9841538deddc7c96'
     assert key(Cell(base, call(pgd, eps=4/255, step_size=2/255), split='valid', n_eval=500)) == '1978c60a44b1d8f8e2a6'
+    assert key(Cell(base, call(pgd, eps=4/255), split='valid', n_eval=500)) != '1978c60a44b1d8f8e2a6' # a step of eps/4 by default is another attack
 
 def test_no_two_evaluations_share_a_key():
     a = call(pgd)

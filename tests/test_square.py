@@ -29,19 +29,11 @@ def reference(net, x, y, eps, n_queries, seed=0, **settings):
 
 def right(net, x, y): return net(x).argmax(1)==y
 
-def same_draws(monkeypatch, C):
-    "Ours draws from torch's global generator what the authors' code draws, in its order: stripes of each image, then a square for all"
-    def uniform(names, queries, lanes):
-        if torch.equal(queries, torch.zeros(1, dtype=torch.int64)): return torch.rand(len(names), C, 1, lanes//C).reshape(-1, 1, lanes)
-        u = torch.stack([torch.cat([torch.rand(1), torch.rand(1), torch.rand(C, 1, 1).flatten()]) for _ in queries])
-        return u.expand(len(names), *u.shape)
-    monkeypatch.setattr(module, '_uniform', uniform)
-
 @pytest.mark.parametrize('eps, n_queries', [(.01, 300), (.03, 700), (.3, 30), (.03, 1)])
-def test_same_draws_give_the_images_of_the_reference(monkeypatch, task, eps, n_queries):
+def test_same_draws_give_the_images_of_the_reference(squares_as_theirs, task, eps, n_queries):
     net, x, y = task
     theirs = reference(net, x, y, eps, n_queries)
-    same_draws(monkeypatch, 3); torch.manual_seed(0)
+    squares_as_theirs(3); torch.manual_seed(0)
     ours = square(net, x, y, eps=eps, n_queries=n_queries)
     assert_close(ours, theirs, atol=1e-6, rtol=0)
     assert torch.equal(right(net, ours, y), right(net, theirs, y))
