@@ -194,7 +194,7 @@ def _classes(objective, n_targets, K):
 def _clean(model, x, last, batch_size, device=None):
     "Logits [N,K] of the clean images on the CPU, all finite"
     with torch.no_grad(): z = torch.cat([_logits(model, b.to(device or b.device), last).cpu() for b in x.split(batch_size)])
-    if not z.isfinite().all(): raise ValueError("the model gave nan or inf: look at its logits on these images")
+    _demand(z.isfinite().all())
     return z
 
 # %% ../nbs/13_apgd.ipynb #3eeeffda

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import check_images
-from .perturb import attacking
+from .perturb import _demand, attacking
 
 # %% ../nbs/11_attacks_min.ipynb #b5ba76a2
 def _first_answer(model, x, y, steps):
@@ -25,7 +25,7 @@ def _first_answer(model, x, y, steps):
     z = model(x)
     if not isinstance(z, Tensor) or z.ndim!=2 or len(z)!=len(x):
         raise ValueError(f"the model must return logits [{len(x)},K], got {list(z.shape) if isinstance(z, Tensor) else type(z).__name__}")
-    if not z.isfinite().all(): raise ValueError("the model gave nan or inf: look at its logits on these images")
+    _demand(z.isfinite().all())
     check_images(x, y, z.shape[1])
     return z
 

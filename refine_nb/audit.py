@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .attacks import fgsm, pgd
 from .core import Call, call, seeded
 from .evaluate import EVAL_BATCH, predict
-from .perturb import _check, _logits, attacking, ce, linf, uniform, zero
+from .perturb import _check, _demand, _logits, attacking, ce, linf, uniform, zero
 from .square import square
 
 # %% ../nbs/45_audit.ipynb #2b385a1a
@@ -98,7 +98,7 @@ def _border(model, x, y, eps, n, effort, tolerance, surrogate):
     x,y = x[:n].clone(memory_format=torch.channels_last).detach(),y[:n].clone()
     if not len(x): raise ValueError("there are no images: give at least one")
     with attacking(model), torch.no_grad(): z = torch.cat([_logits(model, a, last) for a in x.split(EVAL_BATCH)]).cpu()
-    if not z.isfinite().all(): raise ValueError("the model gave nan or inf: look at its logits on these images")
+    _demand(z.isfinite().all())
     if not (z.argmax(1)==y.cpu()).any(): raise ValueError(f"the model gets none of the {len(y)} images right: compare labels, range and normalisation with its training")
     if surrogate is not None:
         with attacking(surrogate), torch.no_grad(): k = _logits(surrogate, x[:1], last).shape[1]

@@ -40,7 +40,7 @@ PRESETS = {p.name: p for p in (
     Preset('small', epochs=.2, size=32, n_train=5_000, n_attacked=1_000, n_autoattack=100, seeds=1, scratch_lr=.02, thin='resnet20',
            says="real images at 32x32, 5,000 for training, a fifth of the epochs, one seed, from scratch: directions, not the paper's numbers"),
     Preset('gpu', epochs=.5, size=32, n_autoattack=1_000, seeds=1, scratch_lr=.02, stem='cifar',
-           says="all training images at 32x32, from scratch with a CIFAR stem, half of the epochs, one seed: for one GPU and less than a day"),
+           says="all training images at 32x32, from scratch with a CIFAR stem, half of the epochs, one seed: made for one GPU, and not run yet"),
     Preset('paper', says="the published settings"))}
 
 def preset(
