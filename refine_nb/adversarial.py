@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .core import Call, choose, seeded
 from .data import Data
+from .models import fold_if_same, refold
 from .perturb import attacking
 from .train import Method, fine_tune
 
@@ -36,12 +37,24 @@ class _AsIs(nn.Module): # its modes and gradient flags are its lender's affair
     def forward(self, x): return self.lent(x)
     def modules(self): yield self; yield from self.lent.modules() # seen, but no children: `eval` and `train` do not descend to them
 
-def _attacked(model, attack, x, y, mode:str, generator)->Tensor:
-    "x_adv [B,...] in full precision, by a model in this mode; no gradient reaches a weight"
+def _attacked(model, attack, x, y, mode:str, generator, copy=lambda model, x: model)->Tensor:
+    "x_adv [B,...] in full precision, by a model in this mode (or its `copy` in evaluation mode); no gradient reaches a weight"
     names = attack.accepts if isinstance(attack, Call) else inspect.signature(attack).parameters
     own = {'generator': generator} if 'generator' in names else {}
     with torch.autocast(x.device.type, enabled=False), attacking(model, mode):
-        return attack(model if mode=='eval' else _AsIs(model), x, y, **own)
+        return attack(copy(model, x) if mode=='eval' else _AsIs(model), x, y, **own)
+
+# %% ../nbs/31_adversarial.ipynb #fe3092b9
+class _Copy: # for one network in one setting: which stream of a dual norm works is folded in
+    def __init__(self): self.model = self.copy = None
+    def __call__(self, model, x):
+        if model is not self.model: self.model,self.copy = model,fold_if_same(model, x)[0]
+        elif self.copy is not model: refold(self.copy, model)
+        return self.copy
+
+def _copying(folded:bool, mode:str): # what `_attacked` wants
+    if folded and mode!='eval': raise ValueError(f"only a network in evaluation mode can be folded: mode={mode!r} goes with folded=False")
+    return _Copy() if folded else lambda model, x: model
 
 # %% ../nbs/31_adversarial.ipynb #e1119dd0
 def _logits(model, x)->Tensor: z = model(x); return z.to(torch.promote_types(z.dtype, torch.float32))
@@ -60,17 +73,18 @@ def adversarial(
     objective:Callable,         # asks for any of z, z_adv, y, w, progress -> [B], minimised
     weight:Callable|None=None,  # asks for any of z, z_adv, y, progress -> [B], the objective's w; no gradient flows through it
     *,
-    mode:str='eval', # of the model while it is attacked: 'eval', 'train' or 'train_untouched'
-)->Callable:         # (model, batch, progress) -> mean loss, accuracies; a batch is (x, y, generator)
+    mode:str='eval',   # of the model while it is attacked: 'eval', 'train' or 'train_untouched'
+    folded:bool=False, # attack a folded copy: for a step that always gets the same network, in mode 'eval'
+)->Callable:           # (model, batch, progress) -> mean loss, accuracies; a batch is (x, y, generator)
     "The step of adversarial training, from an attack, an objective and a weight"
     asks = _asked(objective, (*_GIVEN, 'w') if weight else _GIVEN, 'objective')
     weighs = _asked(weight, _GIVEN, 'weight') if weight else set(); needs = asks | weighs
     if weight and 'w' not in asks: raise ValueError("a weight is given, but the objective does not ask for w: it would change nothing")
     if attack is None and 'z_adv' in needs: raise ValueError("the objective or the weight asks for z_adv, but there is no attack: give one, such as call(pgd)")
-    choose(mode, ('eval','train','train_untouched'), 'mode')
+    choose(mode, ('eval','train','train_untouched'), 'mode'); copy = _copying(folded, mode)
     def step(model, batch, progress):
         x, y, generator = batch
-        images = {'z': x} | ({'z_adv': _attacked(model, attack, x, y, mode, generator)} if 'z_adv' in needs else {})
+        images = {'z': x} | ({'z_adv': _attacked(model, attack, x, y, mode, generator, copy)} if 'z_adv' in needs else {})
         given = {'y': y, 'progress': progress} | {n: _logits(model, at) for n,at in images.items() if n in needs}
         with torch.no_grad(): w = {'w': weight(**{n: given[n] for n in weighs})} if weight else {}
         return _reduced(objective(**{n: (given|w)[n] for n in asks}), y), _accuracies(given)
@@ -96,4 +110,4 @@ def adversarial_training(
         for i,(x,y,_) in enumerate(plain.batches(epoch)):
             own = torch.Generator(device).manual_seed(seeded(seed, epoch, i, 'attack').initial_seed())
             yield x.contiguous(memory_format=layout), y, own
-    return replace(plain, batches=epoch_batches, step=adversarial(attack, objective, weight, mode=mode))
+    return replace(plain, batches=epoch_batches, step=adversarial(attack, objective, weight, mode=mode, folded=mode=='eval'))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
-from .adversarial import _accuracies, _asked, _attacked, _logits, _reduced, adversarial_training
+from .adversarial import _accuracies, _asked, _attacked, _copying, _logits, _reduced, adversarial_training
 from .core import choose
 from .data import Data
 from .losses import halves
@@ -24,15 +24,16 @@ def advprop_step(
     *,
     attacked:str='auxiliary',  # the norms that the attack sees: 'auxiliary' or 'main'
     mode:str='eval',           # of the model while it is attacked, as for `adversarial`
+    folded:bool=False,         # attack a folded copy of that stream, as for `adversarial`
 )->Callable:                   # (model, batch, progress) -> mean loss, accuracies; a batch is (x, y, generator)
     "The step of AdvProp: clean images through the main norms, adversarial ones through the auxiliary (mixture document, Algorithm 1)"
     asks = _asked(objective, ('z','z_adv','y','progress'), 'objective')
     if not {'z','z_adv'} <= asks: raise ValueError(f"AdvProp trains on both halves, so the objective must ask for z and z_adv, got one of {', '.join(sorted(asks))}: such as halves")
     norms = {'auxiliary': auxiliary, 'main': nullcontext}[choose(attacked, ('auxiliary','main'), 'norms that the attack sees')]
-    choose(mode, ('eval','train','train_untouched'), 'mode')
+    choose(mode, ('eval','train','train_untouched'), 'mode'); copy = _copying(folded, mode)
     def step(model, batch, progress):
         x,y,generator = batch
-        with norms(model): x_adv = _attacked(model, attack, x, y, mode, generator)
+        with norms(model): x_adv = _attacked(model, attack, x, y, mode, generator, copy)
         z = _logits(model, x)
         with auxiliary(model): z_adv = _logits(model, x_adv)
         given = {'z': z, 'z_adv': z_adv, 'y': y, 'progress': progress}
@@ -54,4 +55,4 @@ def advprop(
 )->Method:                     # for a model with `dual_norms`
     "AdvProp: `advprop_step` with the batches of `adversarial_training` (mixture document, after Xie et al. 2019)"
     plain = adversarial_training(data, batch_size=batch_size, seed=seed, attack=attack, objective=objective, mode=mode, augment=augment, device=device)
-    return replace(plain, step=advprop_step(attack, objective, attacked=attacked, mode=mode))
+    return replace(plain, step=advprop_step(attack, objective, attacked=attacked, mode=mode, folded=mode=='eval'))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .apgd import _clean, _hash, _names, apgd_rows, boundary_start, pursue
 from .core import Robustness, choose, key
 from .fab import fab_rows
-from .models import fold
+from .models import fold_if_same
 from .perturb import _check, _demand, attacking, l2, linf
 from .progress import bar
 from .square import square
@@ -83,15 +83,6 @@ def _blind(model, x, y): # images at which neither the lead nor anything else of
     if not z.requires_grad: raise ValueError("the logits do not depend on the images: the model must not detach or use no_grad")
     lead = z.gather(1, y[:,None])[:,0]-z.scatter(1, y[:,None], -torch.inf).amax(1)
     return int((torch.autograd.grad(lead.sum(), x)[0].flatten(1).abs().sum(1)==0).sum())
-
-# %% ../nbs/16_autoattack.ipynb #9d11646e
-def _folded(model, x):
-    "A folded copy, and None; or the model itself, and why"
-    try: fast = fold(model)
-    except ValueError: return model, "the model cannot be folded: attacked as it is, which takes longer"
-    with torch.no_grad(): a,b = model(x),fast(x)
-    if (a-b).abs().max()<=1e-3*b.abs().max(): return fast, None
-    return model, "the folded model answers otherwise: the model is attacked as it is, which takes longer"
 
 # %% ../nbs/16_autoattack.ipynb #47531405
 @torch.no_grad()
@@ -246,7 +237,7 @@ def _evaluate(p, model, x, y, last, training, batch_size, folded, state, save, q
     run.flags = dict.fromkeys([*flags,*run.flags])
     @cache
     def faster():
-        fast,why = _folded(model, head[0]); run.flags.update({why:None} if why else {})
+        fast,why = fold_if_same(model, head[0]); run.flags.update({why:None} if why else {})
         return fast
     for name in bar(p.components[run.component:], desc=p.label, unit='attack', quiet=quiet):
         fast = faster() if folded and not p.reference and name!='apgd-ce' and (run.breaker<0).any() else model
