@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -71,18 +72,18 @@ def _doubts(model, x, y, z, p):
     if 'apgd-t' in p.components and K<4:
         raise ValueError(f"apgd-t needs at least 4 classes, the model has {K}: leave it out of components, which gives an upper bound")
     if targeted and K-1<p.n_targets: yield f"{K} classes leave {K-1} targets where the protocol has {p.n_targets}"
-    with torch.no_grad(): a,b = z[:len(x)].to(x.device),model(x)
+    a,(b,blind) = z[:len(x)].to(x.device),_again(model, x, y)
     unit = [t/(t.norm(dim=1, keepdim=True)+1e-10) for t in (a,b)]
     if not torch.equal(a.argmax(1), b.argmax(1)) or (unit[0]-unit[1]).norm(dim=1).max()>1e-4:
         yield "the model answers the same images differently each time: a randomised defence needs other attacks"
     if p.norm=='linf' and p.eps<.5/255: yield f"eps {p.eps:g} is less than half a grey level of 8-bit images: is it meant for images in [0,1]?"
-    if n := _blind(model, x, y): yield f"{n} of {len(x)} images have no gradient: attacks that need one may be blind"
+    if blind: yield f"{blind} of {len(x)} images have no gradient: attacks that need one may be blind"
 
-def _blind(model, x, y): # images at which neither the lead nor anything else of the logits has a gradient
+def _again(model, x, y): # the logits once more, and at how many images their lead has no gradient
     x = x.detach().requires_grad_(); z = model(x)
     if not z.requires_grad: raise ValueError("the logits do not depend on the images: the model must not detach or use no_grad")
     lead = z.gather(1, y[:,None])[:,0]-z.scatter(1, y[:,None], -torch.inf).amax(1)
-    return int((torch.autograd.grad(lead.sum(), x)[0].flatten(1).abs().sum(1)==0).sum())
+    return z.detach(),int((torch.autograd.grad(lead.sum(), x)[0].flatten(1).abs().sum(1)==0).sum())
 
 # %% ../nbs/16_autoattack.ipynb #47531405
 @torch.no_grad()
@@ -121,7 +122,7 @@ def _ours(p, name, model, fast, order, names):
         return found,sure
     return attack
 
-def _where(model): return next((t.device for t in (*model.parameters(),*model.buffers())), torch.device('cpu'))
+def _where(model): return next((t.device for t in chain(model.parameters(), model.buffers())), torch.device('cpu'))
 
 # %% ../nbs/16_autoattack.ipynb #1374099e
 def _authors_class():
@@ -171,11 +172,13 @@ def _theirs(p, name, model, theirs, flags):
 class OtherRun(ValueError):
     "A state that is given to go on from belongs to other settings, images, labels or another model"
 
+def _digest(t): return hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest()
+
 class _Run:
     "What is known so far, and where we are"
     def __init__(self, p, x, z, y, names, batch_size, state):
         wrong = z.argmax(1)!=y.cpu()
-        self.of = key({**asdict(p), 'images':hashlib.sha256(names.cpu().numpy().tobytes()).hexdigest(), 'labels':y.tolist(), 'batch_size':batch_size if p.reference else None})
+        self.of = key({**asdict(p), 'images':_digest(names), 'labels':_digest(y), 'batch_size':batch_size if p.reference else None})
         self.breaker,self.x_adv = torch.where(wrong, 0, -1).to(torch.int8),x.clone()
         self.component,self.at,self.seconds,self.flags,self.survivors = 0,0,{},{},{'clean':int((~wrong).sum())}
         if state is not None: self.go_on(state, wrong)

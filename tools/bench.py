@@ -338,8 +338,8 @@ def autoattack_none(s): return verdict_contest(s, taught_at=0, share=0, eps=.3)
 # ---- training ----------------------------------------------------------------------------------------------------------------------------
 
 def our_step(attack, objective, **mode): # -> (net, x, y, optimiser) -> loss, as all steps below
-    "Our step of adversarial training, as `train_epoch` makes it"
-    step = needs('refine_nb.adversarial').adversarial(call(attack, eps=EPS, step_size=STEP, steps=STEPS), objective, **mode)
+    "Our step of adversarial training, as `adversarial_training` makes it"
+    step = needs('refine_nb.adversarial').adversarial(call(attack, eps=EPS, step_size=STEP, steps=STEPS), objective, folded=not mode, **mode)
     def make(net, x, y, optimiser):
         loss, _ = step(net.train(), (x, y, torch.Generator(x.device).manual_seed(2)), 0.)
         optimiser.zero_grad(set_to_none=True); loss.backward(); optimiser.step()
