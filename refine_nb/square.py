@@ -51,24 +51,30 @@ def _lead(z, y):
     "Lead of the true logit over the best other one [B]"
     return z.gather(1, y[:,None])[:,0] - z.scatter(1, y[:,None], -torch.inf).amax(1)
 
-def _ask(model, s, x_new):
-    "The leads of the candidates [B]; a row of `s['fault']` becomes nan once its logits are not finite"
-    i = slice(None) if x_new.is_cuda else (x_new!=s['best']).flatten(1).any(1).nonzero()[:,0]
-    lead = s['lead'].clone()
-    if x_new.is_cuda or len(i):
-        z = model(x_new[i])
-        lead[i] = _lead(z, s['y'][i]); s['fault'][i] += (z*0).sum(1)
-    return lead
+def _ask(model, s, x_new, i):
+    "The leads [B] of candidates for the rows `i`; `s['fault']` becomes nan where logits are not finite"
+    z = model(x_new); s['fault'][i] += (z*0).sum(1)
+    return _lead(z, s['y'][i])
+
+def _try_all(model, s, x_new): # nothing depends on what is found: a CUDA graph can hold it
+    lead = _ask(model, s, x_new, slice(None))
+    better = (lead<s['lead']) & (s['lead']>0)
+    torch.where(better, lead, s['lead'], out=s['lead'])
+    torch.where(_each(better, x_new), x_new, s['best'], out=s['best'])
+
+def _try_changed(model, s, x_new): # the same, without asking about images that the square leaves as they are
+    i = (x_new!=s['best']).flatten(1).any(1).nonzero()[:,0]
+    if not len(i): return
+    x_new = x_new[i]; lead = _ask(model, s, x_new, i)
+    better = (lead<s['lead'][i]) & (s['lead'][i]>0); to = i[better]
+    if len(to): s['lead'][to],s['best'][to] = lead[better],x_new[better]
 
 def _query(model, s, t):
     "Query number `t` (a tensor [1]) of the window for all examples of the state `s`; then the next"
     rows,cols,up = (s[k].index_select(1, t)[:,0] for k in ('rows','cols','up'))
     inside = rows[:,None,:,None] & cols[:,None,None,:]
     x_new = torch.where(inside, torch.where(up[...,None,None], s['high'], s['low']), s['best'], out=torch.empty_like(s['best'])) # its layout
-    lead = _ask(model, s, x_new)
-    better = (lead<s['lead']) & (s['lead']>0)
-    torch.where(better, lead, s['lead'], out=s['lead'])
-    torch.where(_each(better, x_new), x_new, s['best'], out=s['best'])
+    (_try_all if t.is_cuda else _try_changed)(model, s, x_new)
     t += 1
 
 # %% ../nbs/15_square.ipynb #5c1030f5

@@ -1,4 +1,4 @@
-"The claims of AdCorDA: each table as two runs of ours, Table 4's clean accuracy, and every conflict of the document decided somewhere."
+"The claims of AdCorDA: each table as two runs of ours, Table 4's clean accuracy; and every conflict of a document decided somewhere."
 import ast, json, re
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from refine_nb import fig2_adcorda as fig2, study_adcorda as study
 from refine_nb.catalogue import report_folder
 from refine_nb.claims import judge
 from refine_nb.claims_adcorda import ledger, our_tables, printed
+from refine_nb.claims_mixture import ledger as mixture_ledger
 from refine_nb.report import published
 from refine_nb.tab4_adcorda import BUDGETS, ROWS, SAME, robust_table, tidy
 
@@ -106,13 +107,16 @@ def names(notebook):
     return {getattr(n, 'name', None) or getattr(n, 'arg', None) or n.id for n in nodes
             if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.arg)) or isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
-def conflicts(): return published('conflicts_adcorda')
+DOCUMENTS = {'adcorda': ('A', 32, ledger), 'mixture': ('M', 18, mixture_ledger)}
+DECISIONS = [(d, r) for d in DOCUMENTS for r in published(f'conflicts_{d}').itertuples()]
 
-def test_every_conflict_is_decided_once():
-    assert conflicts().conflict.tolist() == [f'A-{i}' for i in range(1, 33)]
-    assert conflicts()[['open','decision','notebook','name']].map(lambda v: bool(str(v).strip())).all(axis=None)
+@pytest.mark.parametrize('document', DOCUMENTS)
+def test_every_conflict_is_decided_once(document):
+    letter, n, _ = DOCUMENTS[document]; conflicts = published(f'conflicts_{document}')
+    assert conflicts.conflict.tolist() == [f'{letter}-{i}' for i in range(1, n+1)]
+    assert conflicts[['open','decision','notebook','name','source']].map(lambda v: bool(str(v).strip()) and str(v)!='nan').all(axis=None)
 
-@pytest.mark.parametrize('row', [r for r in conflicts().itertuples()], ids=lambda r: r.conflict)
+@pytest.mark.parametrize('row', [r for _,r in DECISIONS], ids=lambda r: r.conflict)
 def test_a_decision_is_where_it_says(row):
     books, wanted = row.notebook.split(), row.name.split()
     if wanted == ['published']:
@@ -122,6 +126,8 @@ def test_a_decision_is_where_it_says(row):
     assert not (gone := [n for n in wanted if not any(n in d for d in defined.values())]), f'{row.conflict}: {books} do not define {gone}'
     assert not (idle := [b for b,d in defined.items() if not d & set(wanted)]), f'{row.conflict}: {idle} define none of {wanted}'
 
-def test_claims_named_in_a_decision_are_there():
-    said = {c for d in conflicts().decision for c in re.findall(r'\bA\d+\b', d)}
-    assert said and said <= set(ledger('paper').claim)
+@pytest.mark.parametrize('document', DOCUMENTS)
+def test_claims_named_in_a_decision_are_there(document):
+    letter, _, claims = DOCUMENTS[document]
+    said = {''.join(c) for d in published(f'conflicts_{document}').decision for c in re.findall(rf'"({letter}\d[^"]*)"|\b({letter}\d+)\b(?!, )|[Cc]laim ({letter}-\d+)', d)}
+    assert said and said <= set(claims('paper').claim)
