@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['published', 'mean_std', 'over_seeds', 'percent', 'with_interval', 'difference', 'side_by_side', 'show_table',
-           'save_table', 'run_record', 'save_report']
+           'show_conflicts', 'save_table', 'run_record', 'save_report']
 
 # %% ../nbs/70_report.ipynb #ad95819b
 import json, math
@@ -134,6 +134,15 @@ def _shown(value):
     if isinstance(value, str): return value.replace('|', r'\|').replace('\n', ' ')
     if value is None or pd.isna(value): return ''
     return f'{value:.2f}' if isinstance(value, (float, np.floating)) else str(value)
+
+# %% ../nbs/70_report.ipynb #5d3e6844
+def show_conflicts(
+    conflicts:pd.DataFrame, # of `published`: conflict, open, decision, notebook and name (one or more, with spaces between)
+    title:str='',
+):
+    "Each gap and contradiction of a document with our decision and a link to where it is"
+    def places(row): return ', '.join(f'[{n}]({n}.ipynb)' for n in row.notebook.split())+': '+', '.join(f'`{n}`' for n in row['name'].split())
+    return show_table(pd.DataFrame({'conflict': conflicts.conflict, 'left open': conflicts.open, 'our decision': conflicts.decision, 'where': conflicts.apply(places, axis=1)}), title)
 
 # %% ../nbs/70_report.ipynb #59c26d76
 def save_table(

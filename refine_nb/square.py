@@ -69,6 +69,7 @@ def _try_changed(model, s, x_new): # the same, without asking about images that 
     better = (lead<s['lead'][i]) & (s['lead'][i]>0); to = i[better]
     if len(to): s['lead'][to],s['best'][to] = lead[better],x_new[better]
 
+# %% ../nbs/15_square.ipynb #c5619143
 def _query(model, s, t):
     "Query number `t` (a tensor [1]) of the window for all examples of the state `s`; then the next"
     rows,cols,up = (s[k].index_select(1, t)[:,0] for k in ('rows','cols','up'))
