@@ -109,6 +109,8 @@ def test_a_compiled_model(batch, monkeypatch):
         plain = gradients(model, step(model, (x, y, drawn(seed)), 0.)[0]); model.load_state_dict(state)
         assert_close(gradients(model, step(runner, (x, y, drawn(seed)), 0.)[0]), plain)
     assert len(made) <= 4
+    model.load_state_dict(state) # it cannot be folded: attacked as it is
+    assert_close(gradients(model, adversarial(KL, trades, folded=True)(runner, (x, y, drawn(seed)), 0.)[0]), plain)
     torch._dynamo.reset()
 
 
