@@ -153,12 +153,12 @@ def markdown(report):
     limits = report['limits']
     notes = ['Ratios are theirs over ours, except where the target says "at most"; the median over interleaved rounds, and the range. '
              '"Like for like" is the ratio where both do exactly the same: theirs attacks our folded, channels-last copy of the net, or ours attacks in training mode as theirs does.',
-             'PGD rows: ours is what a user gets who attacks `fold(model)`; folding is inside the clock.']
+             'PGD rows: ours is what a user gets who attacks `fold(model)`; training rows: what a training run does, which brings a folded copy up to date at every step. Folding is inside the clock.']
     if report['kind'] == 'cpu': notes.append('Targets were set for two AVX2 cores, before anything was measured. Where our loop takes no longer than its passes (first row), a ratio can only come from what a pass costs: weight gradients, batch norms, layout.')
     if report['quick']: notes.insert(0, 'A quick run: small batches and few rounds, to see that everything works. Its ratios are not to be quoted.')
     if report.get('held_to'): notes.append(f"The processor can do more: oneDNN was held to {report['held_to']}, PyTorch's own kernels to {report['capability']}, as on an older machine.")
     if report['load'] > .5*report['cores']: notes.append(f"The machine was busy: {report['load']:.1f} processes wanted its {report['cores']} cores when the run began.")
-    table = show_table(pd.DataFrame([line(r) for r in report['rows']]), f"Speed on {report['device']}{', a quick run' if report['quick'] else ''}", notes).data
+    table = show_table(pd.DataFrame([line(r) for r in report['rows']]), f"Speed on {report['device']}{', held to '+report['held_to'] if report.get('held_to') else ''}{', a quick run' if report['quick'] else ''}", notes).data
     rates = pd.DataFrame([{'what': k, 'rate': f'{v:,.0f} {unit}'} for k,(v,unit) in limits.items()])
     return table + ('\n' + show_table(rates, 'What this device can do').data if limits else '')
 
