@@ -193,7 +193,7 @@ def fold_if_same(
     try: fast = fold(model)
     except ValueError: return model, "the model cannot be folded: used as it is, which takes longer"
     with torch.no_grad(): a,b = model(x),fast(x)
-    if (a-b).abs().max()<=1e-3*b.abs().max(): return fast, None
+    if (a-b).abs().max()<=1e-3*b.abs().max(): return fast, None # as fine as TF32, the coarsest arithmetic in use
     return model, "the folded model answers otherwise: the model is used as it is, which takes longer"
 
 # %% ../nbs/02_models.ipynb #03527d95
@@ -205,7 +205,9 @@ def refold(
     "Bring a folded copy up to date with its model, without tracing it again"
     pairs,now = getattr(folded, 'folded_pairs', None),model.state_dict()
     if pairs is None: raise ValueError(f"{type(folded).__name__} was not made by fold: call fold(model) first")
-    convs = {conv for conv,_ in pairs}
+    convs,biases = {conv for conv,_ in pairs},{f'{conv}.bias' for conv,_ in pairs}
+    off = [k for k,t in folded.state_dict().items() if k not in biases and (k not in now or now[k].shape!=t.shape)]
+    if off := off+[norm for _,norm in pairs if f'{norm}.running_mean' not in now]: raise ValueError(f"the model is not the network that was folded: {off[0]} does not fit")
     for k,t in folded.state_dict().items():
         if k.rpartition('.')[0] not in convs: t.copy_(now[k])
     for conv,norm in pairs:
