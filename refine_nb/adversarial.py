@@ -37,7 +37,9 @@ class _AsIs(nn.Module): # its modes and gradient flags are its lender's affair
     def forward(self, x): return self.lent(x)
     def modules(self): yield self; yield from self.lent.modules() # seen, but no children: `eval` and `train` do not descend to them
 
-def _attacked(model, attack, x, y, mode:str, generator, copy=lambda model, x: model)->Tensor:
+def _itself(model, x): return model
+
+def _attacked(model, attack, x, y, mode:str, generator, copy=_itself)->Tensor:
     "x_adv [B,...] in full precision, by a model in this mode (or its `copy` in evaluation mode); no gradient reaches a weight"
     names = attack.accepts if isinstance(attack, Call) else inspect.signature(attack).parameters
     own = {'generator': generator} if 'generator' in names else {}
@@ -48,13 +50,15 @@ def _attacked(model, attack, x, y, mode:str, generator, copy=lambda model, x: mo
 class _Copy: # for one network in one setting: which stream of a dual norm works is folded in
     def __init__(self): self.model = self.copy = None
     def __call__(self, model, x):
-        if model is not self.model: self.model,self.copy = model,fold_if_same(model, x)[0]
+        if model is not self.model:
+            fast,_ = fold_if_same(model, x)
+            self.model,self.copy = model,fast if getattr(fast, 'folded_pairs', None) else model # nothing is won without batch norms
         elif self.copy is not model: refold(self.copy, model)
         return self.copy
 
 def _copying(folded:bool, mode:str): # what `_attacked` wants
     if folded and mode!='eval': raise ValueError(f"only a network in evaluation mode can be folded: mode={mode!r} goes with folded=False")
-    return _Copy() if folded else lambda model, x: model
+    return _Copy() if folded else _itself
 
 # %% ../nbs/31_adversarial.ipynb #e1119dd0
 def _logits(model, x)->Tensor: z = model(x); return z.to(torch.promote_types(z.dtype, torch.float32))

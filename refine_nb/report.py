@@ -138,8 +138,8 @@ def _shown(value):
 # %% ../nbs/70_report.ipynb #5d3e6844
 def show_conflicts(
     conflicts:pd.DataFrame, # of `published`: conflict, open, decision, notebook and name (one or more, with spaces between)
-    title:str='',
-):
+    title:str='',           # of the table
+)->Markdown:                # one row a conflict
     "Each gap and contradiction of a document with our decision and a link to where it is"
     def places(row): return ', '.join(f'[{n}]({n}.ipynb)' for n in row.notebook.split())+': '+', '.join(f'`{n}`' for n in row['name'].split())
     return show_table(pd.DataFrame({'conflict': conflicts.conflict, 'left open': conflicts.open, 'our decision': conflicts.decision, 'where': conflicts.apply(places, axis=1)}), title)
