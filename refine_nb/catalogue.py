@@ -87,7 +87,8 @@ def report_folder(
 # %% ../nbs/71_catalogue.ipynb #0e86a342
 NEEDS = {'cifar10': "CIFAR-10 (`load_data('cifar10', download=True)` fetches 170 MB)", 'cifar100': "CIFAR-100 (`load_data('cifar100', download=True)` fetches 170 MB)",
          'mnist': "MNIST (`load_data('mnist', download=True)` fetches 12 MB)", 'cinic10': "CINIC-10, unpacked to `CINIC-10/` below `$REFINE_DATA`",
-         'cifar10_jpeg': "the JPEG edition of CIFAR-10 as image folders, `cifar-10-images/` below `$REFINE_DATA`", 'digits': "nothing that is not installed"}
+         'cifar10_jpeg': "the JPEG edition of CIFAR-10 as image folders, `cifar-10-images/` below `$REFINE_DATA`",
+         'cifar10_resplit': "CIFAR-10 without loss as PNG folders, `cifar10-resplit/` below `$REFINE_DATA`", 'digits': "nothing that is not installed"}
 
 @dataclass(frozen=True)
 class Announcement:

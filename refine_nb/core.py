@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUNTIME', 'choose', 'Call', 'call', 'Spec', 'Recipe', 'Adversarials', 'Cell', 'Worst', 'against', 'Robustness',
-           'canonical', 'key', 'nested', 'ancestors', 'rewrite', 'seeded']
+           'public_name', 'canonical', 'key', 'nested', 'ancestors', 'rewrite', 'seeded']
 
 # %% ../nbs/00_core.ipynb #16b6fa29
 import hashlib, importlib, inspect, json, math
@@ -213,12 +213,22 @@ class Robustness(Spec):
         if not self.components or not isinstance(self.components, tuple): raise ValueError(f"components wants a tuple such as ('apgd-ce', 'apgd-t'), got {self.components!r}")
         for c in self.components: choose(c, Robustness.components, 'component')
 
+# %% ../nbs/00_core.ipynb #f116b976
+def public_name(
+    dotted:str, # of a function, e.g. 'refine_nb.attacks.pgd'
+)->str:         # e.g. 'pgd'
+    "The name of a function in a key: ours by its public name, any other by its dotted name"
+    module, _, name = dotted.rpartition('.')
+    ours = module.startswith('refine_nb.') and not module.startswith('refine_nb.artefacts.') # an artefact is no library
+    return name if ours else dotted
+
 # %% ../nbs/00_core.ipynb #05f0e0a9
 def canonical(
     value, # a spec, a call, or plain values in tuples and dicts
 ):         # JSON-ready: dicts with string keys, lists, strings, numbers, booleans, None
     "The one way to write a value down; `ValueError` for what has no such way"
-    if isinstance(value, Call): return {'call': value.fn, **{k: canonical(v) for k,v in value.all_settings.items()}}
+    if isinstance(value, Call):
+        return {'call': public_name(value.fn), **{k: canonical(v) for k,v in value.all_settings.items() if v is not None}}
     if is_dataclass(value) and not isinstance(value, type):
         given = {f.name: canonical(getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) is not None}
         return {'spec': type(value).__name__, **given}

@@ -93,7 +93,7 @@ def writing(
         raise OSError(e.errno, f"cannot write to the store {root} ({os.strerror(e.errno)}): no partial result was kept; make room, or set REFINE_HOME to another folder") from e
 
 # %% ../nbs/58_entry.ipynb #993b8c29
-FORMAT = 1 # of the folder and its entries
+FORMAT = 2 # of the folder and its entries; 1 named functions by their modules
 
 def home_folder(
     root:str|Path|None=None, # None: $REFINE_HOME, else the user's cache folder

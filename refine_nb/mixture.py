@@ -20,7 +20,7 @@ from .train import cosine, sgd
 
 # %% ../nbs/83_mixture.ipynb #46b14b5d
 METHODS = ('Traditional', 'Adversarial', 'AdvProp', 'ALS', 'SAT', 'ALS + SAT', 'SAT + AdvProp', 'ALS + AdvProp', 'ALS + SAT + AdvProp') # Table 1
-CIFAR10 = ('cifar10', 'cifar10_jpeg') # as published, and the JPEG edition
+CIFAR10 = ('cifar10', 'cifar10_resplit', 'cifar10_jpeg') # as published, split again, and the JPEG edition
 STRENGTHS = {'weak': {'eps': .1, 'step_size': 2/255}, 'strong': {'eps': .5, 'step_size': .5}} # of the training attack: Table 1, Table 2
 
 def techniques(

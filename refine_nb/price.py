@@ -55,7 +55,8 @@ def speed(
 # %% ../nbs/65_price.ipynb #87605a46
 SIZES = { # images for training and validation together, images for the test, classes, (C,H,W)
     'digits': (1437, 360, 10, (1,8,8)), 'mnist': (60_000, 10_000, 10, (1,28,28)), 'cifar10': (50_000, 10_000, 10, (3,32,32)),
-    'cifar10_jpeg': (50_000, 10_000, 10, (3,32,32)), 'cifar100': (50_000, 10_000, 100, (3,32,32)), 'cinic10': (180_000, 90_000, 10, (3,32,32))}
+    'cifar10_jpeg': (50_000, 10_000, 10, (3,32,32)), 'cifar10_resplit': (41_000, 10_000, 10, (3,32,32)),
+    'cifar100': (50_000, 10_000, 100, (3,32,32)), 'cinic10': (180_000, 90_000, 10, (3,32,32))}
 WRONG_SHARE = .05 # of the training images, assumed for the price of a correction
 
 def _trained(recipe:Recipe, n:int, n_valid:int)->Counter: # a method inside another one, as in `through_int8`, has a forward of its own

@@ -13,7 +13,7 @@ import filelock, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .core import Adversarials, Call, Cell, Recipe, Robustness, Spec, Worst, canonical, key, nested, seeded
+from .core import Adversarials, Call, Cell, Recipe, Robustness, Spec, Worst, canonical, key, nested, public_name, seeded
 from .data import Data
 from .entry import Damaged, Entry, home_folder, read_entry, write_entry, writing
 from .environment import commit, device_name, versions
@@ -123,10 +123,10 @@ def _made(store:Store, spec:Spec, **also)->Entry: # `also` is for `make`
     return entry
 
 # %% ../nbs/60_store.ipynb #fc719478
-_ANY_LENGTH = ('refine_nb.train.fine_tune', 'refine_nb.refine.adapt', 'refine_nb.sources.equal_steps') # their steps do not ask how long the training will be
+_ANY_LENGTH = ('fine_tune', 'adapt', 'equal_steps') # their steps do not ask how long the training will be
 
 def _family(recipe:Recipe): # what recipes of one training have in common; None where the length matters
-    asks = recipe.schedule or recipe.select or recipe.robust or recipe.method.fn not in _ANY_LENGTH
+    asks = recipe.schedule or recipe.select or recipe.robust or public_name(recipe.method.fn) not in _ANY_LENGTH
     return None if asks else replace(recipe, epochs=1)
 
 def passed(

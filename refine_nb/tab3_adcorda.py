@@ -23,7 +23,7 @@ ROWS = ('BL', 'PTSQ', 'Control', 'None', 'BIH', 'SP') # the control is ours
 
 def grid(
     model:str='resnet18',  # 'resnet18' or 'resnet34'
-    dataset:str='cifar10', # 'cifar10', 'cifar100' or 'cifar10_jpeg'
+    dataset:str='cifar10', # 'cifar10', 'cifar100', 'cifar10_resplit' or 'cifar10_jpeg'
     seeds:tuple[int,...]=(1,2,5),
     augment:str='none',    # of all training
     gradients:str='straight_through', norm:str='frozen', # as for `refined_int8`

@@ -55,7 +55,7 @@ def refused(tmp_path, engine='here', leaves=(), **given):
     return f'{told.value.ename}: {told.value.evalue}'
 
 
-MODELS, DATASETS = "'resnet18', 'resnet34', 'resnet50', 'efficientnet_v2_m'", "'cifar10', 'cifar100', 'cifar10_jpeg'"
+MODELS, DATASETS = "'resnet18', 'resnet34', 'resnet50', 'efficientnet_v2_m'", "'cifar10', 'cifar100', 'cifar10_resplit', 'cifar10_jpeg'"
 MISTAKES = [
     (dict(model='resnet19'), f"ValueError: unknown model 'resnet19': choose one of {MODELS}"),
     (dict(model=18), f"ValueError: unknown model 18: choose one of {MODELS}"),

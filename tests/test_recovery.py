@@ -276,7 +276,7 @@ def test_a_store_that_is_a_file(tmp_path, below):
 def test_a_store_where_no_folder_can_be():
     with pytest.raises(OSError, match='cannot write to the store /proc/nowhere'): quiet('/proc/nowhere')
 
-@pytest.mark.parametrize('sign,says', [('{"format": 99}', 'has format 99, this version of refine_nb reads format 1'), ('{}', 'has format'), ('{"for', 'has format'), ('[1]', 'has format')])
+@pytest.mark.parametrize('sign,says', [('{"format": 99}', 'has format 99, this version of refine_nb reads format 2'), ('{}', 'has format'), ('{"for', 'has format'), ('[1]', 'has format')])
 def test_a_store_of_another_format(kept, sign, says):
     "refused before anything in it is touched"
     (kept/'store.json').write_text(sign); before = sorted(kept.rglob('*'))
