@@ -19,8 +19,11 @@ def no_network(monkeypatch):
     "Connections beyond this machine fail at once, and say so (house rule 8)"
     def guard(real):
         def connect(self, address):
-            far = self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ('127.0.0.1', '::1', 'localhost')
-            if far: raise AssertionError(f'a default test must not use the network, but connects to {address[0]}: embed the data or mark the test slow')
+            far = (self.family in (socket.AF_INET, socket.AF_INET6)
+                   and address[0] not in ('127.0.0.1', '::1', 'localhost'))
+            if far:
+                raise AssertionError(f'a default test must not use the network, '
+                                     f'but connects to {address[0]}: embed the data or mark the test slow')
             return real(self, address)
         return connect
     for name in ('connect', 'connect_ex'):
@@ -43,8 +46,10 @@ def squares_as_theirs(monkeypatch):
     "Call it with C: our Square draws from torch's global generator what the authors' code draws, in its order: stripes of each image, then a square for all"
     def use(C):
         def uniform(names, queries, lanes):
-            if torch.equal(queries, torch.zeros(1, dtype=torch.int64)): return torch.rand(len(names), C, 1, lanes//C).reshape(-1, 1, lanes)
-            u = torch.stack([torch.cat([torch.rand(1), torch.rand(1), torch.rand(C, 1, 1).flatten()]) for _ in queries])
+            if torch.equal(queries, torch.zeros(1, dtype=torch.int64)):
+                return torch.rand(len(names), C, 1, lanes//C).reshape(-1, 1, lanes)
+            u = torch.stack([torch.cat([torch.rand(1), torch.rand(1), torch.rand(C, 1, 1).flatten()])
+                             for _ in queries])
             return u.expand(len(names), *u.shape)
-        monkeypatch.setattr('refine_nb.square._uniform', uniform)
+        monkeypatch.setattr('refine_nb.attacks.random_search._uniform', uniform)
     return use

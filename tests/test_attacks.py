@@ -15,35 +15,35 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.testing import assert_close
 
-from refine_nb.apgd import apgd
-from refine_nb.autoattack import autoattack
-from refine_nb.attacks import bi, bih, bim, cw_linf, fgsm, kl_pgd, ll, mim, pgd, vbi
-from refine_nb.attacks_min import ddn, salt_and_pepper
-from refine_nb.core import call
-from refine_nb.fab import fab_t
-from refine_nb.perturb import attacking, gaussian, kl, margin, zero
-from refine_nb.square import square
+from refine_nb.base import call
+from refine_nb.attacks import (apgd, attacking, autoattack, bi, bih, bim, cw_linf, ddn, fab_t, fgsm, gaussian,
+                               kl, kl_pgd, ll, margin, mim, pgd, salt_and_pepper, square, vbi, zero)
 
 EPS = .15
 few = dict(step_size=.04, steps=5)
 
 def short_autoattack(model, x, y, *, eps):
     "All four components, a few steps of each"
-    if eps == 0 or len(x) == 0: return x.clone() # there it has nothing to say, and says so: see test_autoattack
+    # there it has nothing to say, and says so: see test_autoattack
+    if eps == 0 or len(x) == 0: return x.clone()
     return autoattack(model, x, y, eps=eps, steps=4, n_queries=20, n_targets=2).x_adv
 
 # name -> attack at its test settings, needing only (model, x, y) and perhaps eps and generator
 BUDGET = {
     'fgsm': fgsm, 'bim': partial(bim, **few), 'mim': partial(mim, steps=5), 'kl_pgd': partial(kl_pgd, **few),
-    'pgd': partial(pgd, **few), 'pgd_restarts': partial(pgd, restarts=2, **few), 'pgd_early': partial(pgd, early_stop=True, **few),
-    'pgd_gaussian': partial(pgd, start=gaussian, clamp_start=False, **few), 'cw_linf': partial(cw_linf, **few),
-    'bi': partial(bi, **few), 'bih': partial(bih, **few), 'vbi': partial(vbi, **few), 'll': partial(ll, **few),
-    'apgd': partial(apgd, steps=5), 'apgd_dlr_t': partial(apgd, steps=5, objective='dlr_t'), 'fab_t': partial(fab_t, steps=10),
-    'pgd_l2': partial(pgd, norm='l2', step_size=.3, steps=5), 'square': partial(square, n_queries=300), 'autoattack': short_autoattack,
+    'pgd': partial(pgd, **few), 'pgd_restarts': partial(pgd, restarts=2, **few),
+    'pgd_early': partial(pgd, early_stop=True, **few),
+    'pgd_gaussian': partial(pgd, start=gaussian, clamp_start=False, **few),
+    'cw_linf': partial(cw_linf, **few), 'bi': partial(bi, **few), 'bih': partial(bih, **few),
+    'vbi': partial(vbi, **few), 'll': partial(ll, **few), 'apgd': partial(apgd, steps=5),
+    'apgd_dlr_t': partial(apgd, steps=5, objective='dlr_t'), 'fab_t': partial(fab_t, steps=10),
+    'pgd_l2': partial(pgd, norm='l2', step_size=.3, steps=5), 'square': partial(square, n_queries=300),
+    'autoattack': short_autoattack,
 }
 FREE = {'ddn': partial(ddn, steps=20), 'salt_and_pepper': partial(salt_and_pepper, steps=60)}
 ALL = {**{name: partial(a, eps=1. if name=='pgd_l2' else EPS) for name,a in BUDGET.items()}, **FREE}
-RANDOM = {'kl_pgd', 'pgd', 'pgd_restarts', 'pgd_early', 'pgd_gaussian', 'pgd_l2', 'cw_linf', 'apgd', 'apgd_dlr_t', 'salt_and_pepper'}
+RANDOM = {'kl_pgd', 'pgd', 'pgd_restarts', 'pgd_early', 'pgd_gaussian', 'pgd_l2', 'cw_linf', 'apgd',
+          'apgd_dlr_t', 'salt_and_pepper'}
 HARMLESS = {'vbi', 'll', 'bih'}                   # made to correct, not to break
 
 every = pytest.mark.parametrize('name', ALL)
@@ -51,7 +51,8 @@ with_budget = pytest.mark.parametrize('name', BUDGET)
 
 
 def small_net():
-    return nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(256, 10))
+    return nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+                         nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(256, 10))
 
 @pytest.fixture(scope='module')
 def digits():
@@ -85,7 +86,7 @@ def run(name, model, x, y, seed=0, **settings):
     return ALL[name](model, x, y, **settings)
 
 
-# ---- the contract ----------------------------------------------------------------------------------------------------
+# ---- the contract ------------------------------------------------------------------------------------------
 
 @every
 def test_range_budget_and_kind(name, model, batch):
@@ -114,7 +115,9 @@ def test_model_comes_back(name, model, batch):
     assert [m.training for m in model.modules()] == modes and not model[4].training
     assert [p.requires_grad for p in model.parameters()] == asks
     for k, v in model.state_dict().items(): assert torch.equal(v, state[k]), k
-    for p in model.parameters(): assert p.grad is None or torch.equal(p.grad, torch.full_like(p, 3.)), 'no weight gradient may be added'
+    for p in model.parameters():
+        assert p.grad is None or torch.equal(p.grad, torch.full_like(p, 3.)), (
+            'no weight gradient may be added')
 
 @every
 def test_model_comes_back_after_an_error(name, model, batch):
@@ -123,7 +126,8 @@ def test_model_comes_back_after_an_error(name, model, batch):
     with pytest.raises(RuntimeError, match='half way'): run(name, model, *batch)
     handle.remove()
     assert [m.training for m in model.modules()] == modes
-    assert [p.requires_grad for p in model.parameters()] == [p is not model[0].weight for p in model.parameters()]
+    assert ([p.requires_grad for p in model.parameters()]
+            == [p is not model[0].weight for p in model.parameters()])
 
 @every
 def test_evaluation_mode_is_what_is_attacked(name, model, trained, batch):
@@ -173,7 +177,8 @@ def test_memory_layout_does_not_matter(name, batch):
 def test_callers_gradient_mode_does_not_matter(name, trained, batch):
     expected = run(name, trained, *batch)
     with torch.no_grad(): assert torch.equal(run(name, trained, *batch), expected)
-    with torch.inference_mode(): assert torch.equal(run(name, trained, batch[0].clone(), batch[1].clone()), expected)
+    with torch.inference_mode():
+        assert torch.equal(run(name, trained, batch[0].clone(), batch[1].clone()), expected)
 
 @every
 def test_no_graph_is_left(name, trained, batch):
@@ -185,7 +190,8 @@ def test_no_budget_no_change(name, trained, batch):
     generator = dict(generator=torch.Generator().manual_seed(0)) if name in RANDOM else {}
     assert torch.equal(BUDGET[name](trained, *batch, eps=0, **generator), batch[0])
 
-@pytest.mark.parametrize('name', ['fgsm', 'bim', 'mim', 'pgd', 'pgd_restarts', 'pgd_early', 'pgd_l2', 'cw_linf', 'ddn'])
+@pytest.mark.parametrize('name', ['fgsm', 'bim', 'mim', 'pgd', 'pgd_restarts', 'pgd_early',
+                                  'pgd_l2', 'cw_linf', 'ddn'])
 def test_targeted_goes_to_the_target(name, trained, batch):
     x, y = batch
     runner_up = trained(x).topk(2).indices[:, 1]
@@ -197,7 +203,8 @@ def test_targeted_cw_needs_no_confidence(kappa, scale, trained, batch):
     "The target is far behind at first, by more than any kappa where logits are large: there the hinge must be steep"
     x, target = batch[0], trained(batch[0]).topk(2).indices[:, 1]
     loud = Answer(lambda x: scale*trained(x))
-    x_adv = cw_linf(loud, x, target, eps=EPS, step_size=.02, kappa=kappa, targeted=True, generator=torch.Generator().manual_seed(0))
+    x_adv = cw_linf(loud, x, target, eps=EPS, step_size=.02, kappa=kappa, targeted=True,
+                    generator=torch.Generator().manual_seed(0))
     assert correct(trained, x_adv, target) > .6
 
 def test_restarts_leave_what_is_broken(trained, batch):
@@ -206,12 +213,15 @@ def test_restarts_leave_what_is_broken(trained, batch):
     starts = []
     def start(x, *_): starts.append(len(x)); return x+(torch.rand_like(x)*2-1)*.1
     standing = lambda x_adv: (trained(x_adv).argmax(1)==y)
-    torch.manual_seed(0); x_adv = pgd(trained, x, y, eps=.1, step_size=.03, steps=4, start=start, restarts=4, early_stop=True)
-    assert starts[0] == len(x) > starts[1] >= starts[2] >= starts[3] >= standing(x_adv).sum() and (x_adv-x).abs().max() <= .1+1e-6
-    starts.clear(); pgd(trained, x, y, eps=.1, step_size=.03, steps=4, start=start, restarts=2); assert starts == [len(x)]*2
+    torch.manual_seed(0)
+    x_adv = pgd(trained, x, y, eps=.1, step_size=.03, steps=4, start=start, restarts=4, early_stop=True)
+    assert (starts[0] == len(x) > starts[1] >= starts[2] >= starts[3] >= standing(x_adv).sum()
+            and (x_adv-x).abs().max() <= .1+1e-6)
+    starts.clear(); pgd(trained, x, y, eps=.1, step_size=.03, steps=4, start=start, restarts=2)
+    assert starts == [len(x)]*2
 
 
-# ---- errors at the border --------------------------------------------------------------------------------------------
+# ---- errors at the border ----------------------------------------------------------------------------------
 
 class Answer(nn.Module):
     "A model that answers whatever it is told"
@@ -233,7 +243,8 @@ def test_errors_are_sentences(name, change, says, trained, batch):
     given.update({k: f(given[k]) for k, f in change.items()})
     with pytest.raises(ValueError, match=says): run(name, **given)
 
-@pytest.mark.parametrize('name', sorted(set(BUDGET)-HARMLESS-{'fgsm'}))    # FGSM looks at the images given, no further
+# FGSM looks at the images given, no further
+@pytest.mark.parametrize('name', sorted(set(BUDGET)-HARMLESS-{'fgsm'}))
 def test_nan_half_way_does_not_count_as_broken(name, trained, batch):
     "Finite on the images given, nan wherever a pixel has left them"
     x, y = batch
@@ -249,7 +260,8 @@ def test_bad_budgets(name, eps, trained, batch):
     if name == 'pgd_l2' and eps == 8: return       # an L2 budget may exceed 1
     with pytest.raises(ValueError, match='write 8/255, not 8'): BUDGET[name](trained, *batch, eps=eps)
 
-@pytest.mark.parametrize('attack', [bim, pgd, mim, kl_pgd, cw_linf, apgd, fab_t, bi, bih, vbi, ll, ddn, salt_and_pepper])
+@pytest.mark.parametrize('attack', [bim, pgd, mim, kl_pgd, cw_linf, apgd, fab_t, bi, bih, vbi, ll,
+                                    ddn, salt_and_pepper])
 def test_bad_steps(attack, trained, batch):
     with pytest.raises(ValueError, match='steps must be at least 1, got 0'): attack(trained, *batch, steps=0)
 
@@ -264,13 +276,14 @@ def test_a_model_without_gradient_is_named(name, trained, batch):
     with pytest.raises(ValueError, match='do not depend on the images'): run(name, model, *batch)
 
 
-# ---- agreement -------------------------------------------------------------------------------------------------------
+# ---- agreement ---------------------------------------------------------------------------------------------
 
 def lend(model): return foolbox.PyTorchModel(model, bounds=(0, 1), device='cpu')
 
 def test_fgsm_is_foolbox(trained, batch):
     x, y = batch
-    theirs = foolbox.attacks.LinfFastGradientAttack().run(lend(trained), x, foolbox.criteria.Misclassification(y), epsilon=.1)
+    theirs = foolbox.attacks.LinfFastGradientAttack().run(lend(trained), x,
+                                                          foolbox.criteria.Misclassification(y), epsilon=.1)
     assert_close(fgsm(trained, x, y, eps=.1), theirs, atol=1e-6, rtol=0)
 
 def test_pgd_is_foolbox_from_the_same_start(trained, batch):
@@ -294,7 +307,8 @@ def test_l2_pgd_is_foolbox(trained, batch):
     x, y = batch
     theirs = foolbox.attacks.L2PGD(abs_stepsize=.2, steps=10, random_start=False).run(
         lend(trained), x, foolbox.criteria.Misclassification(y), epsilon=1.)
-    assert_close(pgd(trained, x, y, norm='l2', eps=1., step_size=.2, steps=10, start=zero), theirs, atol=1e-5, rtol=0)
+    assert_close(pgd(trained, x, y, norm='l2', eps=1., step_size=.2, steps=10, start=zero),
+                 theirs, atol=1e-5, rtol=0)
 
 def test_pgd_by_hand_in_double_precision():
     "An affine model with two classes: the gradient of its cross-entropy is (1-p_y)(w_other-w_y), written out without autograd"
@@ -312,7 +326,8 @@ def test_pgd_by_hand_in_double_precision():
         change = step-flat; length = change.pow(2).sum(1, keepdim=True).sqrt()
         by_l2 = (flat+change*(.5/length).clamp(max=1)).clamp(0, 1)
     assert_close(bim(model, x, y, eps=.1, step_size=.03, steps=7), at.view_as(x), atol=1e-12, rtol=0)
-    assert_close(pgd(model, x, y, norm='l2', eps=.5, step_size=.2, steps=7, start=zero), by_l2.view_as(x), atol=1e-12, rtol=0)
+    assert_close(pgd(model, x, y, norm='l2', eps=.5, step_size=.2, steps=7, start=zero),
+                 by_l2.view_as(x), atol=1e-12, rtol=0)
 
 def test_momentum_by_hand_in_double_precision(trained, batch):
     "MIM written out again with `backward`, example by example"
@@ -327,21 +342,25 @@ def test_momentum_by_hand_in_double_precision(trained, batch):
     assert_close(mim(model, x, y, eps=.1, steps=6, decay=.9), at, atol=1e-12, rtol=0)
 
 def reference(name):
-    ta = pytest.importorskip('torchattacks', reason='torchattacks is optional: pip install --no-deps torchattacks')
+    ta = pytest.importorskip('torchattacks',
+                             reason='torchattacks is optional: pip install --no-deps torchattacks')
     return getattr(ta, name)
 
 def test_bim_is_torchattacks(trained, batch):
     ours = bim(trained, *batch, eps=.1, step_size=.02, steps=8)
-    assert_close(ours, reference('PGD')(trained, eps=.1, alpha=.02, steps=8, random_start=False)(*batch), atol=1e-6, rtol=0)
+    assert_close(ours, reference('PGD')(trained, eps=.1, alpha=.02, steps=8, random_start=False)(*batch),
+                 atol=1e-6, rtol=0)
 
 def test_fgsm_is_torchattacks(trained, batch):
     assert_close(fgsm(trained, *batch, eps=.1), reference('FGSM')(trained, eps=.1)(*batch), atol=1e-6, rtol=0)
 
 def test_targeted_bim_is_torchattacks(trained, batch):
     x, y = batch
-    theirs = reference('PGD')(trained, eps=.1, alpha=.02, steps=8, random_start=False); theirs.set_mode_targeted_by_label(quiet=True)
+    theirs = reference('PGD')(trained, eps=.1, alpha=.02, steps=8, random_start=False)
+    theirs.set_mode_targeted_by_label(quiet=True)
     target = (y+1)%10
-    assert_close(bim(trained, x, target, eps=.1, step_size=.02, steps=8, targeted=True), theirs(x, target), atol=1e-6, rtol=0)
+    assert_close(bim(trained, x, target, eps=.1, step_size=.02, steps=8, targeted=True),
+                 theirs(x, target), atol=1e-6, rtol=0)
 
 def test_pgd_is_torchattacks_from_the_same_start(trained, batch):
     torch.manual_seed(3); theirs = reference('PGD')(trained, eps=.1, alpha=.02, steps=8)(*batch)
@@ -349,7 +368,8 @@ def test_pgd_is_torchattacks_from_the_same_start(trained, batch):
     assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 def test_mim_is_torchattacks(trained, batch):
-    assert_close(mim(trained, *batch, eps=.1, step_size=.02, steps=8), reference('MIFGSM')(trained, eps=.1, alpha=.02, steps=8)(*batch), atol=1e-6, rtol=0)
+    assert_close(mim(trained, *batch, eps=.1, step_size=.02, steps=8),
+                 reference('MIFGSM')(trained, eps=.1, alpha=.02, steps=8)(*batch), atol=1e-6, rtol=0)
 
 def test_kl_pgd_is_torchattacks_but_for_the_clamped_start(trained, batch):
     x, y = batch
@@ -369,12 +389,15 @@ def test_salt_and_pepper_is_foolbox(targeted, across_channels):
     x = torch.rand(40, 3, 8, 8); y = torch.randint(4, (40,))
     goal = (foolbox.criteria.TargetedMisclassification if targeted else foolbox.criteria.Misclassification)(y)
     torch.manual_seed(7)
-    theirs, _, won = foolbox.attacks.SaltAndPepperNoiseAttack(steps=150, across_channels=across_channels)(lend(model), x, goal, epsilons=None)
-    ours = salt_and_pepper(model, x, y, steps=150, across_channels=across_channels, targeted=targeted, generator=torch.Generator().manual_seed(7))
+    theirs, _, won = foolbox.attacks.SaltAndPepperNoiseAttack(steps=150, across_channels=across_channels)(
+        lend(model), x, goal, epsilons=None)
+    ours = salt_and_pepper(model, x, y, steps=150, across_channels=across_channels, targeted=targeted,
+                           generator=torch.Generator().manual_seed(7))
     assert_close(ours, theirs, atol=1e-6, rtol=0)
     assert torch.equal((model(ours).argmax(1)==y)==targeted, won) and won.any()
     torch.manual_seed(7)
-    assert torch.equal(salt_and_pepper(model, x, y, steps=150, across_channels=across_channels, targeted=targeted), ours)
+    assert torch.equal(salt_and_pepper(model, x, y, steps=150, across_channels=across_channels,
+                                       targeted=targeted), ours)
 
 @pytest.mark.parametrize('targeted', [True, False])
 def test_ddn_is_foolbox(targeted, trained, digits):
@@ -388,7 +411,7 @@ def test_ddn_is_foolbox(targeted, trained, digits):
     assert torch.equal((trained(ours).argmax(1)==y)==targeted, won) and won.float().mean() > .9
 
 
-# ---- what each attack is for -----------------------------------------------------------------------------------------
+# ---- what each attack is for -------------------------------------------------------------------------------
 
 def test_untargeted_leaves_a_misclassified_image(trained, digits):
     wrong = trained(digits[0]).argmax(1) != digits[1]
@@ -397,7 +420,8 @@ def test_untargeted_leaves_a_misclassified_image(trained, digits):
     for attack in (ddn, partial(salt_and_pepper, steps=20)):
         assert torch.equal(attack(trained, x, y), x)
     assert correct(trained, ddn(trained, x, y, targeted=True), y) == 1
-    assert correct(trained, vbi(trained, x, y, eps=16/255), y) > correct(trained, bih(trained, x, y, eps=16/255), y) > 0
+    assert (correct(trained, vbi(trained, x, y, eps=16/255), y)
+            > correct(trained, bih(trained, x, y, eps=16/255), y) > 0)
     assert correct(trained, bi(trained, x, y, eps=16/255), y) == 0
 
 def test_early_stop_runs_fewer_examples_and_never_breaks_fewer(trained, batch):
@@ -417,7 +441,9 @@ def test_kl_computes_the_clean_logits_once(trained, batch):
 
 def test_zero_gradient_stands_still_without_nan():
     class Step(nn.Module):                        # the second example's logits ignore it
-        def forward(self, x): s = (x*torch.tensor([1., 0.]).view(2, 1, 1, 1)).flatten(1).sum(1); return torch.stack([s, -s], 1)
+        def forward(self, x):
+            s = (x*torch.tensor([1., 0.]).view(2, 1, 1, 1)).flatten(1).sum(1)
+            return torch.stack([s, -s], 1)
     x, y = torch.full((2, 1, 2, 2), .5), torch.zeros(2, dtype=torch.int64)
     for attack in (mim, partial(pgd, norm='l2', start=zero)):
         x_adv = attack(Step(), x, y, eps=.1)
@@ -432,16 +458,19 @@ def test_batch_does_not_matter(trained, batch):
 def test_a_recipe_can_hold_an_attack(trained, batch):
     seeded = lambda: torch.Generator().manual_seed(2)
     held = call(pgd, objective=call(margin, kappa=5.), start=gaussian, steps=3)
-    expected = pgd(trained, *batch, objective=lambda z_adv, y: margin(z_adv, y, 5.), start=gaussian, steps=3, generator=seeded())
+    expected = pgd(trained, *batch, objective=lambda z_adv, y: margin(z_adv, y, 5.), start=gaussian,
+                   steps=3, generator=seeded())
     assert_close(held(trained, *batch, generator=seeded()), expected, atol=0, rtol=0)
-    with pytest.raises(ValueError, match='use start=gaussian'): call(pgd, objective=kl, start=zero)(trained, *batch)
+    with pytest.raises(ValueError, match='use start=gaussian'):
+        call(pgd, objective=kl, start=zero)(trained, *batch)
     with pytest.raises(ValueError, match='epsilon'): call(pgd, epsilon=.1)
 
 def test_attacking_nests(model):
     modes = [m.training for m in model.modules()]
     with attacking(model):
         with attacking(model): pass
-        assert not any(m.training for m in model.modules()) and not any(p.requires_grad for p in model.parameters())
+        assert (not any(m.training for m in model.modules())
+                and not any(p.requires_grad for p in model.parameters()))
     assert [m.training for m in model.modules()] == modes
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

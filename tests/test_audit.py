@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from refine_nb.base import call
+from refine_nb.vision import load_data, to_input
 from refine_nb.attacks import fgsm, mim, pgd, vbi
-from refine_nb.audit import CHECKS, audit
-from refine_nb.core import call
-from refine_nb.data import load_data, to_input
+from refine_nb.evaluation import CHECKS, audit
 
 EPS = .1
 NAMES = {c.__name__ for c in CHECKS}
@@ -37,32 +37,42 @@ def nets(digits):
     X, Y, *_ = digits
     torch.manual_seed(0)
     def trained(attack=None, width=16, norm=False):
-        net = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width) if norm else nn.Identity(), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16*width, 10))
+        net = nn.Sequential(nn.Conv2d(1, width, 3, padding=1),
+                            nn.BatchNorm2d(width) if norm else nn.Identity(), nn.ReLU(), nn.MaxPool2d(2),
+                            nn.Flatten(), nn.Linear(16*width, 10))
         optimiser = torch.optim.Adam(net.parameters(), 5e-3)
         for i in torch.randint(len(Y), (200, 64)):
             images = attack(net, X[i], Y[i]) if attack else X[i]
             optimiser.zero_grad(); F.cross_entropy(net(images), Y[i]).backward(); optimiser.step()
         return net.eval()
-    return {'plain': trained(), 'other': trained(width=12), 'sturdy': trained(partial(pgd, eps=EPS, step_size=.04, steps=5)), 'norm': trained(norm=True)}
+    return {'plain': trained(), 'other': trained(width=12),
+            'sturdy': trained(partial(pgd, eps=EPS, step_size=.04, steps=5)), 'norm': trained(norm=True)}
 
 def run(net, digits, nets, *, eps=EPS, seed=0, **settings):
-    return audit(net, *digits[2:], eps=eps, surrogate=nets['other'], generator=torch.Generator().manual_seed(seed), **settings)
+    return audit(net, *digits[2:], eps=eps, surrogate=nets['other'],
+                 generator=torch.Generator().manual_seed(seed), **settings)
 
-@pytest.mark.parametrize('name, steps', [('plain', 10), ('sturdy', 10), ('norm', 100)]) # ten steps are too few for the net with batch norm, and the audit says so
+# ten steps are too few for the net with batch norm, and the audit says so
+@pytest.mark.parametrize('name, steps', [('plain', 10), ('sturdy', 10), ('norm', 100)])
 def test_a_sound_net_raises_nothing(name, steps, digits, nets):
-    result = run(nets[name], digits, nets, attack=call(pgd, eps=EPS, step_size=max(EPS/10, 2.5*EPS/steps), steps=steps))
+    result = run(nets[name], digits, nets,
+                 attack=call(pgd, eps=EPS, step_size=max(EPS/10, 2.5*EPS/steps), steps=steps))
     assert result.raised == () and {f.check for f in result.findings} == NAMES
     assert all(f.raised is False and f.meaning and f.numbers for f in result.findings)
 
 BROKEN = { # name -> net of plain, budget, findings
-    'rounded input':  (lambda net: nn.Sequential(Do(lambda x: (x*8).round()/8), net).eval(), .2, MASKED | {'vanishing_gradient', 'unbounded'}),
-    'large logits':   (lambda net: nn.Sequential(net, Do(lambda z: z*1000)).eval(), .2, MASKED | {'saturated_logits', 'unbounded'}),
+    'rounded input':  (lambda net: nn.Sequential(Do(lambda x: (x*8).round()/8), net).eval(), .2,
+                       MASKED | {'vanishing_gradient', 'unbounded'}),
+    'large logits':   (lambda net: nn.Sequential(net, Do(lambda z: z*1000)).eval(), .2,
+                       MASKED | {'saturated_logits', 'unbounded'}),
     'stairs':         (lambda net: nn.Sequential(Do(stairs), net).eval(), .2, MASKED | {'single_step'}),
-    'random logits':  (lambda net: nn.Sequential(net, Do(lambda z: z+.01*torch.randn_like(z))).eval(), EPS, {'stochastic_outputs'}),
+    'random logits':  (lambda net: nn.Sequential(net, Do(lambda z: z+.01*torch.randn_like(z))).eval(), EPS,
+                       {'stochastic_outputs'}),
     'dropping':       (lambda net: nn.Sequential(net, nn.Dropout(.3)).train(), EPS, {'training_mode'}),
     'probabilities':  (lambda net: nn.Sequential(net, nn.Softmax(1)).eval(), EPS, {'probability_outputs'}),
     'log-softmax, which is sound': (lambda net: nn.Sequential(net, nn.LogSoftmax(1)).eval(), EPS, set()),
-    'a training flag that changes nothing': (lambda net: nn.Sequential(net, Do(lambda z: z)).train(), EPS, set()),
+    'a training flag that changes nothing': (lambda net: nn.Sequential(net, Do(lambda z: z)).train(), EPS,
+                                             set()),
 }
 
 @pytest.mark.parametrize('name', BROKEN)
@@ -108,35 +118,44 @@ def test_effort_and_tolerance_count(digits, nets):
     run(nets['plain'], digits, nets, n=10, effort=2); large = sum(seen); hook.remove()
     assert 1.7*small < large
     noise = run(nets['sturdy'], digits, nets, attack=lambda model, x, y: x, tolerance=0.).raised
-    assert 'random_noise' in noise and 'random_noise' not in run(nets['sturdy'], digits, nets, attack=lambda model, x, y: x).raised
+    assert ('random_noise' in noise
+            and 'random_noise' not in run(nets['sturdy'], digits, nets, attack=lambda model, x, y: x).raised)
 
 def test_the_model_comes_back_and_draws_are_given(digits, nets):
-    net = nn.Sequential(nets['norm'], nn.Dropout(.3)).train(); nets['norm'][1].eval(); net[0][0].weight.requires_grad_(False)
-    modes, asks, state = [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()], {k: v.clone() for k, v in net.state_dict().items()}
+    net = nn.Sequential(nets['norm'], nn.Dropout(.3)).train()
+    nets['norm'][1].eval(); net[0][0].weight.requires_grad_(False)
+    modes, asks, state = ([m.training for m in net.modules()], [p.requires_grad for p in net.parameters()],
+                          {k: v.clone() for k, v in net.state_dict().items()})
     x, before = digits[2], torch.get_rng_state()
     a, b = run(net, digits, nets, n=30), run(net, digits, nets, n=30)
     assert torch.equal(torch.get_rng_state(), before) and repr(a) == repr(b) and a.findings == b.findings
-    assert [m.training for m in net.modules()] == modes and [p.requires_grad for p in net.parameters()] == asks
+    assert ([m.training for m in net.modules()] == modes
+            and [p.requires_grad for p in net.parameters()] == asks)
     for k, v in net.state_dict().items(): assert torch.equal(v, state[k]), k
-    assert all(p.grad is None or not p.grad.isnan().any() for p in net.parameters()) and torch.equal(x, digits[2])
+    assert (all(p.grad is None or not p.grad.isnan().any() for p in net.parameters())
+            and torch.equal(x, digits[2]))
     net[0][0].weight.requires_grad_(True); nets['norm'].eval()
 
 def test_inside_inference_mode(digits, nets):
-    with torch.inference_mode(): result = audit(nets['plain'], digits[2][:20].clone(), digits[3][:20].clone(), eps=EPS)
+    with torch.inference_mode():
+        result = audit(nets['plain'], digits[2][:20].clone(), digits[3][:20].clone(), eps=EPS)
     assert result.raised == ()
 
 @pytest.mark.parametrize('settings, says', [
-    (dict(n=0), 'n wants a whole number'), (dict(effort=.5), 'effort wants a whole number'), (dict(tolerance=5), 'share of the images'),
-    (dict(eps=8), 'write 8/255, not 8'), (dict(eps=0.), 'no attack to audit'), (dict(attack=lambda model, x, y: x[:3]), 'must return images'),
+    (dict(n=0), 'n wants a whole number'), (dict(effort=.5), 'effort wants a whole number'),
+    (dict(tolerance=5), 'share of the images'), (dict(eps=8), 'write 8/255, not 8'),
+    (dict(eps=0.), 'no attack to audit'), (dict(attack=lambda model, x, y: x[:3]), 'must return images'),
     (dict(attack=lambda model, x, y: x*torch.nan), 'nan or inf')])
 def test_bad_input_is_said(settings, says, digits, nets):
     with pytest.raises(ValueError, match=says): run(nets['plain'], digits, nets, **settings)
 
 def test_bad_images_are_said(digits, nets):
     x, y = digits[2:]
-    for a, b, says in ((x*255, y, 'lie in'), (x, y+10, 'below the 10 classes'), (x[:0], y[:0], 'no images'), (x, y.float(), 'int64')):
+    for a, b, says in ((x*255, y, 'lie in'), (x, y+10, 'below the 10 classes'), (x[:0], y[:0], 'no images'),
+                       (x, y.float(), 'int64')):
         with pytest.raises(ValueError, match=says): audit(nets['plain'], a, b, eps=EPS)
-    with pytest.raises(ValueError, match='none of the 100 images right'): audit(nets['plain'], x, (nets['plain'](x).argmax(1)+1)%10, eps=EPS)
+    with pytest.raises(ValueError, match='none of the 100 images right'):
+        audit(nets['plain'], x, (nets['plain'](x).argmax(1)+1)%10, eps=EPS)
 
 def test_one_step_as_the_reported_attack(digits, nets):
     "FGSM is a weak attack, not a sign of masking"

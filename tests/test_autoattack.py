@@ -12,11 +12,9 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-import refine_nb.autoattack as module
-from refine_nb.apgd import _hash, _names, apgd, boundary_start
-from refine_nb.attacks import pgd
-from refine_nb.autoattack import STANDARD, autoattack
-from refine_nb.fab import fab_t
+import refine_nb.attacks.ensemble as module
+from refine_nb.attacks import STANDARD, apgd, autoattack, boundary_start, fab_t, pgd
+from refine_nb.attacks.auto_pgd import _hash, _names
 
 N, QUICK = 16, dict(steps=15, n_queries=150)      # images; the standard at a size that a test can afford
 
@@ -38,7 +36,8 @@ def digits():
 @pytest.fixture(scope='module')
 def nets(digits):
     torch.manual_seed(0)
-    (x, y), net = digits, nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10))
+    (x, y), net = digits, nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+                                        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10))
     optimiser = torch.optim.Adam(net.parameters(), 5e-3)
     for i in torch.randint(1200, (100, 64)):
         x_adv = pgd(net, x[i], y[i], eps=.15, step_size=.1, steps=3); net.train()
@@ -58,17 +57,19 @@ def same_draws(monkeypatch, squares_as_theirs):
             aim = attack.y_target if name == 'apgd-t' else None
             with torch.no_grad(): order = model(x).argsort(1)
             job = 0 if aim is None else order.shape[1]-2-(order == aim[:, None]).int().argmax(1)
-            return run(x, y, x_init=boundary_start(x, p.eps, _hash(_names(x), p.seed, STANDARD.index(name), job)))
+            return run(x, y,
+                       x_init=boundary_start(x, p.eps, _hash(_names(x), p.seed, STANDARD.index(name), job)))
         for name, attack in (('apgd-ce', a.apgd), ('apgd-t', a.apgd_targeted)):
             attack.attack_single_run = partial(run, run=attack.attack_single_run, name=name, attack=attack)
         return a
     def as_theirs(model, x, y, *, seed, square=module.square, **settings):
-        with torch.random.fork_rng(): torch.manual_seed(seed); return square(model, x, y, seed=seed, **settings)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed); return square(model, x, y, seed=seed, **settings)
     monkeypatch.setattr(module, '_authors_attack', made)
     squares_as_theirs(1); monkeypatch.setattr(module, 'square', as_theirs)
 
 
-# ---- verdict by verdict ------------------------------------------------------------------------------------------------------------------
+# ---- verdict by verdict ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('seed', range(3))
 @pytest.mark.parametrize('eps', [.14, .22])
@@ -76,32 +77,38 @@ def same_draws(monkeypatch, squares_as_theirs):
 def test_same_draws_same_breakers(name, eps, seed, nets, batch, same_draws):
     "Who is broken, and by which component, image by image, of all four; ours on the folded model and in batches of another size"
     given = dict(eps=eps, seed=seed, **QUICK)
-    ours, theirs = autoattack(nets[name], *batch, batch_size=50, **given), autoattack(nets[name], *batch, reference=True, **given)
+    ours, theirs = (autoattack(nets[name], *batch, batch_size=50, **given),
+                    autoattack(nets[name], *batch, reference=True, **given))
     differ = {i: (int(a), int(b)) for i, (a, b) in enumerate(zip(ours.breaker, theirs.breaker)) if a != b}
     assert not differ, f'image: (our breaker, theirs) is {differ}'
     assert ours.survivors == theirs.survivors
     broken = {c: ours.survivors[a]-ours.survivors[c] for a, c in zip(['clean', *STANDARD], STANDARD)}
     if name == 'plain': assert broken['apgd-ce'] > 0
     if name == 'loud': assert broken['apgd-ce'] == 0 < broken['apgd-t']
-    if name == 'rounded': assert broken['apgd-ce'] <= 1 and broken['apgd-t'] <= 1 and broken['fab-t'] == 0 # a random start may do it
+    # a random start may do it
+    if name == 'rounded': assert broken['apgd-ce'] <= 1 and broken['apgd-t'] <= 1 and broken['fab-t'] == 0
     if name == 'rounded' and eps == .22: assert broken['square'] > 0
 
 @pytest.mark.parametrize('name, eps', [('plain', .14), ('loud', .14), ('rounded', .22)])
 def test_own_draws_same_verdicts_but_at_the_border(name, eps, nets, batch):
     "No image on which our seeds agree, theirs agree, and we differ; the others are listed, and few"
-    run = lambda **k: torch.stack([autoattack(nets[name], *batch, eps=eps, seed=s, steps=10, n_queries=500, **k).breaker < 0 for s in range(3)])
+    run = lambda **k: torch.stack([autoattack(nets[name], *batch, eps=eps, seed=s, steps=10, n_queries=500,
+                                              **k).breaker < 0 for s in range(3)])
     ours, theirs = run(), run(reference=True)
     sure = (ours == ours[0]).all(0) & (theirs == theirs[0]).all(0)
     against = (sure & (ours[0] != theirs[0])).nonzero()[:, 0].tolist()
-    border = {i: (ours[:, i].int().tolist(), theirs[:, i].int().tolist()) for i in (~sure).nonzero()[:, 0].tolist()}
+    border = {i: (ours[:, i].int().tolist(), theirs[:, i].int().tolist())
+              for i in (~sure).nonzero()[:, 0].tolist()}
     print(f'{name}: survived under seeds 0, 1, 2, by image: (ours, theirs) is {border}')
-    assert not against, f'images {against}: every seed of ours says one thing, every seed of theirs the other; border: {border}'
+    assert not against, (f'images {against}: every seed of ours says one thing, '
+                         f'every seed of theirs the other; border: {border}')
     assert len(border) <= N//4, border
 
 def test_the_full_standard(nets, batch, same_draws):
     "Nothing made smaller: 100 steps, 9 targets, 5000 queries"
     x, y = (t[:4] for t in batch)
-    ours, theirs = autoattack(nets['plain'], x, y, eps=.18), autoattack(nets['plain'], x, y, eps=.18, reference=True)
+    ours, theirs = (autoattack(nets['plain'], x, y, eps=.18),
+                    autoattack(nets['plain'], x, y, eps=.18, reference=True))
     assert (ours.label, theirs.label) == ('AutoAttack (standard)', "AutoAttack (authors' code)")
     assert torch.equal(ours.breaker, theirs.breaker) and {*ours.breaker.tolist()} >= {-1, 1}
     moved = (ours.x_adv-x).abs().amax((1, 2, 3))
@@ -114,7 +121,7 @@ def test_only_square_breaks_what_has_no_gradient(nets, batch):
         assert any('may be masked' in f for f in r.flags) and any('have no gradient' in f for f in r.flags)
 
 
-# ---- what it costs, and what it leaves ---------------------------------------------------------------------------------------------------
+# ---- what it costs, and what it leaves ---------------------------------------------------------------------
 
 def rows_seen(net, *args, **kwargs):
     "How many images the model looks at"
@@ -128,7 +135,8 @@ def test_broken_images_leave_at_once(nets, batch):
     "Where everything breaks, our cost is a small part of theirs: they run each component to its end"
     given = dict(eps=.6, components=('apgd-ce',))
     assert autoattack(nets['plain'], *batch, **given).robust == 0
-    assert rows_seen(nets['plain'], *batch, **given) < .2*rows_seen(nets['plain'], *batch, reference=True, **given)
+    assert (rows_seen(nets['plain'], *batch, **given)
+            < .2*rows_seen(nets['plain'], *batch, reference=True, **given))
 
 @pytest.mark.parametrize('reference', [False, True])
 def test_the_model_and_the_draws_of_others_are_as_before(reference, nets, batch):
@@ -136,8 +144,10 @@ def test_the_model_and_the_draws_of_others_are_as_before(reference, nets, batch)
     before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
     try:
         r = autoattack(net, *batch, eps=.1, reference=reference, steps=2, n_queries=3)
-        assert net.training and not net[1].training and not net[0].weight.requires_grad and all(p.requires_grad for p in net[5].parameters())
-        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and all(p.grad is None for p in net.parameters())
+        assert (net.training and not net[1].training and not net[0].weight.requires_grad
+                and all(p.requires_grad for p in net[5].parameters()))
+        assert (all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+                and all(p.grad is None for p in net.parameters()))
         assert torch.equal(torch.get_rng_state(), state) and any('training mode' in f for f in r.flags)
     finally: net.eval().requires_grad_(True)
 
@@ -146,14 +156,18 @@ def test_a_cut_run_of_the_authors_code_goes_on(nets, batch):
     whole = autoattack(nets['plain'], *batch, save=kept.append, **given)
     for state in kept[1::3]:
         rest = autoattack(nets['plain'], *batch, state=state, **given)
-        assert torch.equal(rest.breaker, whole.breaker) and torch.equal(rest.x_adv, whole.x_adv) and rest.survivors == whole.survivors
-    with pytest.raises(ValueError, match='of another run'): autoattack(nets['plain'], *batch, state=kept[0], **{**given, 'batch_size': 9})
+        assert (torch.equal(rest.breaker, whole.breaker) and torch.equal(rest.x_adv, whole.x_adv)
+                and rest.survivors == whole.survivors)
+    with pytest.raises(ValueError, match='of another run'):
+        autoattack(nets['plain'], *batch, state=kept[0], **{**given, 'batch_size': 9})
 
 def test_alone_each_attack_says_what_it_says_inside(nets, batch):
     x, y = batch
     inside = autoattack(nets['plain'], x, y, eps=.18, components=('fab-t',), folded=False, **QUICK)
     changed = lambda x_adv: (x_adv != x).flatten(1).any(1)
-    assert torch.equal(changed(fab_t(nets['plain'], x, y, eps=.18, steps=QUICK['steps'])), changed(inside.x_adv)) and changed(inside.x_adv).any()
-    both = [changed(apgd(nets['plain'], x, y, eps=.18, steps=QUICK['steps'], objective=o, generator=torch.Generator().manual_seed(0))) for o in ('ce', 'dlr_t')]
+    assert torch.equal(changed(fab_t(nets['plain'], x, y, eps=.18, steps=QUICK['steps'])),
+                       changed(inside.x_adv)) and changed(inside.x_adv).any()
+    both = [changed(apgd(nets['plain'], x, y, eps=.18, steps=QUICK['steps'], objective=o,
+                         generator=torch.Generator().manual_seed(0))) for o in ('ce', 'dlr_t')]
     inside = autoattack(nets['plain'], x, y, eps=.18, components=('apgd-ce', 'apgd-t'), folded=False, **QUICK)
     assert (changed(inside.x_adv) != (both[0]|both[1])).sum() <= 2   # other draws

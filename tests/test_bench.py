@@ -24,17 +24,21 @@ class Toy:
             return gives
         return f
     def contest(self, ours, theirs, gives=(1, 1), **about):
-        return Contest({'ours': self.side('ours', *ours, gives=gives[0]), 'theirs': self.side('theirs', *theirs, gives=gives[1])},
-                       lambda found: (found['ours'] == found['theirs'], f"{found['ours']} and {found['theirs']}"), '3 toys', **about)
+        return Contest({'ours': self.side('ours', *ours, gives=gives[0]),
+                        'theirs': self.side('theirs', *theirs, gives=gives[1])},
+                       lambda found: (found['ours'] == found['theirs'],
+                                      f"{found['ours']} and {found['theirs']}"), '3 toys', **about)
 
-def make(row, contest, toy, **given): return judge(row, contest, *race(contest, clock=toy.clock(), **{'seconds': 0, 'rounds': 3, **given}))
+def make(row, contest, toy, **given):
+    return judge(row, contest, *race(contest, clock=toy.clock(), **{'seconds': 0, 'rounds': 3, **given}))
 
 
 def test_ratios_by_hand():
-    toy = Toy(); contest = toy.contest([9., 1., 2., 4.], [9., 4., 4., 4.])             # the first is the warm-up
+    toy = Toy(); contest = toy.contest([9., 1., 2., 4.], [9., 4., 4., 4.])  # the first is the warm-up
     r = make(Row('toy', 'a toy', None, at_least=2.), contest, toy)
     assert toy.order == ['ours', 'theirs']*4, 'interleaved, warm-up and three rounds'
-    assert r['ratios'] == {'wall': {'median': 2., 'min': 1., 'max': 4.}, 'cpu': {'median': 4., 'min': 2., 'max': 8.}}
+    assert r['ratios'] == {'wall': {'median': 2., 'min': 1., 'max': 4.},
+                           'cpu': {'median': 4., 'min': 2., 'max': 8.}}
     assert (r['ours'], r['theirs'], r['rounds'], r['reached']) == (2., 4., 3, True)
     assert r['seconds']['ours'] == [[1., 1.], [2., 2.], [4., 4.]] and r['seconds']['theirs'] == [[4., 8.]]*3
 
@@ -45,18 +49,23 @@ def test_a_limit_is_ours_over_theirs():
 
 def test_like_for_like_has_its_own_ratio():
     toy = Toy(); plain = toy.contest([1.], [6.])
-    contest = Contest({**plain.sides, 'theirs on our net': toy.side('alike', 3.)}, plain.agree, '', alike=('ours', 'theirs on our net'))
+    contest = Contest({**plain.sides, 'theirs on our net': toy.side('alike', 3.)}, plain.agree, '',
+                      alike=('ours', 'theirs on our net'))
     r = make(Row('toy', '', None, at_least=2.), contest, toy)
-    assert toy.order == ['ours', 'theirs', 'alike']*4 and r['ratios']['wall']['median'] == 6 and r['ratios']['alike'] == {'median': 3., 'min': 3., 'max': 3.}
+    assert (toy.order == ['ours', 'theirs', 'alike']*4 and r['ratios']['wall']['median'] == 6
+            and r['ratios']['alike'] == {'median': 3., 'min': 3., 'max': 3.})
     assert bench.line(r)['like for like'] == '3.00' and len(r['seconds']['theirs on our net']) == 3
 
 def test_a_target_that_is_missed_is_said():
     toy = Toy(); r = make(Row('toy', 'a toy', None, at_least=2.), toy.contest([1.], [1.9]), toy)
-    assert r['reached'] is False and bench.line(r)['reached'] == 'no' and bench.line(r)['ratio, wall'] == '1.90 (1.90 to 1.90)'
+    assert (r['reached'] is False and bench.line(r)['reached'] == 'no'
+            and bench.line(r)['ratio, wall'] == '1.90 (1.90 to 1.90)')
 
 def test_rounds_fill_the_time_and_never_fall_short():
-    for seconds, rounds in ((0, 3), (11.9, 4), (12, 5), (1000, 9)):                    # a round takes two seconds, and so does the warm-up
-        toy = Toy(); assert make(Row('toy', '', None), toy.contest([1.], [1.]), toy, seconds=seconds)['rounds'] == rounds
+    # a round takes two seconds, and so does the warm-up
+    for seconds, rounds in ((0, 3), (11.9, 4), (12, 5), (1000, 9)):
+        toy = Toy()
+        assert make(Row('toy', '', None), toy.contest([1.], [1.]), toy, seconds=seconds)['rounds'] == rounds
 
 def test_a_long_contest_counts_its_first_round():
     toy = Toy(); r = make(Row('toy', '', None), toy.contest([1.], [2.], warm=False, rounds=1), toy)
@@ -64,22 +73,27 @@ def test_a_long_contest_counts_its_first_round():
 
 def test_gpu_work_is_waited_for():
     waits = []
-    Clock(wall=lambda: 0., cpu=lambda: 0., sync=lambda: waits.append(len(waits))).time(lambda: waits.append('work'))
+    Clock(wall=lambda: 0., cpu=lambda: 0.,
+          sync=lambda: waits.append(len(waits))).time(lambda: waits.append('work'))
     assert waits == [0, 'work', 2]
 
 def test_disagreement_is_not_timed():
     toy = Toy(); r = make(Row('toy', 'a toy', None, at_least=2.), toy.contest([1.], [5.], gives=(1, 2)), toy)
-    assert toy.order == ['ours', 'theirs'] and r['status'] == 'they do not agree: not timed' and r['reached'] is False
+    assert (toy.order == ['ours', 'theirs'] and r['status'] == 'they do not agree: not timed'
+            and r['reached'] is False)
     assert bench.line(r)['agreement'] == 'NO: 1 and 2' and bench.line(r)['reached'] == 'no'
-    late = make(Row('toy', 'a toy', None, at_least=2.), Toy().contest([1.], [5.], gives=(1, 2), warm=False), toy)
+    late = make(Row('toy', 'a toy', None, at_least=2.),
+                Toy().contest([1.], [5.], gives=(1, 2), warm=False), toy)
     assert late['ratios'] and late['reached'] is False, 'a ratio without agreement reaches nothing'
 
 def test_unknown_rows_are_named():
-    with pytest.raises(ValueError, match='there is no row pgd_folbox: choose from .*pgd_foolbox'): chosen(['pgd_folbox', 'pgd_foolbox'], bench.ROWS)
-    assert [r.name for r in chosen(['pgd_foolbox'], bench.ROWS)] == ['pgd_foolbox'] and chosen([], bench.ROWS) == bench.ROWS
+    with pytest.raises(ValueError, match='there is no row pgd_folbox: choose from .*pgd_foolbox'):
+        chosen(['pgd_folbox', 'pgd_foolbox'], bench.ROWS)
+    assert ([r.name for r in chosen(['pgd_foolbox'], bench.ROWS)] == ['pgd_foolbox']
+            and chosen([], bench.ROWS) == bench.ROWS)
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
@@ -87,9 +101,11 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, 'device_limits', lambda s: {'matrix product': (123.4, 'GFLOP/s')})
     monkeypatch.setattr(bench, 'REPORTS', tmp_path/'reports')
     def absent(s): raise Absent('torchattacks is not installed')
-    toys = {'fine': lambda s: Toy().contest([1.], [1.]), 'wrong': lambda s: Toy().contest([1.], [1.], gives=(1, 2)), 'absent': absent}
+    toys = {'fine': lambda s: Toy().contest([1.], [1.]),
+            'wrong': lambda s: Toy().contest([1.], [1.], gives=(1, 2)), 'absent': absent}
     def start(*names, args=()):
-        code = main(['--device', 'cpu', '--quick', '--out', str(tmp_path/'out'), *args], [Row(n, f'the {n} row', toys[n], at_least=2.) for n in names])
+        code = main(['--device', 'cpu', '--quick', '--out', str(tmp_path/'out'), *args],
+                    [Row(n, f'the {n} row', toys[n], at_least=2.) for n in names])
         file = tmp_path/'out'/'bench.json'
         return code, json.loads(file.read_text()) if file.exists() else None
     return start
@@ -97,22 +113,28 @@ def command(tmp_path, monkeypatch):
 def test_the_json_is_complete(command):
     code, made = command('fine', 'absent')
     assert code == 0
-    assert {'device', 'kind', 'threads', 'cores', 'load', 'quick', 'capability', 'held_to', 'tf32', 'source', 'versions', 'limits', 'rows'} == set(made)
-    assert made['kind'] == 'cpu' and made['threads'] == torch.get_num_threads() and made['versions']['torch'] == torch.__version__.split('+')[0] and 'torchattacks' in made['versions']
+    assert {'device', 'kind', 'threads', 'cores', 'load', 'quick', 'capability', 'held_to', 'tf32', 'source',
+            'versions', 'limits', 'rows'} == set(made)
+    assert (made['kind'] == 'cpu' and made['threads'] == torch.get_num_threads() and made['versions']['torch']
+            == torch.__version__.split('+')[0] and 'torchattacks' in made['versions'])
     fine, absent = made['rows']
-    assert {'name', 'says', 'target', 'size', 'agrees', 'agreement', 'status', 'rounds', 'seconds', 'ours', 'theirs', 'ratios', 'reached'} == set(fine)
-    assert absent == {'name': 'absent', 'says': 'the absent row', 'target': 'at least 2.0', 'status': 'torchattacks is not installed'}
+    assert {'name', 'says', 'target', 'size', 'agrees', 'agreement', 'status', 'rounds', 'seconds', 'ours',
+            'theirs', 'ratios', 'reached'} == set(fine)
+    assert absent == {'name': 'absent', 'says': 'the absent row', 'target': 'at least 2.0',
+                      'status': 'torchattacks is not installed'}
 
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     (tmp_path/'half_there.py').write_text('import lacking_part'); monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(Absent, match='^nobodys_attacks is not installed$'): bench.needs('nobodys_attacks')
-    with pytest.raises(Absent, match='^half_there needs lacking_part, which is not installed$'): bench.needs('half_there')
+    with pytest.raises(Absent, match='^half_there needs lacking_part, which is not installed$'):
+        bench.needs('half_there')
     assert bench.needs('json') is json
 
 def test_the_table_names_the_machine(command, tmp_path):
     _, made = command('fine', 'absent')
     said = (tmp_path/'out'/'bench.md').read_text()
-    assert said == markdown(made) and made['device'] in said and 'A quick run' in said and '123 GFLOP/s' in said
+    assert (said == markdown(made) and made['device'] in said and 'A quick run' in said
+            and '123 GFLOP/s' in said)
     assert 'the absent row' in said and 'torchattacks is not installed' in said
 
 def test_disagreement_fails_the_run(command):
@@ -125,33 +147,45 @@ def test_an_unknown_row_fails_the_run(command, capsys):
 
 def test_only_whole_full_runs_are_kept(tmp_path, monkeypatch, command):
     main(['--device', 'cpu', '--quick'], []); assert not (tmp_path/'reports').exists()
-    main(['--device', 'cpu'], []); assert json.loads((tmp_path/'reports'/'cpu'/'bench.json').read_text())['rows'] == []
+    main(['--device', 'cpu'], [])
+    assert json.loads((tmp_path/'reports'/'cpu'/'bench.json').read_text())['rows'] == []
 
 
-# ---- the contestants, as far as a small net shows them ------------------------------------------------------------------------------------
+# ---- the contestants, as far as a small net shows them -----------------------------------------------------
 
-@pytest.mark.parametrize('ours, theirs', [('our_pgd', 'foolbox_pgd'), ('our_pgd', 'torchattacks_pgd'), ('our_kl_pgd', 'recomputing_kl_pgd')])
+@pytest.mark.parametrize('ours, theirs', [('our_pgd', 'foolbox_pgd'), ('our_pgd', 'torchattacks_pgd'),
+                                          ('our_kl_pgd', 'recomputing_kl_pgd')])
 def test_contestants_give_the_same_pixels(ours, theirs):
-    if theirs == 'torchattacks_pgd': pytest.importorskip('torchattacks', reason='torchattacks is optional: pip install --no-deps torchattacks')
+    if theirs == 'torchattacks_pgd':
+        pytest.importorskip('torchattacks',
+                            reason='torchattacks is optional: pip install --no-deps torchattacks')
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8*36, 10)).double().eval()
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
+                              torch.nn.Flatten(), torch.nn.Linear(8*36, 10)).double().eval()
     x, y = torch.rand(8, 3, 8, 8, dtype=torch.float64), torch.randint(10, (8,))
     a, b = (bench.seeded(getattr(bench, f), net, x, y) for f in (ours, theirs))
     assert (a-b).abs().max() < 1e-9 and (a-x).abs().max() > .03
 
 def test_only_verdicts_opposed_under_every_seed_disagree():
     "Four images: alike; theirs wavers; ours wavers and differs at seed 0; every seed of ours against every seed of theirs"
-    ours, theirs = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 0, 1]]).bool(), torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 0]]).bool()
+    ours, theirs = (torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 0, 1]]).bool(),
+                    torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 0]]).bool())
     said, opposed = bench.verdicts_compared(ours, theirs)
-    assert said.pop('withstood') == {1: ([1, 1, 1], [1, 0, 1]), 2: ([0, 1, 0], [1, 1, 1]), 3: ([1, 1, 1], [0, 0, 0])}
-    assert said == {'changed': 2, 'ours_unsure': 1, 'theirs_unsure': 1, 'opposed': 1} and opposed.tolist() == (ours != theirs).all(0).nonzero()[:,0].tolist()
+    assert said.pop('withstood') == {1: ([1, 1, 1], [1, 0, 1]), 2: ([0, 1, 0], [1, 1, 1]),
+                                     3: ([1, 1, 1], [0, 0, 0])}
+    assert (said == {'changed': 2, 'ours_unsure': 1, 'theirs_unsure': 1, 'opposed': 1}
+            and opposed.tolist() == (ours != theirs).all(0).nonzero()[:,0].tolist())
     assert bench.verdicts_compared(theirs[:, :3], ours[:, :3])[0]['opposed'] == 0
 
 def test_chance_is_told_from_a_fault():
     images = torch.tensor([4, 9, 11])
-    def side(*often): return lambda seed, at: torch.tensor([seed-3 < n for n in often]) # of eight seeds, 3 to 10
-    assert bench.set_apart(side(8, 5, 0), side(0, 3, 0), images) == [4] # 8 of 8 against 0 of 8; 5 against 3 is chance
-    assert bench.set_apart(side(0, 7, 6), side(8, 1, 2), images) == [4, 9] # Fisher, two sides: 2/12870, 130/12870, and .13
+    # of eight seeds, 3 to 10
+    def side(*often): return lambda seed, at: torch.tensor([seed-3 < n for n in often])
+    # 8 of 8 against 0 of 8; 5 against 3 is chance
+    assert bench.set_apart(side(8, 5, 0), side(0, 3, 0), images) == [4]
+    # Fisher, two sides: 2/12870, 130/12870, and .13
+    assert bench.set_apart(side(0, 7, 6), side(8, 1, 2), images) == [4, 9]
 
 def test_every_row_has_a_target_and_a_name():
-    assert len(ROWS) == len(bench.ROWS) and all(r.says and bool(r.at_least) != bool(r.at_most) for r in bench.ROWS)
+    assert (len(ROWS) == len(bench.ROWS)
+            and all(r.says and bool(r.at_least) != bool(r.at_most) for r in bench.ROWS))

@@ -6,13 +6,12 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from refine_nb import fig2_adcorda as fig2, study_adcorda as study
-from refine_nb.catalogue import report_folder
-from refine_nb.claims import judge
-from refine_nb.claims_adcorda import ledger, our_tables, printed
-from refine_nb.claims_mixture import ledger as mixture_ledger
-from refine_nb.report import published
-from refine_nb.tab4_adcorda import BUDGETS, ROWS, SAME, robust_table, tidy
+import refine_nb.artefacts.fig2_adcorda as fig2
+import refine_nb.artefacts.study_adcorda as study
+from refine_nb.reporting import judge, published, report_folder
+from refine_nb.artefacts.claims_adcorda import ledger, our_tables, printed
+from refine_nb.artefacts.claims_mixture import ledger as mixture_ledger
+from refine_nb.artefacts.tab4_adcorda import BUDGETS, ROWS, SAME, robust_table, tidy
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ['tab1_adcorda', 'tab2_adcorda', 'tab3_adcorda', 'tab4_adcorda']
@@ -23,7 +22,9 @@ def as_ours(name):
     "A published table in the form of our report: {file: rows}"
     t = published(name).drop(columns=['source', 'note'])
     if name == 'tab3_adcorda': return {'table': t[t.stands_in=='table'], 'sizes': t[t.stands_in=='text']}
-    if name == 'tab4_adcorda': t = pd.concat([t.assign(budget=b, accuracy=t[c])[['model','dataset','attack','budget','accuracy']] for b,c in (('clean','clean'), (SAME,'clean'), ('5e-4','robust'))])
+    if name == 'tab4_adcorda':
+        t = pd.concat([t.assign(budget=b, accuracy=t[c])[['model','dataset','attack','budget','accuracy']]
+                       for b,c in (('clean','clean'), (SAME,'clean'), ('5e-4','robust'))])
     return {'table': t}
 
 @pytest.fixture
@@ -40,9 +41,11 @@ def reported(tmp_path, monkeypatch):
 
 def test_several_runs_of_every_table_are_judged_as_the_paper_is(reported):
     "As our own results, the printed numbers get the paper's verdicts; those of the text count as ours"
-    assert all(len(list((reported/t/'paper').iterdir())) >= 2 and len(our_tables(t, 'paper')) == 1 for t in TABLES)
+    assert all(len(list((reported/t/'paper').iterdir())) >= 2 and len(our_tables(t, 'paper')) == 1
+               for t in TABLES)
     page = ledger('paper').query('artefact in @TABLES')
-    same = page.ours.where(page[OWN]!='stands in the text only', page.ours.map({'holds': 'stands in the text only'}))
+    same = page.ours.where(page[OWN]!='stands in the text only',
+                           page.ours.map({'holds': 'stands in the text only'}))
     judged = page[OWN] != 'cannot be read from it'
     assert judged.sum() >= 20 and same[judged].tolist() == page[OWN][judged].tolist()
     assert page.ours[~judged].str.startswith('not judged: needs').all()
@@ -54,11 +57,15 @@ def test_sizes_of_several_runs_count_once(reported):
 def test_runs_of_a_figure_are_judged_each_under_its_name(tmp_path, monkeypatch):
     monkeypatch.setenv('REFINE_REPORTS', str(tmp_path))
     flat = fig2.known_points().assign(accuracy=80.)
-    for name,t in (('resnet34_cifar100', fig2.known_points()), ('resnet18_cifar100', flat.assign(model='resnet18')), ('resnet34_other', flat)):
-        folder = report_folder('fig2_adcorda', 'paper', name); folder.mkdir(parents=True); t.to_csv(folder/'table.csv', index=False)
+    for name,t in (('resnet34_cifar100', fig2.known_points()),
+                   ('resnet18_cifar100', flat.assign(model='resnet18')), ('resnet34_other', flat)):
+        folder = report_folder('fig2_adcorda', 'paper', name)
+        folder.mkdir(parents=True); t.to_csv(folder/'table.csv', index=False)
     row = ledger('paper').query('artefact=="fig2_adcorda"').set_index('claim').loc['A11']
-    assert row.ours == 'resnet18_cifar100: not judged: needs model resnet34, dataset cifar100; resnet34_cifar100: holds; resnet34_other: fails'
-    assert row.numbers.split('; ')[1:] == ['resnet34_cifar100: None over BL at 20 epochs +7.09', 'resnet34_other: None over BL at 20 epochs +0.00']
+    assert (row.ours == 'resnet18_cifar100: not judged: needs model resnet34, dataset cifar100; '
+            'resnet34_cifar100: holds; resnet34_other: fails')
+    assert row.numbers.split('; ')[1:] == ['resnet34_cifar100: None over BL at 20 epochs +7.09',
+                                           'resnet34_other: None over BL at 20 epochs +0.00']
 
 
 def test_a_network_that_the_text_does_not_speak_of_is_not_judged():
@@ -77,35 +84,42 @@ def test_the_loss_has_to_fall_as_far_as_the_text_says():
 def test_every_seed_has_to_gain():
     claim = next(c for c in study.CLAIMS if c.id=='A-12, removal')
     seeds = pd.DataFrame({'contrast': 'removal, with CORAL', 'difference': [3.,1.], 'holm': [.001,.01]})
-    assert claim.verdict(seeds)[0] is True and claim.verdict(seeds.assign(difference=[3.,-1.]))[0] is False and claim.verdict(seeds.assign(holm=[.001,.06]))[0] is False
+    assert (claim.verdict(seeds)[0] is True and claim.verdict(seeds.assign(difference=[3.,-1.]))[0] is False
+            and claim.verdict(seeds.assign(holm=[.001,.06]))[0] is False)
 
 def test_numbers_of_the_text_are_marked():
     assert published('tab3_adcorda').groupby('stands_in').size().to_dict() == {'table': 20, 'text': 2}
-    assert set(published('fig2_adcorda').stands_in) == {'text'} and fig2.known_points().groupby('stands_in').size().to_dict() == {'table': 3, 'text': 5}
+    assert (set(published('fig2_adcorda').stands_in) == {'text'}
+            and fig2.known_points().groupby('stands_in').size().to_dict() == {'table': 3, 'text': 5})
     assert published('fig1_adcorda').query('stands_in=="text"').set.tolist() == ["T'"]
     page = ledger('paper')
-    assert page.claim[page[OWN]=='stands in the text only'].tolist() == ['A9', 'A10', 'A18', 'A11', 'A11, DDN', 'A13', 'A7']
+    assert (page.claim[page[OWN]=='stands in the text only'].tolist()
+            == ['A9', 'A10', 'A18', 'A11', 'A11, DDN', 'A13', 'A7'])
 
 
 def test_robust_accuracy_stands_beside_the_clean_one_of_the_same_images():
     "Of 10,000 images 48 % are right, of the 10 attacked ones 6, then 5 and 0: beside all of them, 50 % would look like a gain"
     found = lambda a, n, **more: SimpleNamespace(result={'accuracy': a, 'n': n, **more})
-    of = {'all': found(.48, 10_000), **{b: found(a, 10, label='AutoAttack (standard)', survivors={'clean': 6}) for b,a in zip(BUDGETS, (.5, .5, 0.))}}
+    of = {'all': found(.48, 10_000), **{b: found(a, 10, label='AutoAttack (standard)', survivors={'clean': 6})
+                                        for b,a in zip(BUDGETS, (.5, .5, 0.))}}
     store = SimpleNamespace(get=lambda spec, make: of[spec])
-    t = tidy({row: {'clean': ('all',), **{b: (b,) for b in BUDGETS}} for row in ROWS}, store, 'resnet18', 'cifar10')
+    t = tidy({row: {'clean': ('all',), **{b: (b,) for b in BUDGETS}} for row in ROWS}, store,
+             'resnet18', 'cifar10')
     one = t[t.attack=='DDN'].set_index('budget')
-    assert one.accuracy.to_dict() == {'clean': 48., SAME: 60., **dict(zip(BUDGETS, (50., 50., 0.)))} and one.n[SAME] == 10 and one.low[SAME] < 60 < one.high[SAME]
+    assert (one.accuracy.to_dict() == {'clean': 48., SAME: 60., **dict(zip(BUDGETS, (50., 50., 0.)))}
+            and one.n[SAME] == 10 and one.low[SAME] < 60 < one.high[SAME])
     assert robust_table(t).robust.tolist() == [50.]*4
 
 
-# ---- conflicts ---------------------------------------------------------------------------------------------------------------------------
+# ---- conflicts ---------------------------------------------------------------------------------------------
 
 def names(notebook):
     "What a notebook defines: functions, arguments, classes, assigned names"
     cells = json.loads((ROOT/'nbs'/f'{notebook}.ipynb').read_text(encoding='utf-8'))['cells']
     nodes = [n for c in cells if c['cell_type']=='code' for n in ast.walk(ast.parse(''.join(c['source'])))]
     return {getattr(n, 'name', None) or getattr(n, 'arg', None) or n.id for n in nodes
-            if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.arg)) or isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.arg)) or isinstance(n, ast.Name)
+            and isinstance(n.ctx, ast.Store)}
 
 DOCUMENTS = {'adcorda': ('A', 32, ledger), 'mixture': ('M', 18, mixture_ledger)}
 DECISIONS = [(d, r) for d in DOCUMENTS for r in published(f'conflicts_{d}').itertuples()]
@@ -114,20 +128,25 @@ DECISIONS = [(d, r) for d in DOCUMENTS for r in published(f'conflicts_{d}').iter
 def test_every_conflict_is_decided_once(document):
     letter, n, _ = DOCUMENTS[document]; conflicts = published(f'conflicts_{document}')
     assert conflicts.conflict.tolist() == [f'{letter}-{i}' for i in range(1, n+1)]
-    assert conflicts[['open','decision','notebook','name','source']].map(lambda v: bool(str(v).strip()) and str(v)!='nan').all(axis=None)
+    assert (conflicts[['open','decision','notebook','name','source']]
+            .map(lambda v: bool(str(v).strip()) and str(v)!='nan').all(axis=None))
 
 @pytest.mark.parametrize('row', [r for _,r in DECISIONS], ids=lambda r: r.conflict)
 def test_a_decision_is_where_it_says(row):
     books, wanted = row.notebook.split(), row.name.split()
     if wanted == ['published']:
-        assert all(published(b).note.str.contains(rf'\b{row.conflict}\b').any() for b in books), f'{row.conflict}: no note of {books} names it'
+        assert all(published(b).note.str.contains(rf'\b{row.conflict}\b').any() for b in books), (
+            f'{row.conflict}: no note of {books} names it')
         return
     defined = {b: names(b) for b in books}
-    assert not (gone := [n for n in wanted if not any(n in d for d in defined.values())]), f'{row.conflict}: {books} do not define {gone}'
-    assert not (idle := [b for b,d in defined.items() if not d & set(wanted)]), f'{row.conflict}: {idle} define none of {wanted}'
+    assert not (gone := [n for n in wanted if not any(n in d for d in defined.values())]), (
+        f'{row.conflict}: {books} do not define {gone}')
+    assert not (idle := [b for b,d in defined.items() if not d & set(wanted)]), (
+        f'{row.conflict}: {idle} define none of {wanted}')
 
 @pytest.mark.parametrize('document', DOCUMENTS)
 def test_claims_named_in_a_decision_are_there(document):
     letter, _, claims = DOCUMENTS[document]
-    said = {''.join(c) for d in published(f'conflicts_{document}').decision for c in re.findall(rf'"({letter}\d[^"]*)"|\b({letter}\d+)\b(?!, )|[Cc]laim ({letter}-\d+)', d)}
+    said = {''.join(c) for d in published(f'conflicts_{document}').decision
+            for c in re.findall(rf'"({letter}\d[^"]*)"|\b({letter}\d+)\b(?!, )|[Cc]laim ({letter}-\d+)', d)}
     assert said and said <= set(claims('paper').claim)

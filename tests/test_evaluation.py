@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from refine_nb.adcorda import baseline
+from refine_nb.base import Adversarials, Cell, Worst, against, ancestors, call, key, nested
+from refine_nb.vision import Split, load_data
 from refine_nb.attacks import fgsm, pgd
-from refine_nb.core import Adversarials, Cell, Worst, against, ancestors, call, key, nested
-from refine_nb.data import Split, load_data
-from refine_nb.entry import write_entry
-from refine_nb.evaluate import EVAL_BATCH, Outcome, adversarial_images, classify, first_broken, survivors, verdicts
-from refine_nb.presets import PRESETS, scaled
-from refine_nb.price import images
-from refine_nb.statistics import confusion, mcnemar, newcombe, proportion, robustness_curve, wilson
+from refine_nb.evaluation import (EVAL_BATCH, Outcome, adversarial_images, classify,
+                                  confusion, first_broken, mcnemar, newcombe, proportion, robustness_curve,
+                                  survivors, verdicts, wilson)
+from refine_nb.runs import PRESETS, images, scaled, write_entry
+from refine_nb.papers.adcorda import baseline
 from test_recovery import DAMAGE, flip, entries, quiet, same
 from toys import Worker, recipe, work
 
@@ -48,28 +47,33 @@ def kept(made, tmp_path):
 WORST = against(Cell(LEFT, n_eval=60), call(spoil), call(spoil, half=1))
 
 
-# ---- keys --------------------------------------------------------------------------------------------------------------------------------
+# ---- keys --------------------------------------------------------------------------------------------------
 
 def test_keys_of_old_cells_are_unchanged():
     "Literals, taken before a cell could have a surrogate"
     base = baseline('resnet18', 'cifar10', 1)
     assert key(Cell(base)) == 'f6cc9841538deddc7c96'
-    assert key(Cell(base, call(pgd, eps=4/255, step_size=2/255), split='valid', n_eval=500)) == '1978c60a44b1d8f8e2a6'
-    assert key(Cell(base, call(pgd, eps=4/255), split='valid', n_eval=500)) != '1978c60a44b1d8f8e2a6' # a step of eps/4 by default is another attack
+    assert (key(Cell(base, call(pgd, eps=4/255, step_size=2/255), split='valid', n_eval=500))
+            == '1978c60a44b1d8f8e2a6')
+    # a step of eps/4 by default is another attack
+    assert key(Cell(base, call(pgd, eps=4/255), split='valid', n_eval=500)) != '1978c60a44b1d8f8e2a6'
 
 def test_no_two_evaluations_share_a_key():
     a = call(pgd)
-    specs = [Cell(LEFT), Cell(LEFT, a), Cell(LEFT, a, surrogate=SOURCE), Cell(LEFT, a, surrogate=RIGHT), Cell(RIGHT, a, surrogate=SOURCE), Cell(LEFT, a, surrogate=LEFT),
-             Adversarials(SOURCE, a), Adversarials(SOURCE, a, n_eval=5), against(Cell(LEFT), a), against(Cell(LEFT), a, call(fgsm)), against(Cell(LEFT), call(fgsm), a)]
+    specs = [Cell(LEFT), Cell(LEFT, a), Cell(LEFT, a, surrogate=SOURCE), Cell(LEFT, a, surrogate=RIGHT),
+             Cell(RIGHT, a, surrogate=SOURCE), Cell(LEFT, a, surrogate=LEFT),
+             Adversarials(SOURCE, a), Adversarials(SOURCE, a, n_eval=5), against(Cell(LEFT), a),
+             against(Cell(LEFT), a, call(fgsm)), against(Cell(LEFT), call(fgsm), a)]
     assert len({key(s) for s in specs}) == len(specs)
 
 
-# ---- transfer ----------------------------------------------------------------------------------------------------------------------------
+# ---- transfer ----------------------------------------------------------------------------------------------
 
 def test_the_plan_makes_the_surrogates_images_once():
     cells = [black(LEFT), black(RIGHT)]
     plan = ancestors(*cells)
-    assert plan == [LEFT, SOURCE, cells[0].adversarials, cells[0], RIGHT, cells[1]] and cells[0].adversarials == cells[1].adversarials
+    assert (plan == [LEFT, SOURCE, cells[0].adversarials, cells[0], RIGHT, cells[1]]
+            and cells[0].adversarials == cells[1].adversarials)
     assert list(nested(cells[0])) == [LEFT, cells[0].adversarials]
 
 def test_adversarials_are_made_once_for_two_targets(tmp_path):
@@ -103,31 +107,40 @@ def test_shown_to_itself_a_surrogate_gives_the_white_box_result(made):
 def test_batches_and_their_draws(made):
     "More images than a batch: each batch draws by its position, made at once or judged at once"
     g, model = torch.Generator().manual_seed(0), made.model(SOURCE)
-    split = Split(torch.rand(EVAL_BATCH+3, 1, 8, 8, generator=g), torch.randint(10, (EVAL_BATCH+3,), generator=g))
+    split = Split(torch.rand(EVAL_BATCH+3, 1, 8, 8, generator=g),
+                  torch.randint(10, (EVAL_BATCH+3,), generator=g))
     x = adversarial_images(model, split, call(spoil), seed=3)
     assert_close(classify(model, Split(x, split.y)), classify(model, split, attack=call(spoil), seed=3))
-    assert_close(verdicts(model, split, attack=call(spoil), seed=3), classify(model, split, attack=call(spoil), seed=3) == split.y)
+    assert_close(verdicts(model, split, attack=call(spoil), seed=3),
+                 classify(model, split, attack=call(spoil), seed=3) == split.y)
     drawn = (x-split.x)[1::2]; assert not torch.equal(drawn[0], drawn[EVAL_BATCH//2])
 
 def test_other_images_are_refused(kept, monkeypatch):
     "Surrogate and target of different splits; and images that changed since the surrogate's were made"
     other = recipe(epochs=1, data=SOURCE.data.but(split_seed=2))
-    with pytest.raises(ValueError, match=r'surrogate and judged weights have different data \(fingerprints \w{12} and \w{12}\): give both recipes the same data call'): kept.get(black(other))
+    with pytest.raises(ValueError, match=r'surrogate and judged weights have different data \(fingerprints '
+                       r'\w{12} and \w{12}\): give both recipes the same data call'):
+        kept.get(black(other))
     assert kept.get(black(other), make=False) is None
     monkeypatch.setenv('TOY_INK', '1')
     changed, fresh = quiet(kept.root), recipe(seed=5, epochs=1)
-    with pytest.raises(ValueError, match='surrogate and judged weights have different data'): changed.get(black(fresh))
+    with pytest.raises(ValueError, match='surrogate and judged weights have different data'):
+        changed.get(black(fresh))
 
 def test_other_sizes_are_refused(kept, monkeypatch):
     real = kept.value
-    monkeypatch.setattr(kept, 'value', lambda s: real(s)[..., :4, :4] if isinstance(s, Adversarials) else real(s))
-    with pytest.raises(ValueError, match=r'the surrogate takes images \(1, 4, 4\), the judged weights \(1, 8, 8\)'): kept.get(black(RIGHT))
+    monkeypatch.setattr(kept, 'value',
+                        lambda s: real(s)[..., :4, :4] if isinstance(s, Adversarials) else real(s))
+    with pytest.raises(ValueError,
+                       match=r'the surrogate takes images \(1, 4, 4\), the judged weights \(1, 8, 8\)'):
+        kept.get(black(RIGHT))
 
 def test_too_many_images(made):
-    with pytest.raises(ValueError, match='n_eval 361 is more than the 360 test images of digits'): made.get(replace(black(LEFT).adversarials, n_eval=361))
+    with pytest.raises(ValueError, match='n_eval 361 is more than the 360 test images of digits'):
+        made.get(replace(black(LEFT).adversarials, n_eval=361))
 
 
-# ---- worst cases -------------------------------------------------------------------------------------------------------------------------
+# ---- worst cases -------------------------------------------------------------------------------------------
 
 def by_hand(rights):
     "The first verdict that is wrong, image by image, in plain Python"
@@ -138,7 +151,8 @@ def test_two_attacks_that_each_break_a_half():
     clean, one, two = torch.ones(8, dtype=torch.bool), torch.arange(8) < 4, torch.arange(8) >= 4
     breaker = first_broken([clean, one, two])
     assert min(r.float().mean() for r in (one, two)) == .5 and proportion(breaker==-1)['accuracy'] == 0
-    assert breaker.tolist() == [2]*4+[1]*4 and survivors(breaker, 2) == [8,4,0] and breaker.dtype == torch.int8
+    assert (breaker.tolist() == [2]*4+[1]*4 and survivors(breaker, 2) == [8,4,0]
+            and breaker.dtype == torch.int8)
 
 @pytest.mark.parametrize('seed', range(5))
 def test_first_broken_is_that_of_plain_python(seed):
@@ -153,8 +167,10 @@ def test_a_stored_worst_case(made):
     o, r = made.value(WORST), made.get(WORST).result
     assert o.breaker.tolist() == by_hand(cells) and o.breaker.dtype == torch.int8 and o.predicted is None
     assert_close(o.right, torch.stack(cells).all(0))
-    assert (r['n'], r['correct'], r['accuracy']) == (60, int(o.right.sum()), int(o.right.sum())/60) and (r['low'], r['high']) == wilson(r['correct'], 60)
-    assert r['survivors'] == survivors(o.breaker, 2) and r['correct'] < min(int(c.sum()) for c in cells), 'the halves differ, so the worst case is below each'
+    assert ((r['n'], r['correct'], r['accuracy']) == (60, int(o.right.sum()), int(o.right.sum())/60)
+            and (r['low'], r['high']) == wilson(r['correct'], 60))
+    assert r['survivors'] == survivors(o.breaker, 2) and r['correct'] < min(int(c.sum()) for c in cells), (
+        'the halves differ, so the worst case is below each')
 
 def test_a_worst_case_shares_its_cells(made, tmp_path):
     store = quiet(tmp_path); CALLS.clear()
@@ -164,12 +180,14 @@ def test_a_worst_case_shares_its_cells(made, tmp_path):
 def test_a_worst_case_over_white_and_black_box(made):
     both = Worst((*WORST.cells, black(LEFT)))
     made.run([both])
-    assert made.get(both).result['correct'] == int((made.value(WORST).right & made.value(black(LEFT)).right).sum())
+    assert made.get(both).result['correct'] == int(
+        (made.value(WORST).right & made.value(black(LEFT)).right).sum())
 
 def test_worst_cases_of_different_things_are_refused():
     clean, hit = Cell(LEFT), Cell(LEFT, call(spoil))
     for other in (replace(hit, recipe=RIGHT), replace(hit, split='valid'), replace(hit, n_eval=9)):
-        with pytest.raises(ValueError, match='Worst wants cells of one recipe, split and n_eval'): Worst((clean, other))
+        with pytest.raises(ValueError, match='Worst wants cells of one recipe, split and n_eval'):
+            Worst((clean, other))
 
 def test_cells_of_different_data_are_refused(kept):
     "A cell that was measured before the images changed is not mixed with one after"
@@ -177,39 +195,48 @@ def test_cells_of_different_data_are_refused(kept):
     record = {k: v for k,v in e.record.items() if k != 'tensors'}
     write_entry(kept.folder(cell), record | {'result': e.result | {'data': 'of other images'}}, e.tensors())
     spec = Worst(WORST.cells[:2])
-    with pytest.raises(ValueError, match='cells of this worst case were measured on different images'): kept.get(spec)
+    with pytest.raises(ValueError, match='cells of this worst case were measured on different images'):
+        kept.get(spec)
 
 
-# ---- what a store keeps ------------------------------------------------------------------------------------------------------------------
+# ---- what a store keeps ------------------------------------------------------------------------------------
 
 def test_what_a_cell_keeps(made):
     "n, interval, a bit and a byte an image"
     entry = made.get(Cell(RIGHT, n_eval=60)); t, r = entry.tensors(), entry.result
-    assert t['right'].dtype == t['predicted'].dtype == torch.uint8 and len(t['right']) == 8 and len(t['predicted']) == 60
-    assert r['n'] == 60 and r['accuracy'] == r['correct']/60 and (r['low'], r['high']) == wilson(r['correct'], 60)
+    assert (t['right'].dtype == t['predicted'].dtype == torch.uint8 and len(t['right']) == 8
+            and len(t['predicted']) == 60)
+    assert (r['n'] == 60 and r['accuracy'] == r['correct']/60
+            and (r['low'], r['high']) == wilson(r['correct'], 60))
 
 def old(store, cell):
     "Rewrite a cell as it was stored before classes and intervals were kept"
     e = store.get(cell); bits = {'right': e.tensors()['right']}
     result = {k: v for k,v in e.result.items() if k not in ('low', 'high')}
-    write_entry(store.folder(cell), {k: v for k,v in e.record.items() if k != 'tensors'} | {'result': result}, bits)
+    write_entry(store.folder(cell),
+                {k: v for k,v in e.record.items() if k != 'tensors'} | {'result': result}, bits)
 
 def test_old_cells_are_read(kept, made):
     for c in (*WORST.cells, Cell(RIGHT, n_eval=60)): old(kept, c)
     o = kept.value(WORST.cells[1])
-    assert isinstance(o, Outcome) and o.predicted is None; assert_close(o.right, made.value(WORST.cells[1]).right)
+    assert isinstance(o, Outcome) and o.predicted is None
+    assert_close(o.right, made.value(WORST.cells[1]).right)
     assert kept.plan([WORST]) == []
     again = Worst(WORST.cells[:2]); kept.run([again])
     assert kept.get(again).result['survivors'] == made.get(WORST).result['survivors'][:2]
     assert kept.compare(Cell(RIGHT, n_eval=60), WORST.cells[0])['n'] == 60
-    with pytest.raises(ValueError, match='stored before classes were kept'): confusion(load_data('digits').test.y[:60], o.predicted, 10)
+    with pytest.raises(ValueError, match='stored before classes were kept'):
+        confusion(load_data('digits').test.y[:60], o.predicted, 10)
 
-@pytest.mark.parametrize('spec', [black(LEFT).adversarials, black(LEFT), WORST], ids=['adversarials', 'transfer', 'worst'])
-@pytest.mark.parametrize('file,harm', [DAMAGE[0], DAMAGE[1], DAMAGE[3], DAMAGE[5]], ids=lambda x: getattr(x, '__name__', x))
+@pytest.mark.parametrize('spec', [black(LEFT).adversarials, black(LEFT), WORST],
+                         ids=['adversarials', 'transfer', 'worst'])
+@pytest.mark.parametrize('file,harm', [DAMAGE[0], DAMAGE[1], DAMAGE[3], DAMAGE[5]],
+                         ids=lambda x: getattr(x, '__name__', x))
 def test_damage(made, kept, spec, file, harm):
     "Named, set aside, made again with the same bits, and nothing else is"
     harm(kept.folder(spec)/file); before = entries(kept.root)
-    with pytest.warns(UserWarning, match=f'{type(spec).__name__.lower()} {key(spec)} is damaged') as heard: kept.value(spec)
+    with pytest.warns(UserWarning, match=f'{type(spec).__name__.lower()} {key(spec)} is damaged') as heard:
+        kept.value(spec)
     assert len(heard) == 1 and same(made.root, kept.root, spec) and set(before) <= set(entries(kept.root))
 
 def test_damaged_images_do_not_reach_a_target(kept):
@@ -223,14 +250,15 @@ def test_killed_while_it_is_made(made, kept, tmp_path, spec):
     "Early, in the middle, and late: nothing half is taken for a result, and the second try ends with the same bits"
     for n in (1, 4, 6):
         shutil.rmtree(kept.folder(spec))
-        assert Worker(tmp_path/f'said{n}', work, kept.root, spec, kill=(n, kept.root)).end() == -signal.SIGKILL, (tmp_path/f'said{n}').read_text()
+        assert (Worker(tmp_path/f'said{n}', work, kept.root, spec, kill=(n, kept.root)).end()
+                == -signal.SIGKILL), (tmp_path/f'said{n}').read_text()
         with warnings.catch_warnings():
             warnings.simplefilter('error')       # a kill is not damage
             quiet(kept.root).get(spec)
         assert same(made.root, kept.root, spec)
 
 
-# ---- numbers -----------------------------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 def exact(b, c):
     "McNemar's p in rational numbers: the chance, over all ways that b+c coins can fall, of a split that is no more likely"
@@ -242,12 +270,14 @@ def test_mcnemar_is_the_exact_binomial():
         one = torch.tensor([True]*b + [False]*c + [True,False])
         two = torch.tensor([False]*b + [True]*c + [True,False])
         m = mcnemar(one, two)
-        assert (m['b'], m['c'], m['n']) == (b, c, b+c+2) and math.isclose(m['p'], exact(b, c), rel_tol=1e-9), (b, c)
+        assert ((m['b'], m['c'], m['n']) == (b, c, b+c+2)
+                and math.isclose(m['p'], exact(b, c), rel_tol=1e-9)), (b, c)
         assert m['difference'] == (b-c)/(b+c+2) and -1 <= m['low'] <= m['difference'] <= m['high'] <= 1
 
 def test_mcnemar_in_print():
     "statsmodels' documentation, mcnemar([[101, 121], [59, 33]], exact=True): 59, p 4.43e-6"
-    one = torch.tensor([True]*222 + [False]*92); two = torch.tensor([True]*101 + [False]*121 + [True]*59 + [False]*33)
+    one = torch.tensor([True]*222 + [False]*92)
+    two = torch.tensor([True]*101 + [False]*121 + [True]*59 + [False]*33)
     m = mcnemar(one, two)
     assert min(m['b'], m['c']) == 59 and f"{m['p']:.2e}" == '4.43e-06'
 
@@ -268,14 +298,19 @@ def test_a_pair_is_a_pair(made):
     a, b = Cell(LEFT, n_eval=60), Cell(RIGHT, n_eval=60)
     m = made.compare(a, b)
     assert m == mcnemar(made.value(a).right, made.value(b).right) and m['n'] == 60
-    assert made.compare(a, WORST)['b'] == made.get(a).result['correct'] - made.get(WORST).result['correct'] and made.compare(a, WORST)['c'] == 0
-    for other in (replace(b, n_eval=50), replace(b, split='train'), Cell(recipe(epochs=1, data=LEFT.data.but(split_seed=2)), n_eval=60)):
-        with pytest.raises(ValueError, match='a paired comparison wants the same images'): made.compare(a, other)
+    assert (made.compare(a, WORST)['b'] == made.get(a).result['correct'] - made.get(WORST).result['correct']
+            and made.compare(a, WORST)['c'] == 0)
+    for other in (replace(b, n_eval=50), replace(b, split='train'),
+                  Cell(recipe(epochs=1, data=LEFT.data.but(split_seed=2)), n_eval=60)):
+        with pytest.raises(ValueError, match='a paired comparison wants the same images'):
+            made.compare(a, other)
 
 def test_every_number_has_n_and_interval(made):
-    budgets = {e: made.value(Cell(LEFT, call(fgsm, eps=e), n_eval=60)).right for e in (.1, .3)} | {0: made.value(WORST.cells[0]).right}
+    budgets = ({e: made.value(Cell(LEFT, call(fgsm, eps=e), n_eval=60)).right for e in (.1, .3)}
+               | {0: made.value(WORST.cells[0]).right})
     t = robustness_curve(budgets)
-    assert t.eps.tolist() == [0,.1,.3] and (t.n == 60).all() and t.accuracy.is_monotonic_decreasing and t.accuracy.nunique() == 3
+    assert (t.eps.tolist() == [0,.1,.3] and (t.n == 60).all() and t.accuracy.is_monotonic_decreasing
+            and t.accuracy.nunique() == 3)
     assert all((row.low, row.high) == wilson(row.correct, 60) for row in t.itertuples())
 
 def test_confusion_is_that_of_the_stored_classes(made):
@@ -286,22 +321,26 @@ def test_confusion_is_that_of_the_stored_classes(made):
     assert_close(c, plain); assert c.trace() == o.right.sum()
 
 
-# ---- presets and prices ------------------------------------------------------------------------------------------------------------------
+# ---- presets and prices ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', PRESETS)
 def test_presets_keep_evaluations_together(name):
     "Surrogate and target, clean and attacked: one number of images, at every scale; no two scales meet"
     base, p = baseline('resnet18', 'cifar10', 1), PRESETS[name]
-    grid = (Cell(base, call(pgd), surrogate=baseline('resnet34', 'cifar10', 1)), against(Cell(base), call(pgd), call(pgd, steps=200)))
+    grid = (Cell(base, call(pgd), surrogate=baseline('resnet34', 'cifar10', 1)),
+            against(Cell(base), call(pgd), call(pgd, steps=200)))
     cell, worst = scaled(grid, p)
-    assert len({c.n_eval for c in (cell, *worst.cells)}) == 1 and {cell.recipe} == {c.recipe for c in worst.cells}
-    assert cell.adversarials == scaled(grid[0].adversarials, p) and worst.cells[1] == scaled(grid[1].cells[1], p)
+    assert (len({c.n_eval for c in (cell, *worst.cells)}) == 1
+            and {cell.recipe} == {c.recipe for c in worst.cells})
+    assert (cell.adversarials == scaled(grid[0].adversarials, p)
+            and worst.cells[1] == scaled(grid[1].cells[1], p))
     if name == 'paper': assert (cell, worst) == grid
 
 @pytest.mark.parametrize('a,b', list(combinations(PRESETS, 2)))
 def test_scales_of_evaluations_never_mix(a, b):
     base = baseline('resnet18', 'cifar10', 1)
-    grid = (Cell(base, call(pgd), surrogate=baseline('resnet34', 'cifar10', 1)), against(Cell(base), call(pgd)))
+    grid = (Cell(base, call(pgd), surrogate=baseline('resnet34', 'cifar10', 1)),
+            against(Cell(base), call(pgd)))
     at = lambda p: {key(s) for s in ancestors(*scaled(grid, PRESETS[p]))}
     assert not at(a) & at(b)
 
@@ -309,4 +348,5 @@ def test_the_attack_of_a_black_box_table_is_priced_once():
     base, a = baseline('resnet18', 'cifar10', 1), call(pgd, steps=20)
     cells = [Cell(replace(base, seed=s), a, surrogate=base) for s in (2,3)]
     todo = [s for s in ancestors(*cells) if isinstance(s, (Cell, Adversarials))]
-    assert sum((images(s)['attack'] for s in todo)) == 20*10_000 and sum(images(s)['forward'] for s in todo) == 2*10_000
+    assert (sum((images(s)['attack'] for s in todo)) == 20*10_000
+            and sum(images(s)['forward'] for s in todo) == 2*10_000)

@@ -7,17 +7,14 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.testing import assert_close
 
-from refine_nb.adcorda import baseline, control_int8, refined_int8
-from refine_nb.attacks import bih
-from refine_nb.attacks_min import salt_and_pepper
-from refine_nb.core import Cell, Recipe, call, key
-from refine_nb.evaluate import verdicts
-from refine_nb.perturb import attacking
-from refine_nb.presets import PRESETS, scaled
-from refine_nb.quantise import BACKENDS, Int8, Quantised, Simulation, StraightThrough, calibrate, integers, prepared, quantise, restored, through_int8
-from refine_nb.refine import Correction, adapt
-from refine_nb.store import Store
-from refine_nb.train import Engine
+from refine_nb.base import Cell, Recipe, call, key
+from refine_nb.attacks import attacking, bih, salt_and_pepper
+from refine_nb.evaluation import verdicts
+from refine_nb.training import Engine
+from refine_nb.refinement import (BACKENDS, Correction, Int8, Quantised, Simulation, StraightThrough, adapt,
+                                  calibrate, integers, prepared, quantise, restored, through_int8)
+from refine_nb.runs import PRESETS, Store, scaled
+from refine_nb.papers.adcorda import baseline, control_int8, refined_int8
 from toys import Worker, images, net, recipe, teach, work
 
 HERE = [b for b in torch.backends.quantized.supported_engines if b in BACKENDS]
@@ -30,7 +27,8 @@ def quiet(root, every=0.): return Store(root, Engine(), quiet=True, every=every)
 def int8(attack=SP):
     "A corrected set of the int8 network, and the adaptation from it through int8"
     q = Quantised(BASE, n_calibrate=100)
-    method = call(through_int8, method=call(adapt, source=Correction(q, attack), coral_weight=.1), n_calibrate=100)
+    method = call(through_int8,
+                  method=call(adapt, source=Correction(q, attack), coral_weight=.1), n_calibrate=100)
     return Quantised(replace(BASE, init=BASE, method=method, epochs=2, batch_size=16), n_calibrate=100)
 
 def trained(seed=0):
@@ -49,21 +47,26 @@ def test_a_convolution_by_hand_in_whole_numbers(backend):
     s_x, z_x = (next(v for k,v in t.items() if k.endswith(e)).item() for e in ('_scale_0', '_zero_point_0'))
     x_q = (x/s_x+z_x).round().clamp(0, 255)-z_x
     unit = (s_x*t['0.weight_scale'].double()).view(1,-1,1,1)
-    total = nn.functional.conv2d(x_q.double(), t['0.weight'].double()) + (t['0.bias'].view(1,-1,1,1)/unit).round()
+    total = (nn.functional.conv2d(x_q.double(), t['0.weight'].double())
+             + (t['0.bias'].view(1,-1,1,1)/unit).round())
     assert torch.equal(total, total.round())
     y_q = (total*unit/t['0.scale']).round()+t['0.zero_point']
     y_8 = (net8(x)/t['0.scale']).round().view_as(y_q)+t['0.zero_point']
-    assert (y_q.clamp(0, 255)-y_8).abs().max() <= 1 and (y_q.clamp(0, 255)==y_8).double().mean() > .99 # some backends do not round the bias
+    # some backends do not round the bias
+    assert (y_q.clamp(0, 255)-y_8).abs().max() <= 1 and (y_q.clamp(0, 255)==y_8).double().mean() > .99
 
 
 @pytest.mark.parametrize('backend', HERE)
 def test_through_a_file_without_pickles(backend):
-    model, data = trained(); net8 = quantise(model, data, backend=backend, n_calibrate=100); x = data.test.x.float()/255
+    model, data = trained(); net8 = quantise(model, data, backend=backend, n_calibrate=100)
+    x = data.test.x.float()/255
     state = integers(net8)
-    assert {t.dtype for t in state.values()} == {torch.int8, torch.float32, torch.int64} and not any(t.is_quantized for t in state.values())
+    assert ({t.dtype for t in state.values()} == {torch.int8, torch.float32, torch.int64}
+            and not any(t.is_quantized for t in state.values()))
     again = restored(trained(seed=1)[0], load(save(state)), backend=backend)
     assert torch.equal(again(x), net8(x)) and len(net8(x).unique()) <= 256
-    assert not torch.equal(restored(model, {**state, '5.weight': -state['5.weight']}, backend=backend)(x), net8(x))
+    assert not torch.equal(restored(model, {**state, '5.weight': -state['5.weight']},
+                                    backend=backend)(x), net8(x))
 
 
 def test_the_gradient_is_the_counterpart_s_and_the_value_is_not():
@@ -71,12 +74,15 @@ def test_the_gradient_is_the_counterpart_s_and_the_value_is_not():
     x = (data.test.x[:30].float()/255).requires_grad_(); way = torch.randn(30, 10)
     of = lambda m: torch.autograd.grad((m(x)*way).sum(), [x, *model.parameters()])
     assert_close(of(both), of(model), rtol=0, atol=0)
-    assert_close(both(x), both.quantised(x), rtol=1e-5, atol=1e-6); assert (both(x)-model(x)).abs().max() > 1e-3
+    assert_close(both(x), both.quantised(x), rtol=1e-5, atol=1e-6)
+    assert (both(x)-model(x)).abs().max() > 1e-3
 
 
 def test_an_attack_gives_the_network_back():
-    model, data = trained(); model.train(); both = StraightThrough(quantise(model, data, n_calibrate=100), model)
-    before = [p.requires_grad for p in both.parameters()], [m.training for m in both.modules()], integers(both.quantised)
+    model, data = trained(); model.train()
+    both = StraightThrough(quantise(model, data, n_calibrate=100), model)
+    before = ([p.requires_grad for p in both.parameters()], [m.training for m in both.modules()],
+              integers(both.quantised))
     x, y = data.train.x[:20].float()/255, data.train.y[:20]
     x_adv = bih(both, x, y, eps=.1)
     assert not torch.equal(x_adv, x) and (x_adv-x).abs().max() <= .1+1e-6
@@ -87,8 +93,10 @@ def test_an_attack_gives_the_network_back():
 
 @pytest.mark.parametrize('backend', HERE)
 def test_the_simulation_is_the_int8_network(backend):
-    model, data = trained(); watched = calibrate(prepared(model, backend=backend), data, 100); x = data.test.x.float()/255
-    sim = Simulation(model, watched, backend=backend).follow(model); unit = integers(Int8(watched, backend=backend))['5.scale']
+    model, data = trained(); watched = calibrate(prepared(model, backend=backend), data, 100)
+    x = data.test.x.float()/255
+    sim = Simulation(model, watched, backend=backend).follow(model)
+    unit = integers(Int8(watched, backend=backend))['5.scale']
     steps = ((sim(x)-Int8(watched, backend=backend)(x))/unit).round().abs()
     assert steps.max() <= 2 and (steps==0).double().mean() > .95
 
@@ -98,36 +106,48 @@ def test_statistics_stay_only_where_they_are_frozen(norm):
     model, data = trained(); was = model[1].running_mean.clone(); model.train()
     method = through_int8(data, method=call(teach), batch_size=32, seed=1, n_calibrate=100, norm=norm)
     loss, _ = method.step(model, next(method.batches(0)), 0.); loss.backward()
-    assert torch.equal(model[1].running_mean, was) == (norm=='frozen') and all(p.grad.abs().sum() > 0 for p in model.parameters())
+    assert (torch.equal(model[1].running_mean, was) == (norm=='frozen')
+            and all(p.grad.abs().sum() > 0 for p in model.parameters()))
 
 
 def test_mistakes():
     model, data = trained()
-    with pytest.raises(ValueError, match="no int8 kernels here: choose one of "): quantise(model, data, backend='cuda')
-    with pytest.raises(ValueError, match='must be at least 50, the images of a batch, got 20'): quantise(model, data, n_calibrate=20)
-    with pytest.raises(ValueError, match='n_calibrate 1000 is more than the 128 training images'): quantise(model, data)
-    with pytest.raises(ValueError, match='does not follow a convolution'): Simulation(odd := nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10)), calibrate(prepared(odd), data, 50))
+    with pytest.raises(ValueError, match="no int8 kernels here: choose one of "):
+        quantise(model, data, backend='cuda')
+    with pytest.raises(ValueError, match='must be at least 50, the images of a batch, got 20'):
+        quantise(model, data, n_calibrate=20)
+    with pytest.raises(ValueError, match='n_calibrate 1000 is more than the 128 training images'):
+        quantise(model, data)
+    with pytest.raises(ValueError, match='does not follow a convolution'):
+        Simulation(odd := nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10)),
+                   calibrate(prepared(odd), data, 50))
 
 
 def test_a_backend_of_another_machine(monkeypatch):
     monkeypatch.setattr(type(torch.backends.quantized), 'supported_engines', ['none', 'qnnpack'])
     model, data = trained()
-    with pytest.raises(ValueError, match="the backend 'x86' has no int8 kernels here: choose one of 'qnnpack'$"): quantise(model, data)
+    with pytest.raises(ValueError,
+                       match="the backend 'x86' has no int8 kernels here: choose one of 'qnnpack'$"):
+        quantise(model, data)
     assert Quantised(BASE).backend == 'x86' # a value may be read anywhere
 
 
-# ---- in the store ------------------------------------------------------------------------------------------------------------------------
+# ---- in the store ------------------------------------------------------------------------------------------
 
 def test_specs_of_an_int8_network(tmp_path):
     store, last = quiet(tmp_path, every=3600.), Cell(int8())
-    assert [type(s).__name__ for s in store.plan([last])] == ['Recipe', 'Quantised', 'Correction', 'Recipe', 'Quantised', 'Cell']
+    assert [type(s).__name__ for s in store.plan([last])] == [
+        'Recipe', 'Quantised', 'Correction', 'Recipe', 'Quantised', 'Cell']
     store.run([last, Cell(int8().recipe), Cell(Quantised(BASE, n_calibrate=100))])
     data, q = store.data(BASE.data), Quantised(BASE, n_calibrate=100)
     right = verdicts(store.model(q), data.train)
-    assert torch.equal(store.value(Correction(q, SP)).right, right) and right.tolist() == verdicts(quantise(store.model(BASE), data, n_calibrate=100), data.train).tolist()
+    assert (torch.equal(store.value(Correction(q, SP)).right, right) and right.tolist()
+            == verdicts(quantise(store.model(BASE), data, n_calibrate=100), data.train).tolist())
     tuned = store.get(int8().recipe).result
-    assert tuned['best_accuracy'] == verdicts(store.model(int8()), data.valid).float().mean().item() # chosen by what is deployed
-    assert key(q) != key(Quantised(BASE, n_calibrate=101)) and store.get(q).result['mebibytes'] < .5*store.get(q).result['float_mebibytes']
+    # chosen by what is deployed
+    assert tuned['best_accuracy'] == verdicts(store.model(int8()), data.valid).float().mean().item()
+    assert (key(q) != key(Quantised(BASE, n_calibrate=101))
+            and store.get(q).result['mebibytes'] < .5*store.get(q).result['float_mebibytes'])
 
 
 @pytest.mark.parametrize('when', ['kill:1:0', 'kill:2:3'])
@@ -139,14 +159,17 @@ def test_a_killed_run_through_int8(tmp_path, when):
     assert Worker(tmp_path/'said', work, root, run, env={'TOY_DO': when}).end() == -9
     assert Worker(tmp_path/'again', work, root, run).end() == 0
     a, b = (quiet(r).get(run, make=False) for r in (peace, root))
-    assert [h['loss'] for h in a.result['history']] == [h['loss'] for h in b.result['history']] and a.result['best_epoch'] == b.result['best_epoch']
+    assert ([h['loss'] for h in a.result['history']] == [h['loss'] for h in b.result['history']]
+            and a.result['best_epoch'] == b.result['best_epoch'])
     assert_close(a.tensors(), b.tensors(), rtol=0, atol=0)
 
 
 def test_recipes_of_table_3():
     base = baseline('resnet34', 'cifar100', 5)
     for q in (refined_int8(base, 'BIH'), control_int8(base)):
-        assert isinstance(q, Quantised) and isinstance(q.recipe, Recipe) and (q.recipe.epochs, q.recipe.batch_size, q.recipe.init, q.seed) == (20, 16, base, 5)
+        assert (isinstance(q, Quantised) and isinstance(q.recipe, Recipe)
+                and (q.recipe.epochs, q.recipe.batch_size, q.recipe.init, q.seed) == (20, 16, base, 5))
         assert scaled(Cell(q), PRESETS['paper']) == Cell(q)
     source = refined_int8(base, 'SP').recipe.method['method']['source']
-    assert source.recipe == Quantised(base) and source.attack.name == 'salt_and_pepper' and source.attack['targeted']
+    assert (source.recipe == Quantised(base) and source.attack.name == 'salt_and_pepper'
+            and source.attack['targeted'])

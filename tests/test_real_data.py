@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from refine_nb.data import batches, load_data
+from refine_nb.vision import batches, load_data
 
 
 def needs(folder):
@@ -39,7 +39,7 @@ def test_mnist_counts(mnist):
     assert [len(s) for s in (d.train, d.valid, d.test)] == [54_000, 6_000, 10_000]
     assert d.shape == (1, 28, 28) and d.num_classes == 10
     pool = torch.cat([d.train.y, d.valid.y]).bincount()
-    assert pool.tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]  # the published set's
+    assert pool.tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949] # the published set's
     assert d.test.y.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
 
@@ -62,7 +62,8 @@ def test_jpeg_counts_and_balance(jpeg):
     assert first.min() > 60 and first.max() < 140  # any first n is a fair sample
 
 
-@pytest.mark.parametrize('part,label,number', [('test', 'cat', 17), ('test', 'truck', 999), ('train', 'airplane', 1), ('train', 'ship', 2500)])
+@pytest.mark.parametrize('part,label,number', [('test', 'cat', 17), ('test', 'truck', 999),
+                                               ('train', 'airplane', 1), ('train', 'ship', 2500)])
 def test_jpeg_pixels_by_pil(jpeg, part, label, number):
     root, d = jpeg
     files = sorted((root/'cifar-10-images'/part/label).iterdir())
@@ -77,7 +78,8 @@ def test_jpeg_all_images_are_there(jpeg):
     root, d = jpeg
     k = d.classes.index('frog')
     ours = sum(s.x[s.y == k].sum(dtype=torch.int64).item() for s in (d.train, d.valid))
-    assert ours == sum(int(np.array(Image.open(f)).sum(dtype=np.int64)) for f in (root/'cifar-10-images'/'train'/'frog').iterdir())
+    assert ours == sum(int(np.array(Image.open(f)).sum(dtype=np.int64))
+                       for f in (root/'cifar-10-images'/'train'/'frog').iterdir())
 
 
 def test_jpeg_cache_gives_the_same(jpeg):
@@ -93,4 +95,5 @@ def test_jpeg_cache_gives_the_same(jpeg):
 def test_jpeg_is_not_given_for_cifar10(jpeg):
     root, _ = jpeg
     if (root/'cifar-10-batches-py').is_dir(): pytest.skip("the published CIFAR-10 is there too")
-    with pytest.raises(FileNotFoundError, match="ask for it as 'cifar10_jpeg'"): load_data('cifar10', root=root)
+    with pytest.raises(FileNotFoundError, match="ask for it as 'cifar10_jpeg'"):
+        load_data('cifar10', root=root)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from refine_nb.attacks_min import salt_and_pepper
-from refine_nb.core import Cell, call, key
-from refine_nb.refine import Correction, adapt
-from refine_nb.store import Store
-from refine_nb.train import Diverged, Engine
+from refine_nb.base import Cell, call, key
+from refine_nb.attacks import salt_and_pepper
+from refine_nb.training import Diverged, Engine
+from refine_nb.refinement import Correction, adapt
+from refine_nb.runs import Store
 from toys import Worker, recipe, work
 
 RUN, SP = recipe(), call(salt_and_pepper, targeted=True, steps=50)
@@ -22,7 +22,8 @@ def quiet(root, every=0.): return Store(root, Engine(), quiet=True, every=every)
 
 def refined():
     "A correction by attack, and the adaptation from it"
-    return replace(RUN, init=RUN, method=call(adapt, source=Correction(RUN, SP), coral_weight=.1), epochs=2, batch_size=16)
+    return replace(RUN, init=RUN, method=call(adapt, source=Correction(RUN, SP), coral_weight=.1),
+                   epochs=2, batch_size=16)
 
 def numbers(value):
     "A result without its times"
@@ -38,7 +39,9 @@ def same(root, other, spec):
     assert x.keys() == y.keys() and all(x[k].dtype == y[k].dtype and torch.equal(x[k], y[k]) for k in x)
     return True
 
-def entries(root): return sorted(str(p.parent.relative_to(root)) for p in Path(root).glob('*/*/record.json') if p.parts[-3] != 'damaged')
+def entries(root):
+    return sorted(str(p.parent.relative_to(root)) for p in Path(root).glob('*/*/record.json')
+                  if p.parts[-3] != 'damaged')
 def epochs(log): return [int(line.split()[1]) for line in Path(log).read_text().splitlines()]
 def makers(log): return list(dict.fromkeys(line.split()[0] for line in Path(log).read_text().splitlines()))
 
@@ -68,7 +71,7 @@ def kept(peace, root):
     return root
 
 
-# ---- kills -------------------------------------------------------------------------------------------------------------------------------
+# ---- kills -------------------------------------------------------------------------------------------------
 
 def test_a_toy_run_learns_and_draws(peace, root):
     "What is compared below is not trivial: weights move, and dropout, order and augmentation hang on the seed"
@@ -88,7 +91,8 @@ def test_killed_in_the_middle_of_epochs(peace, root, tmp_path):
     "Three kills in one run: before any snapshot, at the start of the second epoch, at the last step of all; each goes on from the last snapshot"
     log = tmp_path/'log'
     for where in ('kill:0:2', 'kill:1:0', 'kill:2:3'):
-        assert Worker(tmp_path/'said', work, root, RUN, env={'TOY_DO': where, 'TOY_LOG': str(log)}).end() == -signal.SIGKILL
+        assert Worker(tmp_path/'said', work, root, RUN,
+                      env={'TOY_DO': where, 'TOY_LOG': str(log)}).end() == -signal.SIGKILL
         assert entries(root) == []
     assert Worker(tmp_path/'said', work, root, RUN, env={'TOY_LOG': str(log)}).end() == 0
     assert epochs(log) == [0, 0,1, 1,2, 2] and len(makers(log)) == 4
@@ -141,7 +145,7 @@ def test_interrupted_by_hand(peace, root, tmp_path, monkeypatch):
     assert epochs(tmp_path/'log') == [0,1, 1,2] and same(peace, root, RUN)
 
 
-# ---- damage ------------------------------------------------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------------------
 
 def flip(p): raw = bytearray(p.read_bytes()); raw[len(raw)*3//4] ^= 1; p.write_bytes(raw)
 def cut(p): p.write_bytes(p.read_bytes()[:-7])
@@ -153,14 +157,17 @@ def folder(p): p.unlink(); p.mkdir()
 
 TENSORS, RECORD = 'tensors.safetensors', 'record.json'
 DAMAGE = [(TENSORS, cut), (TENSORS, flip), (TENSORS, empty), (TENSORS, Path.unlink), (TENSORS, folder),
-          (RECORD, cut), (RECORD, flip), (RECORD, empty), (RECORD, edit), (RECORD, forget), (RECORD, as_list), (RECORD, Path.unlink), (RECORD, folder)]
+          (RECORD, cut), (RECORD, flip), (RECORD, empty), (RECORD, edit), (RECORD, forget), (RECORD, as_list),
+          (RECORD, Path.unlink), (RECORD, folder)]
 
 @pytest.mark.parametrize('file,harm', DAMAGE, ids=[f'{f.split(".")[0]}-{h.__name__}' for f,h in DAMAGE])
 def test_a_damaged_entry(peace, kept, file, harm):
     "Named in a warning, set aside, and made again with the same bits"
     broken = kept/'recipe'/key(RUN)
     harm(broken/file)
-    with pytest.warns(UserWarning, match=rf'recipe {key(RUN)} is damaged \(.*{file.split(".")[0]}.*\).*damaged/.*made again') as heard: quiet(kept).tensors(RUN)
+    with pytest.warns(UserWarning, match=rf'recipe {key(RUN)} is damaged '
+                      rf'\(.*{file.split(".")[0]}.*\).*damaged/.*made again') as heard:
+        quiet(kept).tensors(RUN)
     assert len(heard) == 1 and same(peace, kept, RUN)
     aside, = (kept/'damaged').iterdir()
     assert aside.name.startswith(key(RUN)) and aside.is_dir()
@@ -194,7 +201,8 @@ def test_damage_twice(peace, kept):
 def test_a_plan_sees_a_damaged_record(kept):
     "and a parent that only a child needs is not asked for"
     cut(kept/'recipe'/key(refined())/RECORD)
-    with pytest.warns(UserWarning, match='is damaged'): assert quiet(kept).plan([refined(), Cell(RUN)]) == [refined()]
+    with pytest.warns(UserWarning, match='is damaged'):
+        assert quiet(kept).plan([refined(), Cell(RUN)]) == [refined()]
 
 def started(root, monkeypatch):
     "A run that stopped in its last epoch: the path of its snapshot"
@@ -229,17 +237,20 @@ def test_a_stranger_among_snapshots(peace, root, monkeypatch):
     assert same(peace, root, RUN)
 
 
-# ---- no room, no right -------------------------------------------------------------------------------------------------------------------
+# ---- no room, no right -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('limit,every', [(5, 3600.), (3000, 3600.), (3000, 0.)], ids=['at the start', 'for the entry', 'for a snapshot'])
+@pytest.mark.parametrize('limit,every', [(5, 3600.), (3000, 3600.), (3000, 0.)],
+                         ids=['at the start', 'for the entry', 'for a snapshot'])
 def test_the_disk_is_full(peace, root, tmp_path, limit, every):
     worker = Worker(tmp_path/'said', work, root, RUN, every=every, limit=limit)
     if limit < 1000: worker.said = Path(os.devnull)  # its output does not fit either
     assert worker.end() == 1
     if limit >= 1000:
         last = worker.text.strip().splitlines()[-1]
-        assert last.startswith('OSError') and f'cannot write to the store {root}' in last and 'no partial result was kept' in last and 'REFINE_HOME' in last
-    assert entries(root) == [] and not [p for p in root.rglob('*') if p.is_file() and p.suffix != '.lock' and p.name != 'store.json']
+        assert (last.startswith('OSError') and f'cannot write to the store {root}' in last
+                and 'no partial result was kept' in last and 'REFINE_HOME' in last)
+    assert entries(root) == [] and not [p for p in root.rglob('*')
+                                        if p.is_file() and p.suffix != '.lock' and p.name != 'store.json']
     quiet(root).get(RUN)
     assert same(peace, root, RUN)
 
@@ -248,7 +259,9 @@ def test_the_disk_fills_up_at_the_last_moment(peace, root, monkeypatch):
     real = os.fsync
     def full(fd): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(OSError, match=r'cannot write to the store .* \(No space left on device\): no partial result was kept; make room'): quiet(root).get(RUN)
+    with pytest.raises(OSError, match=r'cannot write to the store .* \(No space left on device\): '
+                       r'no partial result was kept; make room'):
+        quiet(root).get(RUN)
     assert entries(root) == [] and not list(root.glob('recipe/.*'))
     monkeypatch.setattr(os, 'fsync', real)
     assert quiet(root).get(RUN) and same(peace, root, RUN)
@@ -259,10 +272,12 @@ def test_a_store_that_may_only_be_read(peace, tmp_path):
     try:
         shutil.copytree(peace, shared/'store')
         for p in [shared, *shared.rglob('*')]: p.chmod(0o555 if p.is_dir() else 0o444)
-        assert Worker(tmp_path/'a', work, shared/'store', RUN, nobody=True).end() == 0, (tmp_path/'a').read_text()
+        assert (Worker(tmp_path/'a', work, shared/'store', RUN, nobody=True).end()
+                == 0), (tmp_path/'a').read_text()
         for file, place, spec in (('b', shared/'store', recipe(seed=9)), ('c', shared/'new', RUN)):
             worker = Worker(tmp_path/file, work, place, spec, nobody=True)
-            assert worker.end() == 1 and f'cannot write to the store {place} (Permission denied)' in worker.text, worker.text
+            assert (worker.end() == 1
+                    and f'cannot write to the store {place} (Permission denied)' in worker.text), worker.text
     finally:
         for p in [shared, *shared.rglob('*')]: p.chmod(0o755)
         shutil.rmtree(shared)
@@ -270,21 +285,25 @@ def test_a_store_that_may_only_be_read(peace, tmp_path):
 @pytest.mark.parametrize('below', ['', 'deep/er'])
 def test_a_store_that_is_a_file(tmp_path, below):
     (tmp_path/'file').write_text('')
-    with pytest.raises(OSError, match='cannot write to the store .*file.*set REFINE_HOME to another folder'): quiet(tmp_path/'file'/below)
+    with pytest.raises(OSError, match='cannot write to the store .*file.*set REFINE_HOME to another folder'):
+        quiet(tmp_path/'file'/below)
     assert (tmp_path/'file').read_text() == ''
 
 def test_a_store_where_no_folder_can_be():
     with pytest.raises(OSError, match='cannot write to the store /proc/nowhere'): quiet('/proc/nowhere')
 
-@pytest.mark.parametrize('sign,says', [('{"format": 99}', 'has format 99, this version of refine_nb reads format 2'), ('{}', 'has format'), ('{"for', 'has format'), ('[1]', 'has format')])
+@pytest.mark.parametrize('sign,says',
+                         [('{"format": 99}', 'has format 99, this version of refine_nb reads format 2'),
+                          ('{}', 'has format'), ('{"for', 'has format'), ('[1]', 'has format')])
 def test_a_store_of_another_format(kept, sign, says):
     "refused before anything in it is touched"
     (kept/'store.json').write_text(sign); before = sorted(kept.rglob('*'))
     with pytest.raises(ValueError, match=says) as told: quiet(kept)
-    assert 'REFINE_HOME' in str(told.value) and str(kept) in str(told.value) and sorted(kept.rglob('*')) == before
+    assert ('REFINE_HOME' in str(told.value) and str(kept) in str(told.value)
+            and sorted(kept.rglob('*')) == before)
 
 
-# ---- two at once -------------------------------------------------------------------------------------------------------------------------
+# ---- two at once -------------------------------------------------------------------------------------------
 
 def two(root, tmp_path, spec=RUN):
     "A process that holds a run, stopped in its second epoch, and one that waits for the same run; the log and the gate's file"
@@ -313,7 +332,8 @@ def test_two_want_the_same_parent(peace, root, tmp_path):
 def test_two_share_the_work(tmp_path):
     "What another process is at is left to it, with all that needs it; the rest is made meanwhile"
     first, second = replace(RUN, seed=1), replace(RUN, seed=2)
-    store, helper = quiet(tmp_path), threading.Thread(target=lambda: quiet(tmp_path).run([Cell(first), Cell(second)]), daemon=True)
+    store, helper = quiet(tmp_path), threading.Thread(
+        target=lambda: quiet(tmp_path).run([Cell(first), Cell(second)]), daemon=True)
     with store.claimed(first):
         helper.start(); until(lambda: store.find(Cell(second)))
         assert store.find(first) is None
@@ -342,22 +362,29 @@ def test_two_find_the_same_damage(peace, kept, meanwhile):
     assert same(peace, kept, RUN) and len(entries(kept)) == 4
 
 
-# ---- other data, other losses ------------------------------------------------------------------------------------------------------------
+# ---- other data, other losses ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('child', [refined(), Correction(RUN, None), Cell(RUN, split='valid')], ids=['recipe', 'correction', 'cell'])
+@pytest.mark.parametrize('child', [refined(), Correction(RUN, None), Cell(RUN, split='valid')],
+                         ids=['recipe', 'correction', 'cell'])
 def test_the_images_changed_under_a_parent(peace, root, monkeypatch, child):
     quiet(root).get(RUN)
     monkeypatch.setenv('TOY_INK', '1')
-    with pytest.raises(ValueError, match=rf'stored weights {key(RUN)} were made from other images \(fingerprint \w+\) than digits has now .*restore the data, or use another REFINE_HOME'): quiet(root).get(child)
+    with pytest.raises(ValueError,
+                       match=rf'stored weights {key(RUN)} were made from other images \(fingerprint \w+\) '
+                       r'than digits has now .*restore the data, or use another REFINE_HOME'):
+        quiet(root).get(child)
     assert entries(root) == [f'recipe/{key(RUN)}']
     monkeypatch.delenv('TOY_INK')
     assert quiet(root).get(child)
 
-@pytest.mark.parametrize('every,kept', [(0., 'the snapshot of epoch 2 is kept'), (3600., 'no snapshot was written before')])
+@pytest.mark.parametrize('every,kept',
+                         [(0., 'the snapshot of epoch 2 is kept'), (3600., 'no snapshot was written before')])
 def test_the_loss_is_nan(peace, root, tmp_path, monkeypatch, every, kept):
     monkeypatch.setenv('TOY_LOG', str(tmp_path/'log'))
     monkeypatch.setenv('TOY_DO', 'nan:2:1')
-    with pytest.raises(Diverged, match=f'the loss is nan at epoch 3, step 2 of 4; {kept}. A smaller learning rate'): quiet(root, every=every).get(RUN)
+    with pytest.raises(Diverged,
+                       match=f'the loss is nan at epoch 3, step 2 of 4; {kept}. A smaller learning rate'):
+        quiet(root, every=every).get(RUN)
     assert entries(root) == []
     monkeypatch.delenv('TOY_DO')
     quiet(root).get(RUN)
@@ -367,7 +394,8 @@ def test_a_rerun_that_diverges_still_names_the_snapshot(root, monkeypatch):
     "A new process does not know what an old one wrote but by looking"
     monkeypatch.setenv('TOY_DO', 'nan:2:0')
     for _ in range(2):
-        with pytest.raises(Diverged, match='epoch 3, step 1 of 4; the snapshot of epoch 2 is kept'): quiet(root).get(RUN)
+        with pytest.raises(Diverged, match='epoch 3, step 1 of 4; the snapshot of epoch 2 is kept'):
+            quiet(root).get(RUN)
     assert [p.name[:5] for p in (root/'running'/key(RUN)).glob('*.pt')] == ['00002']
 
 def test_the_last_step_spoils_the_weights(root, monkeypatch):

@@ -4,12 +4,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-import refine_nb.makers as makers_module
-from refine_nb.autoattack import autoattack
-from refine_nb.core import Robustness, key
-from refine_nb.data import to_input
-from refine_nb.store import Store
-from refine_nb.train import Engine
+import refine_nb.runs.makers as makers_module
+from refine_nb.base import Robustness, key
+from refine_nb.vision import to_input
+from refine_nb.attacks import autoattack
+from refine_nb.training import Engine
+from refine_nb.runs import Store
 from toys import recipe
 
 TRAINED = replace(recipe(), epochs=6)
@@ -25,15 +25,19 @@ def trained(tmp_path_factory):
 
 def direct(store, **settings):
     data, model = store.data(TRAINED.data), store.model(TRAINED)
-    return autoattack(model, to_input(data.test.x[:60], data.size), data.test.y[:60], eps=.1, components=ASKED.components, seed=TRAINED.seed, **settings)
+    return autoattack(model, to_input(data.test.x[:60], data.size), data.test.y[:60], eps=.1,
+                      components=ASKED.components, seed=TRAINED.seed, **settings)
 
 
 def test_what_is_kept_is_what_the_attack_found(trained):
     found, r = trained.get(ASKED), direct(trained)
-    assert 0 < found.result['correct'] < found.result['survivors']['clean'] < 60                       # it broke some, not all: neither the identity nor everything
+    # it broke some, not all: neither the identity nor everything
+    assert 0 < found.result['correct'] < found.result['survivors']['clean'] < 60
     assert torch.equal(found.tensors()['breaker'], r.breaker) and found.result['survivors'] == r.survivors
-    assert found.result['accuracy'] == pytest.approx(r.robust) and found.result['low'] < r.robust < found.result['high']
-    assert found.result['label'] == 'upper bound (APGD-CE, APGD-T)' and torch.equal(trained.value(ASKED).right, r.breaker == -1)
+    assert (found.result['accuracy'] == pytest.approx(r.robust)
+            and found.result['low'] < r.robust < found.result['high'])
+    assert (found.result['label'] == 'upper bound (APGD-CE, APGD-T)'
+            and torch.equal(trained.value(ASKED).right, r.breaker == -1))
     assert not (trained.root/'running'/key(ASKED)).exists()
 
 
@@ -51,9 +55,13 @@ def test_a_run_that_dies_goes_on(trained, monkeypatch):
     assert trained.find(asked) is None and (trained.root/'running'/key(asked)).exists()
     done = trained.get(asked)
     assert calls[0] is None and 0 < calls[1] < 59
-    assert torch.equal(done.tensors()['breaker'], trained.get(ASKED).tensors()['breaker'][:59])       # an image's verdict does not depend on its company
+    # an image's verdict does not depend on its company
+    assert torch.equal(done.tensors()['breaker'], trained.get(ASKED).tensors()['breaker'][:59])
 
 
 def test_the_cheap_and_the_whole_are_two_results(trained):
-    assert len({key(r) for r in (ASKED, replace(ASKED, components=('apgd-ce',)), replace(ASKED, eps=.2), replace(ASKED, reference=True), Robustness(TRAINED, eps=.1, n_eval=60))}) == 5
-    with pytest.raises(ValueError, match="unknown component 'pgd'"): trained.get(replace(ASKED, components=('pgd',)))
+    assert (
+        len({key(r) for r in (ASKED, replace(ASKED, components=('apgd-ce',)), replace(ASKED, eps=.2),
+                              replace(ASKED, reference=True), Robustness(TRAINED, eps=.1, n_eval=60))}) == 5)
+    with pytest.raises(ValueError, match="unknown component 'pgd'"):
+        trained.get(replace(ASKED, components=('pgd',)))

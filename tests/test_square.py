@@ -7,14 +7,15 @@ from pyautoattack.square import SquareAttack
 from torch import nn
 from torch.testing import assert_close
 
-from refine_nb import square as module
-from refine_nb.core import call
-from refine_nb.square import square, square_side
+import refine_nb.attacks.random_search as module
+from refine_nb.base import call
+from refine_nb.attacks import square, square_side
 
 
 def small_net(C=3, K=6, seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(C, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8*25, K)).eval()
+    return nn.Sequential(nn.Conv2d(C, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(),
+                         nn.Linear(8*25, K)).eval()
 
 @pytest.fixture
 def task():
@@ -25,7 +26,8 @@ def task():
     return net, x, y
 
 def reference(net, x, y, eps, n_queries, seed=0, **settings):
-    return SquareAttack(net, norm='Linf', eps=eps, n_queries=n_queries, seed=seed, n_restarts=1, resc_schedule=False, device='cpu', **settings).perturb(x, y)
+    return SquareAttack(net, norm='Linf', eps=eps, n_queries=n_queries, seed=seed, n_restarts=1,
+                        resc_schedule=False, device='cpu', **settings).perturb(x, y)
 
 def right(net, x, y): return net(x).argmax(1)==y
 
@@ -49,13 +51,15 @@ def test_the_budgets_compared_leave_some_and_break_some(task):
 def test_sides_are_the_reference_s(shape, p_init):
     C, H, W = shape
     schedule = SquareAttack(None, p_init=p_init, n_queries=5000, resc_schedule=False).p_selection
-    for q in range(5000): assert square_side(q, H, W, p_init) == min(max(int(round((schedule(q)*C*H*W/C)**.5)), 1), H, W)
+    for q in range(5000):
+        assert square_side(q, H, W, p_init) == min(max(int(round((schedule(q)*C*H*W/C)**.5)), 1), H, W)
 
 def test_own_draws_break_as_much(task):
     "Another sample of the same attack: over 60 seeds each mean was 28.5 and 28.8 images that hold (standard error .1)"
     net, x, y = task
     mean = lambda f: sum(right(net, f(seed), y).sum().item() for seed in range(10))/10
-    ours, theirs = mean(lambda s: square(net, x, y, eps=.01, n_queries=100, seed=s)), mean(lambda s: reference(net, x, y, .01, 100, s))
+    ours, theirs = (mean(lambda s: square(net, x, y, eps=.01, n_queries=100, seed=s)),
+                    mean(lambda s: reference(net, x, y, .01, 100, s)))
     assert abs(ours-theirs) < 1.2 and ours < right(net, x, y).sum()-2
 
 def test_more_queries_never_break_less_and_a_longer_run_begins_as_a_shorter_one(task):
@@ -82,7 +86,8 @@ def test_company_and_order_do_not_matter(task):
     net, x, y = task
     order = torch.randperm(40)
     whole = square(net, x, y, eps=.02, n_queries=80)
-    parts = torch.cat([square(net, a, b, eps=.02, n_queries=80) for a, b in zip(x[order].split(7), y[order].split(7))])
+    parts = torch.cat([square(net, a, b, eps=.02, n_queries=80)
+                       for a, b in zip(x[order].split(7), y[order].split(7))])
     assert_close(parts, whole[order], atol=1e-6, rtol=0)
 
 def test_broken_examples_are_queried_no_more(monkeypatch, task):
@@ -103,13 +108,16 @@ def test_a_square_that_changes_nothing_is_not_asked_about(monkeypatch, task):
         seen = []; hook = net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
         try: return square(net, x, y, eps=.01, n_queries=300, p_init=.01), sum(seen)
         finally: hook.remove()
-    few, asked = found(); monkeypatch.setattr(module, '_try_changed', module._try_all); all_of_them, more = found()
+    few, asked = found(); monkeypatch.setattr(module, '_try_changed', module._try_all)
+    all_of_them, more = found()
     assert_close(few, all_of_them, atol=1e-6, rtol=0); assert asked < .95*more and (few != x).any()
 
 def test_no_gradient_and_channels_last(task):
     net, x, y = task
     seen = []
-    def look(m, i, o): seen.append((i[0].is_contiguous(memory_format=torch.channels_last), o.requires_grad, torch.is_grad_enabled()))
+    def look(m, i, o):
+        seen.append((i[0].is_contiguous(memory_format=torch.channels_last), o.requires_grad,
+                     torch.is_grad_enabled()))
     hook = net.register_forward_hook(look); square(net, x, y, eps=.02, n_queries=60); hook.remove()
     assert set(seen) == {(True, False, False)}
 
@@ -127,9 +135,11 @@ def test_contract(task):
     for given in (x, kept, x.double()):
         model = net.double() if given.dtype == torch.float64 else net
         x_adv = square(model, given, y, eps=.05, n_queries=20)
-        assert x_adv.dtype == given.dtype and not x_adv.requires_grad and not x_adv.is_inference() and x_adv.data_ptr() != given.data_ptr()
+        assert (x_adv.dtype == given.dtype and not x_adv.requires_grad and not x_adv.is_inference()
+                and x_adv.data_ptr() != given.data_ptr())
         assert (x_adv-given).abs().max() <= .05+1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
-    assert torch.equal(x, before) and net.training and not net[0].weight.requires_grad and net[0].bias.requires_grad
+    assert (torch.equal(x, before) and net.training and not net[0].weight.requires_grad
+            and net[0].bias.requires_grad)
     assert torch.equal(torch.get_rng_state(), state), 'no global draw'
     net.float()
     assert square(net, x[:0], y[:0]).shape == x[:0].shape
@@ -161,5 +171,6 @@ def test_gpu_without_graph_says_so(task):
     class Waits(nn.Module):
         def forward(self, x): z = net(x); z.sum().item(); return z
     expected = square(net.cuda(), x.cuda(), y.cuda(), eps=.02, n_queries=120)
-    with pytest.warns(UserWarning, match='cannot run as a CUDA graph'): got = square(Waits(), x.cuda(), y.cuda(), eps=.02, n_queries=120)
+    with pytest.warns(UserWarning, match='cannot run as a CUDA graph'):
+        got = square(Waits(), x.cuda(), y.cuda(), eps=.02, n_queries=120)
     assert_close(got, expected, atol=1e-6, rtol=0)

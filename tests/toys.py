@@ -6,15 +6,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from refine_nb.core import Recipe, call
-from refine_nb.data import Split, load_data
-from refine_nb.store import Store
-from refine_nb.train import Engine, fine_tune, sgd
+from refine_nb.base import Recipe, call
+from refine_nb.vision import Split, load_data
+from refine_nb.training import Engine, fine_tune, sgd
+from refine_nb.runs import Store
 
 # What a toy run does beside its work is told by the environment, so that its key is that of a quiet run:
 # TOY_LOG=<file>     a line 'pid epoch' is added where an epoch starts
 # TOY_GATE=<e>:<file> epoch e waits until the file is there
-# TOY_DO=<what>:<e>:<s> at step s of epoch e: 'kill' dies by SIGKILL, 'stop' is Ctrl-C, 'nan' spoils the loss, 'burst' the gradient alone
+# TOY_DO=<what>:<e>:<s> at step s of epoch e:
+# 'kill' dies by SIGKILL, 'stop' is Ctrl-C, 'nan' spoils the loss, 'burst' the gradient alone
 # TOY_INK=<n>        n is added to each training image
 
 
@@ -26,7 +27,8 @@ def images(*, n_train=128, split_seed=1): # -> Data
 
 def net(*, num_classes, width=8): # -> module
     "All that must survive a snapshot: weights, running statistics, dropout's draws"
-    return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(.2), nn.Flatten(), nn.Linear(64*width, num_classes))
+    return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(.2),
+                         nn.Flatten(), nn.Linear(64*width, num_classes))
 
 
 def teach(data, *, batch_size, seed, device='cpu', augment='flip'): # -> Method
@@ -57,16 +59,19 @@ def teach(data, *, batch_size, seed, device='cpu', augment='flip'): # -> Method
 
 def recipe(**changes): # -> Recipe
     "Three epochs of four steps"
-    return Recipe(**{'data': call(images), 'model': call(net), 'method': call(teach), 'optimiser': call(sgd, lr=.1), 'epochs': 3, 'batch_size': 32, 'seed': 1, **changes})
+    return Recipe(**{'data': call(images), 'model': call(net), 'method': call(teach),
+                     'optimiser': call(sgd, lr=.1), 'epochs': 3, 'batch_size': 32, 'seed': 1, **changes})
 
 
-# ---- processes ---------------------------------------------------------------------------------------------------------------------------
+# ---- processes ---------------------------------------------------------------------------------------------
 
 def dies_at(n, folder):
     "SIGKILL just before the n-th time that something below `folder` is written, renamed or removed"
     left = [n]
     def hook(event, args):
-        if event not in ('open', 'os.mkdir', 'os.rename', 'os.remove', 'shutil.rmtree') or not str(args[0]).startswith(str(folder)): return
+        if (event not in ('open', 'os.mkdir', 'os.rename', 'os.remove', 'shutil.rmtree')
+            or not str(args[0]).startswith(str(folder))):
+            return
         if event == 'open' and not args[2] & (os.O_WRONLY|os.O_RDWR): return
         left[0] -= 1
         if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)
@@ -99,7 +104,9 @@ class Worker:
         self.process.start()
     def end(self, seconds=120):
         self.process.join(seconds)
-        if self.process.exitcode is None: self.process.kill(); raise AssertionError(f'the process did not end in {seconds} s, it said: {self.text}')
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f'the process did not end in {seconds} s, it said: {self.text}')
         return self.process.exitcode
     @property
     def text(self): return self.said.read_text() if self.said.exists() else ''

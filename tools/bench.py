@@ -17,20 +17,17 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from refine_nb.attacks import kl_pgd, pgd
-from refine_nb.core import call
-from refine_nb.environment import commit, device_name, versions, whole
-from refine_nb.losses import trades
-from refine_nb.models import classifier, fold
-from refine_nb.perturb import attacking, ce
-from refine_nb.report import show_table
-from refine_nb.train import engine
+from refine_nb.base import call, commit, device_name, versions, whole
+from refine_nb.vision import classifier, fold
+from refine_nb.attacks import attacking, ce, kl_pgd, pgd
+from refine_nb.training import engine, trades
+from refine_nb.reporting import show_table
 
 REPORTS = Path(__file__).resolve().parents[1]/'reports'/'bench'
 EPS, STEP, STEPS = 8/255, 2/255, 10
 
 
-# ---- the harness -------------------------------------------------------------------------------------------------------------------------
+# ---- the harness -------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Clock:
@@ -48,9 +45,12 @@ class Clock:
 class Contest:
     "Functions that do the same work: 'ours', 'theirs', perhaps others, which are timed beside them"
     sides: dict[str, Callable[[], object]]
-    agree: Callable[[dict], tuple[bool, str]] # what each side gave -> whether they agree, and a line that says how well
+    # what each side gave -> whether they agree, and a line that says how well
+    agree: Callable[[dict], tuple[bool, str]]
     size: str                                 # of the work, for the table
-    alike: tuple[str,str]|None = None         # a side of ours and one of theirs that do it in the same way on the same net, where 'ours' and 'theirs' do not
+    # a side of ours and one of theirs that do it in the same way on the same net,
+    # where 'ours' and 'theirs' do not
+    alike: tuple[str,str]|None = None
     warm: bool = True                         # one round before the clock; a long contest may count its first
     rounds: int|None = None                   # at least; None is the run's own
     about: dict = field(default_factory=dict) # what else the JSON should hold
@@ -65,9 +65,13 @@ class Row:
     at_most: float|None = None
 
     def ratio(self, ours, theirs): return ours/theirs if self.at_most else theirs/ours
-    def reached(self, ratio, agrees): return None if not self.target else agrees and (ratio <= self.at_most if self.at_most else ratio >= self.at_least)
+    def reached(self, ratio, agrees):
+        return (None if not self.target
+                else agrees and (ratio <= self.at_most if self.at_most else ratio >= self.at_least))
     @property
-    def target(self): return f'at most {self.at_most}' if self.at_most else f'at least {self.at_least}' if self.at_least else ''
+    def target(self):
+        return (f'at most {self.at_most}' if self.at_most
+                else f'at least {self.at_least}' if self.at_least else '')
 
 class Absent(Exception): "What a row needs is not there; the message names it"
 
@@ -84,7 +88,8 @@ def needs(name):
     "The module, or `Absent`"
     try: return import_module(name)
     except ModuleNotFoundError as e:
-        raise Absent(f'{name} is not installed' if e.name in name else f'{name} needs {e.name}, which is not installed') from None
+        raise Absent(f'{name} is not installed' if e.name in name
+                     else f'{name} needs {e.name}, which is not installed') from None
 
 def race(contest, *, seconds, rounds, most=9, clock=Clock()):
     "Interleaved rounds until `seconds` are over, at least `rounds`: agreement, and the times of each side, {side: [(wall, cpu)]}"
@@ -108,21 +113,29 @@ def spread(values): # median, smallest, largest
 
 def judge(row, contest, agrees, line, times):
     "A line of the report"
-    made = {'name': row.name, 'says': row.says, 'target': row.target, 'size': contest.size, 'agrees': agrees, 'agreement': line, 'reached': False, **contest.about}
+    made = {'name': row.name, 'says': row.says, 'target': row.target, 'size': contest.size, 'agrees': agrees,
+            'agreement': line, 'reached': False, **contest.about}
     if not times['ours']: return {**made, 'status': 'they do not agree: not timed'}
-    def ratios(i, ours='ours', theirs='theirs'): return spread([row.ratio(a[i], b[i]) for a,b in zip(times[ours], times[theirs]) if min(a[i], b[i]) > 0] or [0.])
-    found = {'wall': ratios(0), 'cpu': ratios(1)} | ({'alike': ratios(0, *contest.alike)} if contest.alike else {})
-    return {**made, 'status': 'measured', 'rounds': len(times['ours']), 'seconds': {k: [list(t) for t in v] for k,v in times.items()},
-            'ours': statistics.median(t[0] for t in times['ours']), 'theirs': statistics.median(t[0] for t in times['theirs']),
+    def ratios(i, ours='ours', theirs='theirs'):
+        return spread(
+            [row.ratio(a[i], b[i]) for a,b in zip(times[ours], times[theirs]) if min(a[i], b[i]) > 0] or [0.])
+    found = {'wall': ratios(0), 'cpu': ratios(1)} | ({'alike': ratios(0, *contest.alike)}
+                                                     if contest.alike else {})
+    return {**made, 'status': 'measured', 'rounds': len(times['ours']),
+            'seconds': {k: [list(t) for t in v] for k,v in times.items()},
+            'ours': statistics.median(t[0] for t in times['ours']),
+            'theirs': statistics.median(t[0] for t in times['theirs']),
             'ratios': found, 'reached': row.reached(found['wall']['median'], agrees)}
 
 def chosen(names, rows):
     "The rows of these names, or `ValueError` that names the unknown ones"
     there = {r.name: r for r in rows}
-    if unknown := [n for n in names if n not in there]: raise ValueError(f"there is no row {', '.join(unknown)}: choose from {', '.join(there)}")
+    if unknown := [n for n in names if n not in there]:
+        raise ValueError(f"there is no row {', '.join(unknown)}: choose from {', '.join(there)}")
     return [there[n] for n in names] if names else list(rows)
 
-def run(rows, setting, *, seconds, rounds, clock=Clock(), say=lambda s: print(s, file=sys.stderr, flush=True)):
+def run(rows, setting, *, seconds, rounds, clock=Clock(),
+        say=lambda s: print(s, file=sys.stderr, flush=True)):
     "Every row in turn, each with its share of the seconds that are left"
     start, made = clock.wall(), []
     for i,r in enumerate(rows):
@@ -130,43 +143,67 @@ def run(rows, setting, *, seconds, rounds, clock=Clock(), say=lambda s: print(s,
         try:
             contest = r.make(setting)
             left = seconds-(began-start)
-            made.append(judge(r, contest, *race(contest, seconds=left/(len(rows)-i)-(clock.wall()-began), rounds=rounds, clock=clock)))
-        except Absent as e: made.append({'name': r.name, 'says': r.says, 'target': r.target, 'status': str(e)})
+            made.append(judge(r, contest, *race(contest, seconds=left/(len(rows)-i)-(clock.wall()-began),
+                                                rounds=rounds, clock=clock)))
+        except Absent as e:
+            made.append({'name': r.name, 'says': r.says, 'target': r.target, 'status': str(e)})
         say(f"{r.name}: {made[-1]['status']}, {clock.wall()-began:.0f} s")
     return made
 
 
-# ---- the report --------------------------------------------------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------------------
 
 def shown(s): return f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
 
 def line(r):
     "A row as the table shows it"
-    made = {'what': r['says'], 'size': r.get('size', ''), 'ours (s)': '', 'theirs (s)': '', 'ratio, wall': r['status'], 'ratio, CPU': '', 'like for like': '', 'target': r['target'],
-            'reached': {None: '', True: 'yes', False: 'no'}[r.get('reached')], 'agreement': ('' if r.get('agrees', True) else 'NO: ')+r.get('agreement', '')}
+    made = {'what': r['says'], 'size': r.get('size', ''), 'ours (s)': '', 'theirs (s)': '',
+            'ratio, wall': r['status'], 'ratio, CPU': '', 'like for like': '', 'target': r['target'],
+            'reached': {None: '', True: 'yes', False: 'no'}[r.get('reached')],
+            'agreement': ('' if r.get('agrees', True) else 'NO: ')+r.get('agreement', '')}
     if r['status'] != 'measured': return made
-    return {**made, 'ours (s)': f"{r['ours']:.3g}", 'theirs (s)': f"{r['theirs']:.3g}", 'ratio, wall': shown(r['ratios']['wall']), 'ratio, CPU': shown(r['ratios']['cpu']),
+    return {**made, 'ours (s)': f"{r['ours']:.3g}", 'theirs (s)': f"{r['theirs']:.3g}",
+            'ratio, wall': shown(r['ratios']['wall']), 'ratio, CPU': shown(r['ratios']['cpu']),
             'like for like': f"{r['ratios']['alike']['median']:.2f}" if 'alike' in r['ratios'] else ''}
 
 def markdown(report):
     "The tables of a report, with the machine named"
     limits = report['limits']
-    notes = ['Ratios are theirs over ours, except where the target says "at most"; the median over interleaved rounds, and the range. '
-             '"Like for like" is the ratio where both do exactly the same: theirs attacks our folded, channels-last copy of the net, or ours attacks in training mode as theirs does.',
-             'PGD rows: ours is what a user gets who attacks `fold(model)`; training rows: what a training run does, which brings a folded copy up to date at every step. Folding is inside the clock.']
-    if report['kind'] == 'cpu': notes.append('Targets were set for two AVX2 cores, before anything was measured. Where our loop takes no longer than its passes (first row), a ratio can only come from what a pass costs: weight gradients, batch norms, layout.')
-    if report['quick']: notes.insert(0, 'A quick run: small batches and few rounds, to see that everything works. Its ratios are not to be quoted.')
-    if report.get('held_to'): notes.append(f"The processor can do more: oneDNN was held to {report['held_to']}, PyTorch's own kernels to {report['capability']}, as on an older machine.")
-    if report['load'] > .5*report['cores']: notes.append(f"The machine was busy: {report['load']:.1f} processes wanted its {report['cores']} cores when the run began.")
-    table = show_table(pd.DataFrame([line(r) for r in report['rows']]), f"Speed on {report['device']}{', held to '+report['held_to'] if report.get('held_to') else ''}{', a quick run' if report['quick'] else ''}", notes).data
+    notes = ['Ratios are theirs over ours, except where the target says "at most"; '
+             'the median over interleaved rounds, and the range. '
+             '"Like for like" is the ratio where both do exactly the same: theirs attacks our folded, '
+             'channels-last copy of the net, or ours attacks in training mode as theirs does.',
+             'PGD rows: ours is what a user gets who attacks `fold(model)`; training rows: what a training '
+             'run does, which brings a folded copy up to date at every step. Folding is inside the clock.']
+    if report['kind'] == 'cpu':
+        notes.append('Targets were set for two AVX2 cores, before anything was measured. '
+                     'Where our loop takes no longer than its passes (first row), '
+                     'a ratio can only come from what a pass costs: weight gradients, batch norms, layout.')
+    if report['quick']:
+        notes.insert(0, 'A quick run: small batches and few rounds, to see that everything works. '
+                     'Its ratios are not to be quoted.')
+    if report.get('held_to'):
+        notes.append(f"The processor can do more: oneDNN was held to {report['held_to']}, "
+                     f"PyTorch's own kernels to {report['capability']}, as on an older machine.")
+    if report['load'] > .5*report['cores']:
+        notes.append(f"The machine was busy: {report['load']:.1f} processes wanted its {report['cores']} "
+                     "cores when the run began.")
+    table = show_table(
+        pd.DataFrame([line(r) for r in report['rows']]), f"Speed on "
+        f"{report['device']}{', held to '+report['held_to'] if report.get('held_to') else ''}{', a quick run' if report['quick'] else ''}",
+        notes).data
     rates = pd.DataFrame([{'what': k, 'rate': f'{v:,.0f} {unit}'} for k,(v,unit) in limits.items()])
     return table + ('\n' + show_table(rates, 'What this device can do').data if limits else '')
 
 def report(rows, setting, *, limits, load, quick):
     "All that a run found and what made it"
-    return {'device': device_name(setting.device), 'kind': setting.kind, 'threads': torch.get_num_threads(), 'cores': os.cpu_count(), 'load': load, 'quick': quick,
-            'capability': torch.backends.cpu.get_cpu_capability(), 'held_to': os.environ.get('ONEDNN_MAX_CPU_ISA'), 'tf32': setting.cuda and torch.backends.cuda.matmul.allow_tf32, 'source': commit(),
-            'versions': versions(('torch', 'torchvision', 'foolbox', 'torchattacks', 'pyautoattack', 'refine_nb')), 'limits': limits, 'rows': rows}
+    return {'device': device_name(setting.device), 'kind': setting.kind, 'threads': torch.get_num_threads(),
+            'cores': os.cpu_count(), 'load': load, 'quick': quick,
+            'capability': torch.backends.cpu.get_cpu_capability(),
+            'held_to': os.environ.get('ONEDNN_MAX_CPU_ISA'),
+            'tf32': setting.cuda and torch.backends.cuda.matmul.allow_tf32, 'source': commit(), 'versions':
+            versions(('torch', 'torchvision', 'foolbox', 'torchattacks', 'pyautoattack', 'refine_nb')),
+            'limits': limits, 'rows': rows}
 
 def save(made, folder):
     "bench.md and bench.json, each whole or not at all"
@@ -175,7 +212,7 @@ def save(made, folder):
         with whole(Path(folder)/name) as new: new.write_text(text, encoding='utf-8')
 
 
-# ---- what is measured on -----------------------------------------------------------------------------------------------------------------
+# ---- what is measured on -----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Setting:
@@ -186,7 +223,8 @@ class Setting:
     @property
     def cuda(self): return self.device.startswith('cuda')
     @property
-    def kind(self): return re.sub(r'[^a-z0-9]+', '-', device_name(self.device).lower()).strip('-') if self.cuda else 'cpu'
+    def kind(self):
+        return re.sub(r'[^a-z0-9]+', '-', device_name(self.device).lower()).strip('-') if self.cuda else 'cpu'
     @property
     def batch(self): return (128 if self.quick else 512) if self.cuda else (4 if self.quick else 32)
     @property
@@ -203,12 +241,13 @@ class Setting:
 
     def images(self, n, size=32, dtype=torch.float32): # -> x, y
         g = torch.Generator().manual_seed(1)
-        return torch.rand(n, 3, size, size, generator=g).to(self.device, dtype), torch.randint(10, (n,), generator=g).to(self.device)
+        return (torch.rand(n, 3, size, size, generator=g).to(self.device, dtype),
+                torch.randint(10, (n,), generator=g).to(self.device))
 
 def last(x): return x.contiguous(memory_format=torch.channels_last)
 
 
-# ---- attacks -----------------------------------------------------------------------------------------------------------------------------
+# ---- attacks -----------------------------------------------------------------------------------------------
 
 def our_pgd(net, x, y): return pgd(net, x, y, eps=EPS, step_size=STEP, steps=STEPS)
 def our_kl_pgd(net, x, y): return kl_pgd(net, x, y, eps=EPS, step_size=STEP, steps=STEPS)
@@ -222,8 +261,9 @@ def passes(net, x, y):
 
 def foolbox_pgd(net, x, y):
     foolbox = needs('foolbox')
-    return foolbox.attacks.LinfPGD(abs_stepsize=STEP, steps=STEPS).run(foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device), x,
-                                                                       foolbox.criteria.Misclassification(y), epsilon=EPS)
+    return foolbox.attacks.LinfPGD(abs_stepsize=STEP, steps=STEPS).run(
+        foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device), x,
+        foolbox.criteria.Misclassification(y), epsilon=EPS)
 
 def torchattacks_pgd(net, x, y): return needs('torchattacks').PGD(net, eps=EPS, alpha=STEP, steps=STEPS)(x, y)
 
@@ -256,14 +296,17 @@ def attack_contest(s, ours, theirs):
     "Ours on a folded channels-last copy of the net, which is made inside the clock; theirs on the net as it is"
     net, (x, y) = s.net(), s.images(s.batch)
     folded, x_last = fold(net), last(x)
-    sides = {'ours': lambda: seeded(ours, fold(net), x_last, y), 'theirs': lambda: seeded(theirs, net, x, y), 'theirs on our net': lambda: seeded(theirs, folded, x_last, y)}
-    return Contest(sides, same_pixels(s, ours, theirs), f'{s.batch} images', alike=('ours', 'theirs on our net'))
+    sides = {'ours': lambda: seeded(ours, fold(net), x_last, y), 'theirs': lambda: seeded(theirs, net, x, y),
+             'theirs on our net': lambda: seeded(theirs, folded, x_last, y)}
+    return Contest(sides, same_pixels(s, ours, theirs), f'{s.batch} images',
+                   alike=('ours', 'theirs on our net'))
 
 @row('PGD-10, against ten times forward and backward to the images', at_most=1.05)
 def pgd_passes(s):
     net, (x, y) = fold(s.net()), s.images(s.batch)
     x = last(x)
-    return Contest({'ours': lambda: seeded(our_pgd, net, x, y), 'theirs': lambda: passes(net, x, y)}, lambda found: (True, 'nothing to compare'), f'{s.batch} images')
+    return Contest({'ours': lambda: seeded(our_pgd, net, x, y), 'theirs': lambda: passes(net, x, y)},
+                   lambda found: (True, 'nothing to compare'), f'{s.batch} images')
 
 @row('PGD-10, against foolbox', at_least=2.)
 def pgd_foolbox(s): needs('foolbox'); return attack_contest(s, our_pgd, foolbox_pgd)
@@ -275,12 +318,13 @@ def pgd_torchattacks(s): needs('torchattacks'); return attack_contest(s, our_pgd
 def kl_pgd_recomputing(s): return attack_contest(s, our_kl_pgd, recomputing_kl_pgd)
 
 
-# ---- AutoAttack --------------------------------------------------------------------------------------------------------------------------
+# ---- AutoAttack --------------------------------------------------------------------------------------------
 
 def digits_net(x, y, *, eps, steps=150):
     "A small net on digits: taught with PGD at `eps`, or plainly at 0"
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10))
+    net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+                        nn.Flatten(), nn.Linear(256, 10))
     optimiser = torch.optim.Adam(net.parameters(), 5e-3)
     for i in torch.randint(len(x), (steps, 64)):
         x_adv = pgd(net, x[i], y[i], eps=eps, step_size=max(eps/3, 1e-3), steps=5)
@@ -289,41 +333,51 @@ def digits_net(x, y, *, eps, steps=150):
 
 def budget(net, x, y, share):
     "The largest eps, in hundredths, at which PGD leaves at least this share of the images"
-    def left(eps): return (net(pgd(net, x, y, eps=eps, step_size=eps/8, steps=20)).argmax(1) == y).float().mean().item()
+    def left(eps):
+        return (net(pgd(net, x, y, eps=eps, step_size=eps/8, steps=20)).argmax(1) == y).float().mean().item()
     return max((n/100 for n in range(1, 41) if left(n/100) >= share), default=.01)
 
 def verdicts_compared(ours, theirs): # bool [seeds, images] each: who withstood
     "How many images: judged otherwise at the first seed; broken by every seed of one side and none of the other; on which a side's own seeds differ; each of these with (ours, theirs) by seed. And which are opposed"
     def unsure(v): return (v != v[0]).any(0)
     opposed = ((ours[0] != theirs[0]) & ~unsure(ours) & ~unsure(theirs)).nonzero()[:,0]
-    return {'changed': (ours[0] != theirs[0]).sum().item(), 'ours_unsure': unsure(ours).sum().item(), 'theirs_unsure': unsure(theirs).sum().item(), 'opposed': len(opposed),
-            'withstood': {i: (ours[:, i].int().tolist(), theirs[:, i].int().tolist()) for i in (unsure(ours) | unsure(theirs) | (ours[0] != theirs[0])).nonzero()[:,0].tolist()}}, opposed
+    return {'changed': (ours[0] != theirs[0]).sum().item(), 'ours_unsure': unsure(ours).sum().item(),
+            'theirs_unsure': unsure(theirs).sum().item(), 'opposed': len(opposed),
+            'withstood': {i: (ours[:, i].int().tolist(), theirs[:, i].int().tolist()) for i in (
+                unsure(ours) | unsure(theirs) | (ours[0] != theirs[0])).nonzero()[:,0].tolist()}}, opposed
 
 def set_apart(ours, theirs, images): # each: (seed, images) -> bool [images], who withstood
     "Images that chance does not explain: both sides are asked again, with eight seeds that had no part in their choice; Fisher's exact test at 2 %"
     a, b = (torch.stack([f(seed, images) for seed in range(3, 11)]).sum(0).cpu() for f in (ours, theirs))
-    return [i for i,m,n in zip(images.tolist(), a.tolist(), b.tolist()) if fisher_exact([[m, 8-m], [n, 8-n]]).pvalue < .02]
+    return [i for i,m,n in zip(images.tolist(), a.tolist(), b.tolist())
+            if fisher_exact([[m, 8-m], [n, 8-n]]).pvalue < .02]
 
 def verdict_contest(s, *, taught_at, share, eps=None, **about):
     "Which images withstand AutoAttack's standard version, by our code and by the authors'. Timed at seed 0; agreement asks for seeds 0, 1, 2 of both, and again where they oppose each other"
-    autoattack, theirs = needs('refine_nb.autoattack').autoattack, needs('pyautoattack').AutoAttack
+    autoattack, theirs = needs('refine_nb.attacks').autoattack, needs('pyautoattack').AutoAttack
     data = load_digits()
     x, y = torch.tensor(data.images[:, None]/16, dtype=torch.float32), torch.tensor(data.target)
     net, x, y = digits_net(x[:1200], y[:1200], eps=taught_at), x[1200:1200+s.digits], y[1200:1200+s.digits]
     eps = eps or budget(net, x, y, share)
     net, x, y = net.to(s.device), x.to(s.device), y.to(s.device)
-    def mine(seed=0, at=slice(None)): return autoattack(net, x[at], y[at], eps=eps, seed=seed, batch_size=len(x)).breaker < 0
+    def mine(seed=0, at=slice(None)):
+        return autoattack(net, x[at], y[at], eps=eps, seed=seed, batch_size=len(x)).breaker < 0
     def reference(seed=0, at=slice(None)):
-        x_adv, _ = theirs(net, norm='Linf', eps=eps, seed=seed, version='standard', device=s.device).run_standard_evaluation(x[at], y[at], batch_size=len(x))
+        x_adv, _ = theirs(net, norm='Linf', eps=eps, seed=seed, version='standard',
+                          device=s.device).run_standard_evaluation(x[at], y[at], batch_size=len(x))
         with torch.no_grad(): return net(x_adv).argmax(1) == y[at]
     def agree(found):
         a, b = (torch.stack([found[k], f(1), f(2)]).cpu() for k,f in (('ours', mine), ('theirs', reference)))
-        alone = {'broken by ours alone': (b[0] & ~a[0]).sum().item(), 'broken by theirs alone': (a[0] & ~b[0]).sum().item()}
+        alone = {'broken by ours alone': (b[0] & ~a[0]).sum().item(),
+                 'broken by theirs alone': (a[0] & ~b[0]).sum().item()}
         said, opposed = verdicts_compared(a, b)
         apart = set_apart(mine, reference, opposed) if len(opposed) else []
         contest.about.update(**said, **alone, set_apart=apart, robust_accuracy=a[0].float().mean().item())
-        return not apart, (f"of {len(x)} verdicts {said['changed']} differ at seed 0, {said['opposed']} at three seeds of both, {len(apart)} beyond chance at eight more; verdicts that the "
-                           f"authors' code changes between its own seeds: {said['theirs_unsure']}; robust accuracy {a[0].float().mean():.1%}")
+        return (not apart,
+                (f"of {len(x)} verdicts {said['changed']} differ at seed 0, {said['opposed']} at three seeds "
+                 f"of both, {len(apart)} beyond chance at eight more; verdicts that the "
+                 f"authors' code changes between its own seeds: {said['theirs_unsure']}; "
+                 f"robust accuracy {a[0].float().mean():.1%}"))
     contest = Contest({'ours': mine, 'theirs': reference}, agree, f'{len(x)} digits, eps {eps:.2f}',
                       about={'eps': eps}, **about)
     return contest
@@ -335,11 +389,12 @@ def autoattack_half(s): return verdict_contest(s, taught_at=.15, share=.58, warm
 def autoattack_none(s): return verdict_contest(s, taught_at=0, share=0, eps=.3)
 
 
-# ---- training ----------------------------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 def our_step(attack, objective, **mode): # -> (net, x, y, optimiser) -> loss, as all steps below
     "Our step of adversarial training, as `adversarial_training` makes it"
-    step = needs('refine_nb.adversarial').adversarial(call(attack, eps=EPS, step_size=STEP, steps=STEPS), objective, folded=not mode, **mode)
+    step = needs('refine_nb.training').adversarial(call(attack, eps=EPS, step_size=STEP, steps=STEPS),
+                                                   objective, folded=not mode, **mode)
     def make(net, x, y, optimiser):
         loss, _ = step(net.train(), (x, y, torch.Generator(x.device).manual_seed(2)), 0.)
         optimiser.zero_grad(set_to_none=True); loss.backward(); optimiser.step()
@@ -388,23 +443,28 @@ def training_contest(s, ours, theirs, same=None):
         return lambda: seeded(step, net, x, y, optimiser)
     def ours_place(net): return engine(s.device).place(net, training=True)
     def theirs_place(net): return net
-    sides = {'ours': side(ours, ours_place), 'theirs': side(theirs, theirs_place)} | ({'ours as theirs': side(same, ours_place)} if same else {})
+    sides = {'ours': side(ours, ours_place), 'theirs': side(theirs, theirs_place)} | (
+        {'ours as theirs': side(same, ours_place)} if same else {})
     def agree(found):
-        a, b = (side(step, place, 4, 16, torch.float64)().item() for step,place in ((same or ours, ours_place), (theirs, theirs_place)))
-        return abs(a-b) < 1e-9*abs(b), f"float64: losses {a:.10g} and {b:.10g}; float32: {found['ours as theirs' if same else 'ours'].item():.5g} and {found['theirs'].item():.5g}"
+        a, b = (side(step, place, 4, 16, torch.float64)().item()
+                for step,place in ((same or ours, ours_place), (theirs, theirs_place)))
+        return (abs(a-b) < 1e-9*abs(b), f"float64: losses {a:.10g} and {b:.10g}; float32: "
+                f"{found['ours as theirs' if same else 'ours'].item():.5g} and {found['theirs'].item():.5g}")
     return Contest(sides, agree, f'{s.batch} images', alike=('ours as theirs', 'theirs') if same else None)
 
 @row('a training step with PGD-10, against a loop that attacks in training mode with backward()', at_least=2.)
-def at_train_mode(s): return training_contest(s, our_step(pgd, ce), train_mode_step, same=our_step(pgd, ce, mode='train'))
+def at_train_mode(s):
+    return training_contest(s, our_step(pgd, ce), train_mode_step, same=our_step(pgd, ce, mode='train'))
 
-@row('a training step with PGD-10, against a loop that attacks in evaluation mode with autograd.grad', at_least=1.2)
+@row('a training step with PGD-10, against a loop that attacks in evaluation mode with autograd.grad',
+     at_least=1.2)
 def at_eval_mode(s): return training_contest(s, our_step(pgd, ce), eval_mode_step)
 
 @row('a TRADES step, against a loop that recomputes the clean logits at every inner step', at_least=1.6)
 def trades_recomputing(s): return training_contest(s, our_step(kl_pgd, trades), trades_step)
 
 
-# ---- the device's own rates --------------------------------------------------------------------------------------------------------------
+# ---- the device's own rates --------------------------------------------------------------------------------
 
 def rate(f, amount, clock, seconds=.5):
     "`amount` per second, in units of 1e9: the best of the runs that fit in `seconds`"
@@ -428,19 +488,23 @@ def device_limits(s):
         at = x.detach().requires_grad_()
         torch.autograd.grad(net(at).sum(), at)
     kind = 'TF32' if s.cuda else 'float32'
-    return {f'matrix product {n}x{n}, {kind}': (rate(lambda: torch.mm(a, b, out=c), 2*n**3, clock), 'GFLOP/s'),
-            'copy in memory, read and written': (rate(lambda: target.copy_(source), 8*source.numel(), clock), 'GB/s'),
-            f'ResNet-18 forward, {s.batch} images, {kind}': (rate(forward, work, clock), 'GFLOP/s'),
-            f'the same, forward and backward to the images, {kind}': (rate(both, 2*work, clock), 'GFLOP/s')}
+    return {
+        f'matrix product {n}x{n}, {kind}': (rate(lambda: torch.mm(a, b, out=c), 2*n**3, clock), 'GFLOP/s'),
+        'copy in memory, read and written': (rate(lambda: target.copy_(source), 8*source.numel(), clock),
+                                             'GB/s'),
+        f'ResNet-18 forward, {s.batch} images, {kind}': (rate(forward, work, clock), 'GFLOP/s'),
+        f'the same, forward and backward to the images, {kind}': (rate(both, 2*work, clock), 'GFLOP/s')}
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 def arguments(argv):
     p = argparse.ArgumentParser(prog='bench.py', description=__doc__.splitlines()[0])
-    p.add_argument('--quick', action='store_true', help='small batches, about a minute: does everything work?')
+    p.add_argument('--quick', action='store_true',
+                   help='small batches, about a minute: does everything work?')
     p.add_argument('--rows', help='names with commas; all are: '+', '.join(r.name for r in ROWS))
-    p.add_argument('--out', type=Path, help='folder of bench.md and bench.json; whole, full runs go to reports/bench/<device kind>/')
+    p.add_argument('--out', type=Path, help='folder of bench.md and bench.json; whole, '
+                   'full runs go to reports/bench/<device kind>/')
     p.add_argument('--device', help="'cpu', 'cuda' or 'cuda:1'; the first GPU where there is one")
     return p.parse_args(argv)
 
@@ -450,7 +514,8 @@ def main(argv=None, rows=None):
     except ValueError as e: print(e, file=sys.stderr); return 2
     s, load = Setting(engine(args.device).device, args.quick), os.getloadavg()[0]
     limits = device_limits(s)
-    made = report(run(rows, s, seconds=45 if args.quick else 480, rounds=1 if args.quick else 3, clock=s.clock()), s, limits=limits, load=load, quick=args.quick)
+    made = report(run(rows, s, seconds=45 if args.quick else 480, rounds=1 if args.quick else 3,
+                      clock=s.clock()), s, limits=limits, load=load, quick=args.quick)
     folder = args.out or (None if args.quick or args.rows else REPORTS/s.kind)
     if folder: save(made, folder)
     print(markdown(made))

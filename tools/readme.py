@@ -6,7 +6,8 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[1]
-MARK = '<!-- Written by tools/readme.py from nbs/index.ipynb: change that notebook, then `make readme`. -->\n\n'
+MARK = (
+    '<!-- Written by tools/readme.py from nbs/index.ipynb: change that notebook, then `make readme`. -->\n\n')
 LINK = re.compile(r'(\]\()(?!https?:|mailto:|#)([^)\s]+)(\))')
 
 
