@@ -32,7 +32,8 @@ def no_network(monkeypatch):
 
 @pytest.fixture(scope='session', autouse=True)
 def one_thread():
-    "Sums are added in the same order in this process and those it starts, on every machine; and nets this small only lose by sharing their work"
+    """Sums are added in the same order in this process and those it starts, on every machine.
+    Besides, nets this small only lose by sharing their work"""
     torch.set_num_threads(1)
 
 
@@ -43,7 +44,8 @@ def seed():
 
 @pytest.fixture
 def squares_as_theirs(monkeypatch):
-    "Call it with C: our Square draws from torch's global generator what the authors' code draws, in its order: stripes of each image, then a square for all"
+    """Call it with C: our Square draws from torch's global generator what the authors' code draws.
+    In its order, too: stripes of each image, then a square for all"""
     def use(C):
         def uniform(names, queries, lanes):
             if torch.equal(queries, torch.zeros(1, dtype=torch.int64)):

@@ -1,4 +1,7 @@
-"Adversarial training: against loops written out by hand, what is counted and drawn, and a killed run that ends with the bits of one left in peace."
+"""Adversarial training: against loops written out by hand, and what is counted and drawn.
+
+A killed run ends with the bits of one that was left in peace.
+"""
 import signal
 from collections import Counter
 from dataclasses import replace
@@ -46,7 +49,8 @@ def gradients(model, loss):
 # ---- the step, against loops written out -------------------------------------------------------------------
 
 def test_trades_by_hand(batch):
-    "Noise of .001, clean probabilities fixed, steps on their KL in evaluation mode; then both forwards in training mode, clean first, nothing detached"
+    """Noise of .001, clean probabilities fixed, steps on their KL in evaluation mode.
+    Then both forwards in training mode, clean first, nothing detached"""
     x, y, model = batch
     before = {k: v.clone() for k,v in model.state_dict().items()}
     got = adversarial(KL, call(trades, beta=6.))(model, (x, y, drawn()), 0.)[0]
@@ -105,7 +109,8 @@ def test_an_attack_makes_no_weight_gradients(batch):
     assert asked == [*[False]*3, True]*3
 
 def test_a_compiled_model(batch, monkeypatch):
-    "Attack and update through `torch.compile` (its tracing, not its code generation): the same numbers as without, from no more than a few graphs"
+    """Attack and update through `torch.compile` (its tracing, not its code generation).
+    The same numbers as without, from no more than a few graphs"""
     x, y, model = batch; torch._dynamo.reset(); made = []
     def backend(graph, inputs): made.append(1); return graph.forward
     runner = torch.compile(model, backend=backend)
@@ -148,7 +153,8 @@ def test_the_history(peace):
             and 'other' not in done.result)
 
 def test_what_does_not_touch_the_training(peace, tmp_path):
-    "Looking at robustness, and which epoch is kept, change no weight of the last epoch; seed, draws, schedule and clipping do"
+    """Looking at robustness, and which epoch is kept, change no weight of the last epoch.
+    Seed, draws, schedule and clipping do"""
     last = quiet(peace).tensors(RUN)['5.weight']
     blind = quiet(tmp_path/'a').tensors(replace(RUN, robust=None, n_robust=None))['5.weight']
     assert torch.equal(last, blind)
@@ -158,7 +164,8 @@ def test_what_does_not_touch_the_training(peace, tmp_path):
 
 @pytest.mark.parametrize('n', [2, 6, 9])
 def test_killed(peace, tmp_path, n):
-    "at the first, between two, and at the last snapshot: schedule, dropout, augmentation and random starts go on as if nothing had been"
+    """At the first, between two, and at the last snapshot.
+    Schedule, dropout, augmentation and random starts go on as if nothing had been"""
     root, said = tmp_path/'store', tmp_path/'said'
     assert (Worker(said, work, root, RUN, kill=(n, root/'running'/key(RUN))).end()
             == -signal.SIGKILL), said.read_text()
@@ -168,7 +175,7 @@ def test_killed(peace, tmp_path, n):
     assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
 def test_best_and_last(tmp_path):
-    "A rate that explodes late: robust accuracy is best early, and both weights are there, whichever is the result"
+    "A rate that explodes late: robust accuracy is best early; both weights are there, whatever is the result"
     spoilt = replace(RUN, schedule=call(piecewise, at=(.6,), factor=30.), epochs=3)
     for select, other in (('last', 'best'), ('robust', 'last')):
         store, r = quiet(tmp_path/select), replace(spoilt, select=select)

@@ -1,7 +1,7 @@
 """The contract of every attack, and agreement with independent implementations.
 
-One table of attacks drives one test body, on a small net trained on scikit-learn's digits. The reference attacks (foolbox,
-torchattacks) run only here; those of torchattacks are skipped where it is not installed.
+One table of attacks drives one test body, on a small net trained on scikit-learn's digits. The reference
+attacks (foolbox, torchattacks) run only here; those of torchattacks are skipped where it is not installed.
 """
 import warnings
 from functools import partial
@@ -70,7 +70,7 @@ def trained(digits):
 
 @pytest.fixture
 def model(trained):
-    "A fresh copy in a difficult state: training, but for one frozen batch norm; one frozen weight; gradients stored"
+    "A fresh copy in a difficult state: training but for one batch norm, one frozen weight, gradients stored"
     model = small_net(); model.load_state_dict(trained.state_dict())
     model.train(); model[4].eval(); model[0].weight.requires_grad_(False)
     for p in model.parameters(): p.grad = torch.full_like(p, 3.) if p.requires_grad else None
@@ -200,7 +200,8 @@ def test_targeted_goes_to_the_target(name, trained, batch):
 @pytest.mark.parametrize('kappa', [0., 1., 50.])
 @pytest.mark.parametrize('scale', [1, 100])
 def test_targeted_cw_needs_no_confidence(kappa, scale, trained, batch):
-    "The target is far behind at first, by more than any kappa where logits are large: there the hinge must be steep"
+    """The target is far behind at first, by more than any kappa where logits are large.
+    There the hinge must be steep"""
     x, target = batch[0], trained(batch[0]).topk(2).indices[:, 1]
     loud = Answer(lambda x: scale*trained(x))
     x_adv = cw_linf(loud, x, target, eps=EPS, step_size=.02, kappa=kappa, targeted=True,
@@ -311,7 +312,8 @@ def test_l2_pgd_is_foolbox(trained, batch):
                  theirs, atol=1e-5, rtol=0)
 
 def test_pgd_by_hand_in_double_precision():
-    "An affine model with two classes: the gradient of its cross-entropy is (1-p_y)(w_other-w_y), written out without autograd"
+    """An affine model with two classes, without autograd:
+    the gradient of its cross-entropy is (1-p_y)(w_other-w_y)"""
     torch.manual_seed(0)
     w, b = torch.randn(2, 12, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
     x, y = torch.rand(20, 1, 3, 4, dtype=torch.float64), torch.randint(2, (20,))

@@ -1,8 +1,9 @@
 """Our AutoAttack against the authors' code, verdict by verdict.
 
-Three nets: a plain one; a loud one, whose cross-entropy has no gradient, so that of the APGDs only the targeted one breaks it; a rounded one
-without any gradient, which only Square breaks. Both sides see the same random numbers, and must then agree on each image and each
-component. With draws of their own they may differ at the border, as the authors' code differs from itself under another seed.
+Three nets: a plain one; a loud one, whose cross-entropy has no gradient, so that of the APGDs only the
+targeted one breaks it; a rounded one without any gradient, which only Square breaks. Both sides see the same
+random numbers, and must then agree on each image and each component. With draws of their own they may differ
+at the border, as the authors' code differs from itself under another seed.
 """
 from functools import partial
 
@@ -14,7 +15,7 @@ from torch import nn
 
 import refine_nb.attacks.ensemble as module
 from refine_nb.attacks import STANDARD, apgd, autoattack, boundary_start, fab_t, pgd
-from refine_nb.attacks.auto_pgd import _hash, _names
+from refine_nb.attacks.queue import _hash, _names
 
 N, QUICK = 16, dict(steps=15, n_queries=150)      # images; the standard at a size that a test can afford
 
@@ -50,7 +51,8 @@ def batch(digits): return digits[0][1200:1200+N], digits[1][1200:1200+N]
 
 @pytest.fixture
 def same_draws(monkeypatch, squares_as_theirs):
-    "The authors' APGDs begin where ours do; our Square takes the numbers that theirs draws. How each goes on is its own"
+    """The authors' APGDs begin where ours do; our Square takes the numbers that theirs draws.
+    How each goes on is its own"""
     def made(model, p, device, n_targets, make=module._authors_attack):
         a = make(model, p, device, n_targets)
         def run(x, y, x_init=None, *, run, name, attack):
@@ -75,7 +77,8 @@ def same_draws(monkeypatch, squares_as_theirs):
 @pytest.mark.parametrize('eps', [.14, .22])
 @pytest.mark.parametrize('name', ['plain', 'loud', 'rounded'])
 def test_same_draws_same_breakers(name, eps, seed, nets, batch, same_draws):
-    "Who is broken, and by which component, image by image, of all four; ours on the folded model and in batches of another size"
+    """Who is broken, and by which component, image by image, of all four.
+    Ours runs on the folded model and in batches of another size"""
     given = dict(eps=eps, seed=seed, **QUICK)
     ours, theirs = (autoattack(nets[name], *batch, batch_size=50, **given),
                     autoattack(nets[name], *batch, reference=True, **given))

@@ -1,4 +1,4 @@
-"The harness of tools/bench.py on toy functions and a clock that only they move; the real rows run in `make bench`."
+"The harness of tools/bench.py on toy functions and a clock that they move; `make bench` runs the real rows."
 import json, sys
 from pathlib import Path
 
@@ -167,7 +167,8 @@ def test_contestants_give_the_same_pixels(ours, theirs):
     assert (a-b).abs().max() < 1e-9 and (a-x).abs().max() > .03
 
 def test_only_verdicts_opposed_under_every_seed_disagree():
-    "Four images: alike; theirs wavers; ours wavers and differs at seed 0; every seed of ours against every seed of theirs"
+    """Four images: alike; theirs wavers; ours wavers and differs at seed 0;
+    every seed of ours against every seed of theirs"""
     ours, theirs = (torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 0, 1]]).bool(),
                     torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 0]]).bool())
     said, opposed = bench.verdicts_compared(ours, theirs)

@@ -1,4 +1,7 @@
-"Table 2's protocol on a generated tree of CINIC-10's form, from a generated checkpoint of Places365's form: what it needs, what it says where that is lacking, and a whole run."
+"""Table 2's protocol on generated files: a tree of CINIC-10's form, a checkpoint of Places365's form.
+
+What it needs, what it says where that is lacking, and a whole run.
+"""
 import warnings
 from dataclasses import replace
 from itertools import product
@@ -23,7 +26,8 @@ pytestmark = pytest.mark.filterwarnings('ignore:cinic10 under .* is not the publ
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
-    "CINIC-10/{train,valid,test}/<class>/*.png with 80, 20 and 20 images, one of them grey, and resnet18_places365.pth.tar beside it"
+    """CINIC-10/{train,valid,test}/<class>/*.png with 80, 20 and 20 images, one of them grey.
+    Beside it resnet18_places365.pth.tar"""
     top, rng = tmp_path_factory.mktemp('cinic'), np.random.default_rng(0)
     for (part, n), (k, label) in product((('train', 8), ('valid', 2), ('test', 2)), enumerate(CLASSES)):
         folder = top/'CINIC-10'/part/label; folder.mkdir(parents=True)

@@ -1,4 +1,7 @@
-"The claims of AdCorDA: each table as two runs of ours, Table 4's clean accuracy; and every conflict of a document decided somewhere."
+"""The claims of AdCorDA: each table as two runs of ours, and Table 4's clean accuracy.
+
+Besides: every conflict of a document is decided somewhere.
+"""
 import ast, json, re
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +13,7 @@ import refine_nb.artefacts.fig2_adcorda as fig2
 import refine_nb.artefacts.study_adcorda as study
 from refine_nb.reporting import judge, published, report_folder
 from refine_nb.artefacts.claims_adcorda import ledger, our_tables, printed
-from refine_nb.artefacts.claims_mixture import ledger as mixture_ledger
+from refine_nb.artefacts.claims_mixture import tidy as mixture_page
 from refine_nb.artefacts.tab4_adcorda import BUDGETS, ROWS, SAME, robust_table, tidy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +32,8 @@ def as_ours(name):
 
 @pytest.fixture
 def reported(tmp_path, monkeypatch):
-    "The printed tables as reports at the paper's scale, a run for each network and data set; sizes beside each of Table 3's"
+    """The printed tables as reports at the paper's scale, a run for each network and data set.
+    Sizes stand beside each of Table 3's"""
     monkeypatch.setenv('REFINE_REPORTS', str(tmp_path))
     for name in TABLES:
         files = as_ours(name)
@@ -98,7 +102,8 @@ def test_numbers_of_the_text_are_marked():
 
 
 def test_robust_accuracy_stands_beside_the_clean_one_of_the_same_images():
-    "Of 10,000 images 48 % are right, of the 10 attacked ones 6, then 5 and 0: beside all of them, 50 % would look like a gain"
+    """Of 10,000 images 48 % are right, of the 10 attacked ones 6, then 5 and 0.
+    Beside all of them, 50 % would look like a gain"""
     found = lambda a, n, **more: SimpleNamespace(result={'accuracy': a, 'n': n, **more})
     of = {'all': found(.48, 10_000), **{b: found(a, 10, label='AutoAttack (standard)', survivors={'clean': 6})
                                         for b,a in zip(BUDGETS, (.5, .5, 0.))}}
@@ -121,13 +126,13 @@ def names(notebook):
             if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.arg)) or isinstance(n, ast.Name)
             and isinstance(n.ctx, ast.Store)}
 
-DOCUMENTS = {'adcorda': ('A', 32, ledger), 'mixture': ('M', 18, mixture_ledger)}
+DOCUMENTS = {'adcorda': ('A', 32, lambda: ledger('paper')), 'mixture': ('M', 18, mixture_page)}
 DECISIONS = [(d, r) for d in DOCUMENTS for r in published(f'conflicts_{d}').itertuples()]
 
 @pytest.mark.parametrize('document', DOCUMENTS)
 def test_every_conflict_is_decided_once(document):
     letter, n, _ = DOCUMENTS[document]; conflicts = published(f'conflicts_{document}')
-    assert conflicts.conflict.tolist() == [f'{letter}-{i}' for i in range(1, n+1)]
+    assert conflicts.conflict.tolist() == [f'open-{letter}{i}' for i in range(1, n+1)]
     assert (conflicts[['open','decision','notebook','name','source']]
             .map(lambda v: bool(str(v).strip()) and str(v)!='nan').all(axis=None))
 
@@ -148,5 +153,5 @@ def test_a_decision_is_where_it_says(row):
 def test_claims_named_in_a_decision_are_there(document):
     letter, _, claims = DOCUMENTS[document]
     said = {''.join(c) for d in published(f'conflicts_{document}').decision
-            for c in re.findall(rf'"({letter}\d[^"]*)"|\b({letter}\d+)\b(?!, )|[Cc]laim ({letter}-\d+)', d)}
-    assert said and said <= set(claims('paper').claim)
+            for c in re.findall(rf'"({letter}\d[^"]*)"|(?<!-)\b({letter}\d+)\b(?!, )|[Cc]laim (L\d+)', d)}
+    assert said and said <= set(claims().claim)

@@ -1,4 +1,4 @@
-"What the documents say is there: README in step with the index, commands in the Makefile, links that lead somewhere."
+"What the documents say is there: README in step with the index, commands in the Makefile, links with an end."
 import json, os, re, shlex, subprocess, sys
 from pathlib import Path
 
@@ -7,9 +7,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
 from readme import from_root, readme, relinked
+from run_notebooks import ROOMS, chosen, notebooks
 
 CODE = re.compile(r'^```.*?^```|`[^`\n]+`', re.M|re.S)
 DOCUMENTS = ['README.md', 'CONTRIBUTING.md']
+NOTEBOOKS = [p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
+# what names notebooks as room/NN_name: documents, notebooks, tests, tools, notes to what is printed
+SAYING = [*(ROOT/name for name in DOCUMENTS), *NOTEBOOKS, *sorted((ROOT/'tests').glob('*.py')),
+          *sorted((ROOT/'tools').glob('*.py')), *sorted((ROOT/'refine_nb'/'published').glob('*.csv'))]
+NAMED = re.compile(rf'(?<![\w./])((?:{"|".join(ROOMS)})/\d\d_\w+)')
 TARGETS = set(re.findall(r'^([a-z]+):', (ROOT/'Makefile').read_text(encoding='utf-8'), re.M))
 
 
@@ -22,6 +28,13 @@ def links(markdown):
     "Where the links and pictures lead, outside code"
     return [m for m in re.findall(r'\]\(([^)\s]+)\)', CODE.sub('', markdown))
             if not re.match(r'https?:|mailto:|#', m)]
+
+def shown(notebook):
+    "What a reader sees as Markdown: prose and stored outputs"
+    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    return '\n'.join([*(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown'),
+                      *(''.join(o.get('data', {}).get('text/markdown', []))
+                        for c in cells for o in c.get('outputs', []))])
 
 def parameters(notebook):
     cells = [c for c in json.loads(text(notebook))['cells'] if 'parameters' in c['metadata'].get('tags', [])]
@@ -37,6 +50,33 @@ def test_hidden_cells_stay_hidden():
     assert hidden and not [line for line in hidden if line in text('README.md')]
     assert 'Traceback' not in text('README.md') and '#|' not in text('README.md')
 
+FINDINGS = re.findall(r'^- \*\*\[.*?\]\(nbs/(\w+)\.ipynb\)', text('README.md'), re.M)
+
+@pytest.mark.parametrize('artefact', FINDINGS)
+def test_findings_are_those_of_the_reports(artefact):
+    from refine_nb.papers import adcorda_tables, adcorda_text, mixture_study, mixture_tables, mixture_text
+    from refine_nb.reporting import stored
+    rooms = (adcorda_tables, adcorda_text, mixture_study, mixture_tables, mixture_text)
+    found = {a: f for room in rooms for a,f in room.FOUND.items()}
+    assert found[artefact](stored(artefact)[0].tidy) in text('README.md'), (
+        f'README.md says of {artefact} what its largest report does not: run nbs/index.ipynb, make readme')
+
+def test_the_readme_begins_with_findings_and_lists_what_is_ready():
+    from refine_nb.reporting import ARTEFACTS, PAPERS
+    said = text('README.md'); heads = re.findall(r'^## (.*)', said, re.M)
+    assert heads[0] == 'What we found' and FINDINGS
+    assert all(p.citation in said for p in PAPERS.values())
+    listed = {i for i in ARTEFACTS if re.search(rf'^\|\[.*\]\(nbs/{i}\.ipynb\)\|', said, re.M)}
+    assert listed == {i for i,a in ARTEFACTS.items() if a.ready}
+
+def test_the_three_commands_stand_word_for_word():
+    assert ('```\npapermill nbs/tab1_adcorda.ipynb out.ipynb -p model resnet34\nnbdev_test\n'
+            'jupyter lab nbs\n```') in text('README.md')
+
+def test_how_long_the_demo_takes_is_said_in_one_way():
+    (took,) = re.findall(r'^demo:.*?, in about (.*?) on a CPU', text('Makefile'), re.M)
+    assert all(f'about {took}' in text(name) for name in DOCUMENTS)
+
 @pytest.mark.parametrize('name', DOCUMENTS)
 def test_make_targets_exist(name):
     assert targets(name), f'{name} names no make target: this test reads nothing'
@@ -50,13 +90,30 @@ def test_links_lead_somewhere(name):
     assert not (dead := [x for x in links(text(name)) if not (ROOT/x.split('#')[0]).exists()]), (
         f'{name} links to {dead}, which is not there')
 
-def test_links_of_the_index_lead_somewhere():
-    said = '\n'.join(''.join(c['source']) for c in index() if c['cell_type'] == 'markdown')
-    said += '\n'.join(''.join(o.get('data', {}).get('text/markdown', [])) for c in index()
-                      for o in c.get('outputs', []))
-    assert links(said), 'the index has no links: this test reads nothing'
-    assert not (dead := [x for x in links(said) if not (ROOT/'nbs'/x).exists()]), (
-        f'nbs/index.ipynb links to {dead}, which is not there')
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
+def test_links_of_a_notebook_lead_somewhere(notebook):
+    found = links(shown(notebook))
+    assert found or notebook.stem != 'index', 'the index has no links: this test reads nothing'
+    assert not (dead := [x for x in found if not (notebook.parent/x.split('#')[0]).exists()]), (
+        f'{notebook.relative_to(ROOT)} links to {dead}, which is not there: '
+        'a link begins at the folder of its notebook')
+
+def test_notebooks_that_are_named_are_there():
+    there = {p.relative_to(ROOT/'nbs').with_suffix('').as_posix() for p in NOTEBOOKS}
+    named = {f.relative_to(ROOT).as_posix(): set(NAMED.findall(f.read_text(encoding='utf-8')))
+             for f in SAYING if f.name != 'test_house.py'}  # which makes up its own
+    assert any(named.values()), 'nothing names a notebook: this test reads nothing'
+    gone = {f: sorted(names - there) for f,names in named.items() if names - there}
+    assert not gone, f'these name notebooks that are not there: {gone}'
+
+@pytest.mark.parametrize('name', DOCUMENTS)
+def test_notebooks_in_commands_are_there(name):
+    gone = [x for x in re.findall(r'nbs/[\w/]+\.ipynb', code(name)) if not (ROOT/x).exists()]
+    assert not gone, f'{name} names {gone}, which is not there'
+
+def test_contributing_lists_the_rooms_in_their_order():
+    rows = re.findall(r'^\| `(\w+)/` \|', text('CONTRIBUTING.md'), re.M)
+    assert tuple(rows) == ROOMS, "CONTRIBUTING.md's table of rooms is not tools/run_notebooks.py's ROOMS"
 
 @pytest.mark.parametrize('name', DOCUMENTS)
 def test_papermill_commands_fit_their_notebooks(name):
@@ -92,8 +149,21 @@ def test_ci_runs_the_main_job_and_then_the_tests():
     assert (set(said) <= TARGETS and said.index('demo') < said.index('test')
             and 'set -euo pipefail' in text('.ci/run'))
 
+def test_notebooks_run_in_the_order_of_the_rooms(tmp_path):
+    for file in ('index', 'tab1_a', 'papers/00_a', 'base/20_b', 'base/10_c', 'vision/10_c', 'claims_a',
+                 'base/.ipynb_checkpoints/10_c-checkpoint'):
+        (tmp_path/file).parent.mkdir(parents=True, exist_ok=True); (tmp_path/f'{file}.ipynb').write_text('')
+    there = notebooks(tmp_path)
+    assert list(there) == ['base/10_c', 'base/20_b', 'vision/10_c', 'papers/00_a',
+                           'claims_a', 'tab1_a', 'index']
+    assert chosen([], there) == list(there)
+    assert chosen(['index', '10_c', 'base/20_b'], there) == ['base/10_c', 'base/20_b', 'vision/10_c', 'index']
+    with pytest.raises(SystemExit, match='nbs/ has no 20_c, vision/20_b: choose from base/10_c'):
+        chosen(['vision/20_b', '20_c'], there)
+
 def test_links_are_rewritten_for_the_root_outside_code_only():
-    assert [from_root(x) for x in ('../LICENSE', '00_core.ipynb')] == ['LICENSE', 'nbs/00_core.ipynb']
+    assert ([from_root(x) for x in ('../LICENSE', 'tab1_adcorda.ipynb', 'base/00_core.ipynb')]
+            == ['LICENSE', 'nbs/tab1_adcorda.ipynb', 'nbs/base/00_core.ipynb'])
     assert (relinked('[a](b.ipynb) [c](https://d) ![e](../f.svg) `[g](h)` [i](#j)')
             == '[a](nbs/b.ipynb) [c](https://d) ![e](f.svg) `[g](h)` [i](#j)')
     assert relinked('```\n[a](b)\n```\n') == '```\n[a](b)\n```\n'

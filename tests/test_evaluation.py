@@ -1,4 +1,7 @@
-"What an evaluation promises: images attacked once for all models, the worst case image by image, pairs compared as pairs, and a number never without n."
+"""What an evaluation promises: images attacked once for all models, the worst case image by image.
+
+Pairs are compared as pairs, and a number is never without n.
+"""
 import math, shutil, signal, warnings
 from dataclasses import replace
 from fractions import Fraction
@@ -247,7 +250,8 @@ def test_damaged_images_do_not_reach_a_target(kept):
 
 @pytest.mark.parametrize('spec', [black(LEFT).adversarials, WORST], ids=['adversarials', 'worst'])
 def test_killed_while_it_is_made(made, kept, tmp_path, spec):
-    "Early, in the middle, and late: nothing half is taken for a result, and the second try ends with the same bits"
+    """Early, in the middle, and late: nothing half is taken for a result.
+    The second try ends with the same bits"""
     for n in (1, 4, 6):
         shutil.rmtree(kept.folder(spec))
         assert (Worker(tmp_path/f'said{n}', work, kept.root, spec, kill=(n, kept.root)).end()
@@ -261,7 +265,8 @@ def test_killed_while_it_is_made(made, kept, tmp_path, spec):
 # ---- numbers -----------------------------------------------------------------------------------------------
 
 def exact(b, c):
-    "McNemar's p in rational numbers: the chance, over all ways that b+c coins can fall, of a split that is no more likely"
+    """McNemar's p in rational numbers:
+    the chance, over all ways that b+c coins can fall, of a split that is no more likely"""
     n = b+c; chance = [Fraction(math.comb(n, k), 2**n) for k in range(n+1)]
     return float(sum(p for p in chance if p <= chance[b]))
 
@@ -282,7 +287,8 @@ def test_mcnemar_in_print():
     assert min(m['b'], m['c']) == 59 and f"{m['p']:.2e}" == '4.43e-06'
 
 def test_wilson_solves_its_equation():
-    "The ends are the shares p at which |k/n - p| is z standard errors of p: checked by substitution, to nine digits"
+    """The ends are the shares p at which |k/n - p| is z standard errors of p.
+    Checked by substitution, to nine digits"""
     z = 1.959963984540054
     for n in (1, 7, 100, 10_000):
         for k in {0, 1, n//3, n-1, n}:

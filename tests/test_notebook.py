@@ -1,4 +1,7 @@
-"What a user of Table 1's notebook can get wrong: each mistake stops it with a sentence that says what there is, and nothing is written."
+"""What a user of Table 1's notebook can get wrong.
+
+Each mistake stops it with a sentence that says what there is, and nothing is written.
+"""
 import os, re, warnings
 from pathlib import Path
 
@@ -12,7 +15,7 @@ NOTEBOOK = Path(__file__).resolve().parents[1]/'nbs'/'tab1_adcorda.ipynb'
 
 
 class Here(Engine):
-    "Runs a notebook's cells in this process: a kernel of its own would spend ten seconds on imports, each time"
+    "Runs a notebook's cells in this process: a kernel of its own would spend ten seconds on imports"
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, **_):
         names = {'__name__': '__main__'}
@@ -39,7 +42,7 @@ def folders(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_store(monkeypatch):
-    "The mistake is to be found before a store is opened: one that slips through ends there, not after a whole demo"
+    "The mistake is to be found before a store is opened: one that slips through ends there, not after a demo"
     def opened(self, *args, **kwargs): raise AssertionError('a store was opened')
     monkeypatch.setattr(Store, '__init__', opened)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
@@ -113,7 +116,8 @@ def test_a_wrong_preset_in_the_environment(tmp_path, no_store, monkeypatch):
     assert not (tmp_path/'refine_home').exists()
 
 def test_the_parameter_outdoes_the_environment(tmp_path, no_store, monkeypatch):
-    "A wrong name in the environment is of no account where the parameter is given; the next mistake is then met"
+    """A wrong name in the environment is of no account where the parameter is given.
+    The next mistake is then met"""
     monkeypatch.setenv('REFINE_PRESET', 'wrong')
     assert 'finds no GPU' in refused(tmp_path, preset='small', device='cuda')
 
@@ -147,7 +151,8 @@ def test_a_store_that_cannot_be(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings('ignore')
 def test_in_a_kernel_of_its_own(tmp_path):
-    "papermill only warns of a name that the notebook does not have; the notebook stops, and the output shows why"
+    """papermill only warns of a name that the notebook does not have.
+    The notebook stops, and the output shows why"""
     assert "unknown parameter 'epochs'" in refused(tmp_path, engine='kernel', epochs=5, model='resnet18')
     errors = [o for c in nbformat.read(tmp_path/'out.ipynb', 4).cells
               for o in c.get('outputs', []) if o.output_type == 'error']

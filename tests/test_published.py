@@ -1,4 +1,4 @@
-"Published numbers are data: each is as printed, and each oddity of the paper is known and noted, no more and no fewer."
+"Published numbers are data: each is as printed, each oddity of the paper is known and noted, and no other."
 from decimal import Decimal
 from importlib import resources
 
@@ -32,7 +32,7 @@ def test_every_row_of_the_table_is_there_once_in_the_printed_order(tab1):
     assert [k for k,_ in tab1.groupby(BLOCK, sort=False)] == [(m, d) for m in (
         'resnet18', 'resnet34', 'resnet50', 'efficientnet_v2_m') for d in ('cifar10', 'cifar100')]
     for _,block in tab1.groupby(BLOCK, sort=False):
-        assert block.attack.tolist() == ATTACKS                        # None is the second (A-6)
+        assert block.attack.tolist() == ATTACKS                        # None is the second (open-A6)
         assert block.approach.tolist() == ['BL'] + ['BL-IST']*6
 
 
@@ -54,9 +54,9 @@ def test_sums_of_the_columns(tab1):
 
 def test_printed_deltas_are_wrong_exactly_where_we_know(tab1):
     assert mismatches(tab1) == {
-        ('resnet18', 'cifar10', 'LL'): ('2.64', '2.58'),               # A-1
-        ('resnet50', 'cifar10', 'None'): ('1.99', '2.29'),             # A-2
-        ('resnet18', 'cifar100', 'LL'): ('3.90', '3.89'),              # A-5, and the next four
+        ('resnet18', 'cifar10', 'LL'): ('2.64', '2.58'),               # open-A1
+        ('resnet50', 'cifar10', 'None'): ('1.99', '2.29'),             # open-A2
+        ('resnet18', 'cifar100', 'LL'): ('3.90', '3.89'),              # open-A5, and the next four
         ('resnet18', 'cifar100', 'BIH'): ('3.96', '3.95'),
         ('resnet18', 'cifar100', 'DDN'): ('3.79', '3.78'),
         ('resnet18', 'cifar100', 'SP'): ('3.86', '3.85'),
@@ -75,7 +75,7 @@ def test_a_block_has_one_count_of_misclassified_images_but_for_one_cell(tab1):
     usual = fractions.groupby(BLOCK).total.agg(lambda t: t.mode().item())
     odd = fractions[fractions.total != fractions.set_index(BLOCK).index.map(usual)]
     assert (odd[[*BLOCK, 'attack', 'corrected', 'total']].values.tolist()
-            == [['resnet50', 'cifar10', 'BIH', 69, 141]])  # A-3
+            == [['resnet50', 'cifar10', 'BIH', 69, 141]])  # open-A3
     assert usual.to_dict() == {('resnet18', 'cifar10'): 176, ('resnet18', 'cifar100'): 451,
                                ('resnet34', 'cifar10'): 80, ('resnet34', 'cifar100'): 2538,
                                ('resnet50', 'cifar10'): 131, ('resnet50', 'cifar100'): 775,
@@ -86,19 +86,19 @@ def test_corrected_images(tab1):
     wide = tab1.pivot(index=BLOCK, columns='attack', values='corrected')
     # DDN corrects all
     assert wide.DDN.equals(tab1[tab1.attack=='DDN'].set_index(BLOCK).total.sort_index().rename('DDN'))
-    assert wide.index[wide.LL > wide.BIH].tolist() == [('resnet18', 'cifar100')]  # A-8
+    assert wide.index[wide.LL > wide.BIH].tolist() == [('resnet18', 'cifar100')]  # open-A8
     assert (tab1.corrected.dropna() <= tab1.total.dropna()).all()
 
 
 def test_oddities_are_noted_at_their_cells(tab1):
     where = lambda code: set(map(tuple,
                                  tab1.loc[tab1.note.str.contains(rf'\b{code}:'), [*BLOCK, 'attack']].values))
-    assert where('A-1') | where('A-2') | where('A-5') == set(mismatches(tab1))
-    assert (where('A-3') == {('resnet50', 'cifar10', 'BIH')}
-            and where('A-8') == {('resnet18', 'cifar100', 'LL')})
-    assert (len(where('A-7')) == 4 and {a for _,_,a in where('A-6')} == {'None', 'SP'}
-            and len(where('A-9')) == 1)
-    assert where('A-4') == set()  # that is table 3
+    assert where('open-A1') | where('open-A2') | where('open-A5') == set(mismatches(tab1))
+    assert (where('open-A3') == {('resnet50', 'cifar10', 'BIH')}
+            and where('open-A8') == {('resnet18', 'cifar100', 'LL')})
+    assert (len(where('open-A7')) == 4 and {a for _,_,a in where('open-A6')} == {'None', 'SP'}
+            and len(where('open-A9')) == 1)
+    assert where('open-A4') == set()  # that is table 3
 
 
 @pytest.mark.parametrize('name', sorted(f.name for f in (resources.files('refine_nb')/'published').iterdir()
@@ -137,7 +137,8 @@ def test_clean_accuracies_of_table_4_are_those_of_table_1(tab1, tab4):
 # ---- AdCorDA, Table 2, figures and text --------------------------------------------------------------------
 
 def test_table_2():
-    "20 numbers; deltas are the differences; a training accuracy of the baseline is its count of misclassified images, out of 90,000"
+    """20 numbers; deltas are the differences.
+    A training accuracy of the baseline is its count of misclassified images, out of 90,000"""
     t = published('tab2_adcorda')
     assert ([t[c].count() for c in ('train', 'accuracy', 'delta', 'corrected', 'total')] == [6, 6, 4, 2, 2]
             and [round(t[c].sum(), 2) for c in ('train', 'accuracy', 'delta')] == [571.29, 515.74, 3.67])
@@ -146,14 +147,15 @@ def test_table_2():
     below = [(r.model, r.attack) for _,b in t.groupby('model')
              for r in b.itertuples() if r.train < b.train.iloc[0]]
     assert below == [('resnet18', 'None'), ('resnet50', 'None'), ('resnet50', 'DDN')] == [
-        (r.model, r.attack) for r in t[t.note.str.contains('below BL|Below BL')].itertuples()]  # A-31
+        (r.model, r.attack) for r in t[t.note.str.contains('below BL|Below BL')].itertuples()]  # open-A31
 
 
 def test_figures_of_adcorda():
-    "Of Figure 2 the text has three accuracies, two of which end panel b; Figure 1 has no number but the 100 % of its text"
+    """Of Figure 2 the text has three accuracies, two of which end panel b.
+    Figure 1 has no number but the 100 % of its text"""
     f = published('fig2_adcorda')
     assert (f[f.panel=='a'].accuracy.tolist() == [73.48, 80.57, 83.51] and f[f.panel=='b']
-            .accuracy.tolist() == [80.57, 83.51] and f[f.panel=='b'].note.str.contains('A-24').all())
+            .accuracy.tolist() == [80.57, 83.51] and f[f.panel=='b'].note.str.contains('open-A24').all())
     assert (published('fig1_adcorda').set.tolist() == ['T', 'T_c', 'T_w', 'T_a', "T'"]
             and published('fig1_adcorda').accuracy.sum() == 100)
 
@@ -161,7 +163,7 @@ def test_figures_of_adcorda():
 def test_numbers_of_the_text_of_adcorda():
     t = published('claims_adcorda')
     assert (len(t) == 10 and round(t.value.sum(), 3) == 5619.437 and t.value[:2].tolist() == [.254, .173]
-            and t.note.str.contains('A-23|A-18').sum() == 4)
+            and t.note.str.contains('open-A23|open-A18').sum() == 4)
 
 
 # ---- the mixture document ----------------------------------------------------------------------------------
@@ -180,13 +182,13 @@ def test_tables_of_the_mixture_document(name, methods, sums):
 
 
 def test_oddities_of_the_mixture_document():
-    "A larger eps that looks weaker (M-5), and an undefended network that resists (M-16)"
+    "A larger eps that looks weaker (open-M5), and an undefended network that resists (open-M16)"
     one, two = (published(n).pivot(index='method', columns='attack', values='accuracy')
                 for n in ('tab1_mixture', 'tab2_mixture'))
     assert set(two.index[two['pgd_0.5'] > two['fgsm_0.1']]) == {'SAT', 'Adversarial'}
-    assert set(one.index[one['pgd_0.1'] > one['fgsm_0.1']]) == {'Adversarial', 'SAT', 'ALS + SAT'}  # M-2
+    assert set(one.index[one['pgd_0.1'] > one['fgsm_0.1']]) == {'Adversarial', 'SAT', 'ALS + SAT'}  # open-M2
     improved = [(m, a) for m in two.index for a in COLUMNS[1:] if two.loc[m, a] > one.loc[m, a]]
-    # M-4
+    # open-M4
     assert sorted(improved) == [('Adversarial', 'fgsm_0.5'), ('Adversarial', 'pgd_0.5'), ('SAT', 'pgd_0.5')]
 
 
@@ -226,7 +228,7 @@ def test_numbers_beside_table_3():
     rest = published('tab3_adcorda').query('~source.str.contains("Table 3")')
     assert (rest[['model', 'accuracy', 'size']].fillna(0)
             .values.tolist() == [['resnet152', 81.52, 223.49], ['resnet34', 0, 20.76]]
-            and rest.note.str.contains('A-29:').all())
+            and rest.note.str.contains('open-A29:').all())
 
 
 def test_printed_deltas_of_table_3_are_over_ptsq_but_for_two(tab3):
@@ -237,7 +239,7 @@ def test_printed_deltas_of_table_3_are_over_ptsq_but_for_two(tab3):
     assert len(int8_mismatches(over_full_precision)) == 12
     where = lambda code: set(map(tuple,
                                  tab3.loc[tab3.note.str.contains(rf'\b{code}:'), [*BLOCK, 'attack']].values))
-    assert where('A-4') | where('A-5') == set(wrong) and {a for _,_,a in where('A-6')} == {'None'}
+    assert where('open-A4') | where('open-A5') == set(wrong) and {a for _,_,a in where('open-A6')} == {'None'}
 
 
 def test_baselines_of_table_3_are_those_of_table_1(tab1, tab3):

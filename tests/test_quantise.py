@@ -1,4 +1,4 @@
-"An int8 network is integers all the way: its arithmetic, its files, its gradients, and its place among the specs of a store."
+"An int8 network is integers all the way: its arithmetic, files, gradients, and place among a store's specs."
 from dataclasses import replace
 
 import pytest

@@ -1,4 +1,4 @@
-"""Real MNIST and the JPEG edition of CIFAR-10, where the environment's REFINE_DATA has them; skipped where it does not."""
+"Real MNIST and two editions of CIFAR-10, where the environment's REFINE_DATA has them; skipped elsewhere."
 import os
 from pathlib import Path
 
@@ -29,6 +29,12 @@ def mnist():
 def jpeg():
     root = needs('cifar-10-images')
     return root, load_data('cifar10_jpeg', root=root)
+
+
+@pytest.fixture(scope='module')
+def resplit():
+    root = needs('cifar10-resplit')
+    return root, load_data('cifar10_resplit', root=root)
 
 
 def idx(file, header): return np.frombuffer(file.read_bytes(), np.uint8)[header:]
@@ -97,3 +103,23 @@ def test_jpeg_is_not_given_for_cifar10(jpeg):
     if (root/'cifar-10-batches-py').is_dir(): pytest.skip("the published CIFAR-10 is there too")
     with pytest.raises(FileNotFoundError, match="ask for it as 'cifar10_jpeg'"):
         load_data('cifar10', root=root)
+
+
+def test_resplit_counts_and_fingerprint(resplit):
+    "51,000 images in a split of its own; the first 1,000 test images are those of the published test set"
+    _, d = resplit
+    assert [len(s) for s in (d.train, d.valid, d.test)] == [36_900, 4_100, 10_000]
+    assert d.shape == (3, 32, 32) and d.num_classes == 10 and d.name == 'cifar10_resplit'
+    assert d.test.y[:1000].bincount().tolist() == [103, 89, 100, 103, 90, 86, 112, 102, 106, 109]
+    assert d.fingerprint.startswith('4d3c7b0dcfb0')
+
+
+def test_resplit_pixels_by_pil(resplit):
+    "The first and last image of a class, whose label is its folder"
+    root, d = resplit
+    files = sorted((root/'cifar10-resplit'/'test'/'horse').iterdir())
+    of = d.test.x[d.test.y == d.classes.index('horse')]
+    assert len(of) == len(files)
+    for file in (files[0], files[-1]):
+        wanted = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+        assert (of == wanted).flatten(1).all(1).sum() == 1

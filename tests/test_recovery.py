@@ -1,4 +1,7 @@
-"A store's promises: a run that is killed, damaged, refused or asked for twice ends with the bits of one that was left in peace."
+"""A store's promises.
+
+A run that is killed, damaged, refused or asked for twice ends with the bits of one that was left in peace.
+"""
 import json, os, shutil, signal, tempfile, threading, time, warnings
 from dataclasses import replace
 from itertools import count
@@ -74,7 +77,7 @@ def kept(peace, root):
 # ---- kills -------------------------------------------------------------------------------------------------
 
 def test_a_toy_run_learns_and_draws(peace, root):
-    "What is compared below is not trivial: weights move, and dropout, order and augmentation hang on the seed"
+    "What is compared below is not trivial: weights move; dropout, order and augmentation hang on the seed"
     done = quiet(peace).get(RUN, make=False)
     losses = [h['loss'] for h in done.result['history']]
     assert len(losses) == 3 and losses[-1] < .8*losses[0]
@@ -88,7 +91,8 @@ def test_snapshots_change_nothing(peace, root):
     assert same(peace, root, RUN) and same(peace, root, refined()) and same(peace, root, Correction(RUN, SP))
 
 def test_killed_in_the_middle_of_epochs(peace, root, tmp_path):
-    "Three kills in one run: before any snapshot, at the start of the second epoch, at the last step of all; each goes on from the last snapshot"
+    """Three kills in one run: before any snapshot, at the start of the second epoch, at the last step of all.
+    Each goes on from the last snapshot"""
     log = tmp_path/'log'
     for where in ('kill:0:2', 'kill:1:0', 'kill:2:3'):
         assert Worker(tmp_path/'said', work, root, RUN,
@@ -99,7 +103,8 @@ def test_killed_in_the_middle_of_epochs(peace, root, tmp_path):
     assert same(peace, root, RUN)
 
 def test_killed_at_every_file_operation(peace, tmp_path):
-    "The store's format, locks, each snapshot's writing, renaming and removal, the entry, and the clearing up after it"
+    """The store's format and locks, each snapshot's writing, renaming and removal,
+    the entry, and the clearing up after it"""
     for n in count(1):
         root, said = tmp_path/f'{n}', tmp_path/f'said{n}'
         code = Worker(said, work, root, RUN, kill=(n, root)).end()
@@ -125,7 +130,8 @@ def test_killed_while_an_entry_is_written_leaves_nothing_behind(root, tmp_path):
 
 @pytest.mark.parametrize('n', [4, 9])
 def test_an_adaptation_is_killed(peace, kept, tmp_path, n):
-    "Killed while its first and second snapshot is written: the parent and the corrected set stay, the rest is made to the same bits"
+    """Killed while its first and second snapshot is written.
+    The parent and the corrected set stay, the rest is made to the same bits"""
     shutil.rmtree(quiet(kept).folder(refined()))
     code = Worker(tmp_path/'said', work, kept, refined(), kill=(n, kept/'running'/key(refined()))).end()
     assert code == -signal.SIGKILL, (tmp_path/'said').read_text()
@@ -220,7 +226,8 @@ def test_a_damaged_snapshot(peace, root, tmp_path, monkeypatch, harm):
     assert epochs(tmp_path/'log') == [0, 1, 2] and same(peace, root, RUN)
 
 def test_an_older_snapshot_stands_in(peace, root, tmp_path, monkeypatch):
-    "A kill between writing a snapshot and removing the one before leaves two; where the newer is damaged, the older is used"
+    """A kill between writing a snapshot and removing the one before leaves two.
+    Where the newer is damaged, the older is used"""
     newer = started(root, monkeypatch); raw = newer.read_bytes(); newer.unlink()
     monkeypatch.setenv('TOY_DO', 'stop:1:0'); shutil.rmtree(newer.parent)
     with pytest.raises(KeyboardInterrupt): quiet(root).get(RUN)
@@ -306,7 +313,8 @@ def test_a_store_of_another_format(kept, sign, says):
 # ---- two at once -------------------------------------------------------------------------------------------
 
 def two(root, tmp_path, spec=RUN):
-    "A process that holds a run, stopped in its second epoch, and one that waits for the same run; the log and the gate's file"
+    """A process that holds a run, stopped in its second epoch, and one that waits for the same run.
+    Besides: the log and the gate's file"""
     log, go = tmp_path/'log', tmp_path/'go'
     one = Worker(tmp_path/'one', work, root, spec, env={'TOY_LOG': str(log), 'TOY_GATE': f'1:{go}'})
     until(lambda: log.exists() and 1 in epochs(log))

@@ -1,4 +1,4 @@
-"AutoAttack in the store: what the function says is what is kept, and a run that dies goes on with the survivors it had."
+"AutoAttack in the store: what the function says is kept, and a run that dies goes on with its survivors."
 from dataclasses import replace
 
 import pytest

@@ -1,4 +1,7 @@
-"The published protocol, every stage of it, at a size that a test can afford: what runs for days must not fail on its second day."
+"""The published protocol, every stage of it, at a size that a test can afford.
+
+What runs for days must not fail on its second day.
+"""
 import hashlib, math, shutil, warnings
 from collections import Counter
 from dataclasses import replace
@@ -48,13 +51,14 @@ def test_the_paper_s_preset_changes_nothing(model, dataset):
         assert [key(scaled(c, preset('paper'))) for c in cells] == [key(c) for c in cells]
 
 def test_the_paper_s_preset_caps_nothing():
-    "Every cap is off, those that are yet to come too: a new field of `Preset` that is on in 'paper' fails here"
+    "Every cap is off, those that are yet to come too: a new field of `Preset` that is on in 'paper' fails"
     assert {k: v for k,v in vars(preset('paper')).items() if k not in ('name','says')} == {
         k: v for k,v in vars(Preset('x')).items() if k not in ('name','says')}
 
 @pytest.mark.parametrize('model,dataset', BLOCKS)
 def test_plan_of_the_paper(tmp_path, model, dataset):
-    "Three seeds: 3 baselines, 3 controls, 18 adaptations from 18 corrected sets (that of None too), 24 cells; parents first, each once"
+    """Three seeds: 3 baselines, 3 controls, 18 adaptations from 18 corrected sets (None's too), 24 cells.
+    Parents first, each once"""
     cells = all_cells(model, dataset, SEEDS)
     plan = Store(tmp_path, Engine(), quiet=True).plan(cells)
     bases = [s for s in plan if isinstance(s, Recipe) and s.init is None]
@@ -75,7 +79,8 @@ def test_keys_of_the_paper():
     assert key(baseline('resnet18', 'cifar10', 1)) in {key(s) for s in every}
 
 def test_settings_of_the_paper():
-    "Section 4, by hand: 100 epochs at 1e-4, batch 128 (EfficientNet 64); adaptation 20 epochs at 1e-3, batch 16 (EfficientNet on CIFAR-100 32); 224 pixels; lambda"
+    """Section 4, by hand: 100 epochs at 1e-4, batch 128 (EfficientNet 64); 224 pixels; lambda.
+    Adaptation: 20 epochs at 1e-3, batch 16 (EfficientNet on CIFAR-100 32)"""
     for (model, dataset), seed in product(BLOCKS, SEEDS):
         wide = model == 'efficientnet_v2_m'
         base, weight = baseline(model, dataset, seed), 1/25 if dataset == 'cifar100' else 1/750
@@ -118,7 +123,8 @@ def test_price_of_the_paper(nothing_there, model, dataset):
     assert not (nothing_there/'refine_data').exists() and not (nothing_there/'torch_home').exists()
 
 def test_price_by_hand(nothing_there):
-    "A baseline: 100 epochs of 45,000 images to train and 5,000 to validate; its adaptation: 20 epochs, source and target; a cell: 10,000 test images"
+    """A baseline: 100 epochs of 45,000 images to train and 5,000 to validate.
+    Its adaptation: 20 epochs, source and target. A cell: 10,000 test images"""
     base = baseline('resnet18', 'cifar10', 1)
     assert images(base) == {'train': 4_500_000, 'forward': 500_000}
     assert (images(refined(base)) == {'train': 1_800_000, 'forward': 100_000}
@@ -137,7 +143,8 @@ def test_the_demo_prices_the_paper_with_nothing_there(nothing_there, tmp_path):
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
-    "A folder with a JPEG tree of 150 and 20 images that have something to learn, and one with generated 'ImageNet' weights of a ResNet-18"
+    """A folder with a JPEG tree of 150 and 20 images that have something to learn,
+    and one with generated 'ImageNet' weights of a ResNet-18"""
     top, rng, seen = tmp_path_factory.mktemp('world'), np.random.default_rng(0), []
     for (part, n), (k, label) in product((('train', 15), ('test', 2)), enumerate(
             'airplane automobile bird cat deer dog frog horse ship truck'.split())):
@@ -167,7 +174,8 @@ def there(world, monkeypatch):
 
 @pytest.fixture(scope='module')
 def ran(world, tmp_path_factory):
-    "The published grid of one model and seed, from pretrained weights, one epoch each, and the store that made it"
+    """The published grid of one model and seed, from pretrained weights, one epoch each.
+    Besides: the store that made it"""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter('ignore'); torch.manual_seed(0)
         patch.setenv('REFINE_DATA', str(world.top/'data')); patch.setenv('TORCH_HOME', str(world.top/'torch'))
@@ -182,7 +190,8 @@ def ran(world, tmp_path_factory):
 pytestmark = pytest.mark.filterwarnings('ignore:cifar10_jpeg under .* is not the published set')
 
 def test_toy_size_is_the_protocol(ran):
-    "What ran is the published grid but for epochs, the baseline's rate, steps, pixels and the number of test images"
+    """What ran is the published grid but for epochs, the baseline's rate, steps, pixels
+    and the number of test images"""
     published = baseline('resnet18', 'cifar10_jpeg')
     assert replace(ran.base, epochs=100, optimiser=ran.base.optimiser.but(lr=1e-4),
                    data=ran.base.data.but(size=224)) == published
@@ -222,7 +231,8 @@ def test_damaged_pretrained_weights(ran, there, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('row', ROWS[2:])
 def test_a_corrected_set(ran, there, row):
-    "T_a: images that the baseline gets wrong, and right once they are corrected; within the attack's budget; T_c untouched"
+    """T_a: images that the baseline gets wrong, and right once they are corrected, within the budget.
+    T_c is untouched"""
     t, data = ran.store.value(ran.cells[row][0].recipe.method['source']), ran.store.data(ran.base.data)
     model = ran.store.model(ran.base)
     assert_close(t.right, verdicts(model, data.train, size=32))

@@ -55,7 +55,8 @@ def test_sides_are_the_reference_s(shape, p_init):
         assert square_side(q, H, W, p_init) == min(max(int(round((schedule(q)*C*H*W/C)**.5)), 1), H, W)
 
 def test_own_draws_break_as_much(task):
-    "Another sample of the same attack: over 60 seeds each mean was 28.5 and 28.8 images that hold (standard error .1)"
+    """Another sample of the same attack.
+    Over 60 seeds each mean was 28.5 and 28.8 images that hold (standard error .1)"""
     net, x, y = task
     mean = lambda f: sum(right(net, f(seed), y).sum().item() for seed in range(10))/10
     ours, theirs = (mean(lambda s: square(net, x, y, eps=.01, n_queries=100, seed=s)),

@@ -78,7 +78,7 @@ def dies_at(n, folder):
     sys.addaudithook(hook)
 
 def work(root, spec, every=0., kill=None, limit=None, nobody=False):
-    "Make `spec` in the store `root`: the body of a process that may die, find the disk full, or may not write"
+    "Make `spec` in the store `root`, in a process that may die, find the disk full, or may not write"
     if kill: dies_at(*kill)
     if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if nobody and os.geteuid() == 0: os.setuid(65534)

@@ -1,7 +1,9 @@
-"""Speed side by side in one run: our attacks and training steps against the codes that people use, as Markdown and JSON in reports/bench/<device kind>/
+"""Speed side by side: our attacks and training steps against the codes that people use
 
-`make bench` measures every row (under ten minutes), `make bench ARGS=--quick` in about one. Ours and theirs do the same work from the same start; a row
-first shows that they agree, then runs A, B, A, B, ... and reports the median of the ratios with its range, in wall and in processor time.
+Markdown and JSON go to reports/bench/<device kind>/. `make bench` measures every row (under ten minutes),
+`make bench ARGS=--quick` in about one. Ours and theirs do the same work from the same start; a row first
+shows that they agree, then runs A, B, A, B, ... and reports the median of the ratios with its range, in wall
+and in processor time.
 """
 import argparse, json, os, re, statistics, sys, time
 from collections.abc import Callable
@@ -57,7 +59,8 @@ class Contest:
 
 @dataclass(frozen=True)
 class Row:
-    "A line of the table: `make(setting)` gives its `Contest`; the target is theirs/ours at least, or ours/theirs at most"
+    """A line of the table: `make(setting)` gives its `Contest`.
+    The target is theirs/ours at least, or ours/theirs at most"""
     name: str
     says: str
     make: Callable
@@ -92,7 +95,8 @@ def needs(name):
                      else f'{name} needs {e.name}, which is not installed') from None
 
 def race(contest, *, seconds, rounds, most=9, clock=Clock()):
-    "Interleaved rounds until `seconds` are over, at least `rounds`: agreement, and the times of each side, {side: [(wall, cpu)]}"
+    """Interleaved rounds until `seconds` are over, at least `rounds`.
+    Gives agreement, and the times of each side, {side: [(wall, cpu)]}"""
     times, start, longest = {k: [] for k in contest.sides}, clock.wall(), 0.
     rounds = rounds if contest.rounds is None else min(rounds, contest.rounds)
     if contest.warm:
@@ -188,10 +192,9 @@ def markdown(report):
     if report['load'] > .5*report['cores']:
         notes.append(f"The machine was busy: {report['load']:.1f} processes wanted its {report['cores']} "
                      "cores when the run began.")
-    table = show_table(
-        pd.DataFrame([line(r) for r in report['rows']]), f"Speed on "
-        f"{report['device']}{', held to '+report['held_to'] if report.get('held_to') else ''}{', a quick run' if report['quick'] else ''}",
-        notes).data
+    held = f", held to {report['held_to']}" if report.get('held_to') else ''
+    title = f"Speed on {report['device']}{held}{', a quick run' if report['quick'] else ''}"
+    table = show_table(pd.DataFrame([line(r) for r in report['rows']]), title, notes).data
     rates = pd.DataFrame([{'what': k, 'rate': f'{v:,.0f} {unit}'} for k,(v,unit) in limits.items()])
     return table + ('\n' + show_table(rates, 'What this device can do').data if limits else '')
 
@@ -268,7 +271,7 @@ def foolbox_pgd(net, x, y):
 def torchattacks_pgd(net, x, y): return needs('torchattacks').PGD(net, eps=EPS, alpha=STEP, steps=STEPS)(x, y)
 
 def recomputing_kl_pgd(net, x, y):
-    "The inner attack as TRADES' published code has it: the clean image goes through the net again at every step"
+    "The inner attack as in TRADES' published code: the clean image goes through the net again at every step"
     at = x+.001*torch.randn(x.shape, device=x.device, dtype=x.dtype)
     for _ in range(STEPS):
         at.requires_grad_()
@@ -283,7 +286,7 @@ def seeded(f, *args):
     return f(*args)
 
 def same_pixels(s, ours, theirs):
-    "Every pixel of an attack in float64, where rounding cannot turn a sign; in float32 the share that is equal"
+    "Every pixel of an attack in float64, where rounding can turn no sign; in float32 the share that is equal"
     def agree(found):
         net, (x, y) = s.net(torch.float64), s.images(4, 16, torch.float64)
         worst = (seeded(ours, fold(net), last(x), y)-seeded(theirs, net, x, y)).abs().max().item()
@@ -293,7 +296,7 @@ def same_pixels(s, ours, theirs):
     return agree
 
 def attack_contest(s, ours, theirs):
-    "Ours on a folded channels-last copy of the net, which is made inside the clock; theirs on the net as it is"
+    "Ours on a folded channels-last copy of the net, made inside the clock; theirs on the net as it is"
     net, (x, y) = s.net(), s.images(s.batch)
     folded, x_last = fold(net), last(x)
     sides = {'ours': lambda: seeded(ours, fold(net), x_last, y), 'theirs': lambda: seeded(theirs, net, x, y),
@@ -338,7 +341,9 @@ def budget(net, x, y, share):
     return max((n/100 for n in range(1, 41) if left(n/100) >= share), default=.01)
 
 def verdicts_compared(ours, theirs): # bool [seeds, images] each: who withstood
-    "How many images: judged otherwise at the first seed; broken by every seed of one side and none of the other; on which a side's own seeds differ; each of these with (ours, theirs) by seed. And which are opposed"
+    """How many images: judged otherwise at the first seed; broken by every seed of one side and none of the
+    other; on which a side's own seeds differ; each of these with (ours, theirs) by seed. And which are
+    opposed"""
     def unsure(v): return (v != v[0]).any(0)
     opposed = ((ours[0] != theirs[0]) & ~unsure(ours) & ~unsure(theirs)).nonzero()[:,0]
     return {'changed': (ours[0] != theirs[0]).sum().item(), 'ours_unsure': unsure(ours).sum().item(),
@@ -347,13 +352,15 @@ def verdicts_compared(ours, theirs): # bool [seeds, images] each: who withstood
                 unsure(ours) | unsure(theirs) | (ours[0] != theirs[0])).nonzero()[:,0].tolist()}}, opposed
 
 def set_apart(ours, theirs, images): # each: (seed, images) -> bool [images], who withstood
-    "Images that chance does not explain: both sides are asked again, with eight seeds that had no part in their choice; Fisher's exact test at 2 %"
+    """Images that chance does not explain, by Fisher's exact test at 2 %.
+    Both sides are asked again, with eight seeds that had no part in their choice"""
     a, b = (torch.stack([f(seed, images) for seed in range(3, 11)]).sum(0).cpu() for f in (ours, theirs))
     return [i for i,m,n in zip(images.tolist(), a.tolist(), b.tolist())
             if fisher_exact([[m, 8-m], [n, 8-n]]).pvalue < .02]
 
 def verdict_contest(s, *, taught_at, share, eps=None, **about):
-    "Which images withstand AutoAttack's standard version, by our code and by the authors'. Timed at seed 0; agreement asks for seeds 0, 1, 2 of both, and again where they oppose each other"
+    """Which images withstand AutoAttack's standard version, by our code and by the authors'.
+    Timed at seed 0; agreement asks for seeds 0, 1, 2 of both, and again where they oppose each other"""
     autoattack, theirs = needs('refine_nb.attacks').autoattack, needs('pyautoattack').AutoAttack
     data = load_digits()
     x, y = torch.tensor(data.images[:, None]/16, dtype=torch.float32), torch.tensor(data.target)
@@ -404,7 +411,8 @@ def our_step(attack, objective, **mode): # -> (net, x, y, optimiser) -> loss, as
 def near(at, x): return torch.min(torch.max(at, x-EPS), x+EPS).clamp(0, 1)
 
 def train_mode_step(net, x, y, optimiser):
-    "The net attacked in training mode with `backward`, which also adds up gradients of the weights that nobody uses"
+    """The net attacked in training mode with `backward`,
+    which also adds up gradients of the weights that nobody uses"""
     net.train(); at = near(x+torch.empty_like(x).uniform_(-EPS, EPS), x)
     for _ in range(STEPS):
         at = at.detach().requires_grad_()
@@ -435,7 +443,8 @@ def trades_step(net, x, y, optimiser, beta=6.):
     return loss.detach()
 
 def training_contest(s, ours, theirs, same=None):
-    "A step of SGD on equal nets; `same`: our step that does exactly what theirs does, timed as well, where it is not `ours`"
+    """A step of SGD on equal nets.
+    `same`: our step that does exactly what theirs does, timed as well, where it is not `ours`"""
     def side(step, place, n=s.batch, size=32, dtype=torch.float32):
         net, (x, y) = place(s.net(dtype)), s.images(n, size, dtype)
         if s.cuda and place is ours_place: x = last(x)

@@ -1,4 +1,4 @@
-"Write README.md from nbs/index.ipynb as it is stored: its prose and its outputs, with links that work from the root"
+"Write README.md from nbs/index.ipynb as it is stored: prose and outputs, with links that work from the root"
 import re, sys
 from pathlib import Path
 

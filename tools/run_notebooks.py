@@ -1,4 +1,7 @@
-"Run the notebooks of nbs/ in place: the rooms in their order, artefacts, the index; a notebook that fails keeps its old outputs"
+"""Run the notebooks of nbs/ in place: the rooms in their order, artefacts, the index
+
+A notebook that fails keeps its old outputs.
+"""
 import os, re, sys, time
 from pathlib import Path
 
@@ -6,9 +9,10 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from outputs import record
+
 NBS = Path(__file__).resolve().parents[1]/'nbs'
-
-
+# a room imports from those before it only
 ROOMS = ('base', 'vision', 'attacks', 'evaluation', 'training', 'refinement', 'runs', 'reporting', 'papers')
 
 def rank(path):
@@ -27,15 +31,26 @@ def run(path):
     nbformat.write(nb, new)
     os.replace(new, path)
 
+def notebooks(nbs=NBS):
+    "Name -> path, in the order in which they run; a name is the path below nbs/ without its ending"
+    there = [p for p in sorted(nbs.rglob('*.ipynb'), key=rank) if '.ipynb_checkpoints' not in p.parts]
+    return {p.relative_to(nbs).with_suffix('').as_posix(): p for p in there}
+
+def chosen(names, there):
+    "Those that are named, in full or by their last part; all where no name is given"
+    ways = {n: {n, n.rpartition('/')[2]} for n in there}
+    if unknown := sorted(set(names) - set().union(*ways.values())):
+        sys.exit(f'nbs/ has no {", ".join(unknown)}: choose from {", ".join(there)}')
+    return [n for n in there if not names or ways[n] & set(names)]
+
 def main(names):
     os.environ.setdefault('REFINE_PRESET', 'demo')
-    there = {p.stem: p for p in sorted(NBS.rglob('*.ipynb'), key=rank) if '.ipynb_checkpoints' not in p.parts}
-    if unknown := sorted(set(names) - set(there)):
-        sys.exit(f'nbs/ has no {", ".join(unknown)}: choose from {", ".join(there)}')
-    for name in (n for n in there if n in names or not names):
+    there = notebooks()
+    for name in chosen(names, there):
         start = time.monotonic()
         try: run(there[name])
         except CellExecutionError as e: sys.exit(f'{name}: ' + re.sub(r'\x1b\[[\d;]*m', '', str(e)))
+        record([there[name]])
         print(f'{name}: {time.monotonic()-start:.0f} s', flush=True)
 
 

@@ -9,8 +9,10 @@ __all__ = ['plane_step', 'fab_rows', 'fab_t']
 import torch
 from torch import Tensor, nn
 
-from .auto_pgd import _classes, _clean, pursue
-from .loop import check_attack, must_be_finite, _each, attacking, linf
+from .auto_pgd import _classes
+from .lending import attacking, check_attack, must_be_finite
+from .moves import _each, linf
+from .queue import _clean, pursue
 
 # %% ../../nbs/attacks/50_fast_boundary.ipynb #51bff07b
 def plane_step(
@@ -54,6 +56,13 @@ def _walk(x_adv, x, gap, w, alpha_max, eta):
     return torch.empty_like(x).copy_(
         ((here+eta*step)*(1-alpha)+(home+eta*lean)*alpha).clamp_(0, 1).reshape_as(x))  # its layout
 
+# %% ../../nbs/attacks/50_fast_boundary.ipynb #6b82fc02
+def _remember(out, best, at, x_adv, x, wrong):
+    "Put misclassified iterates that are nearer than `best` [N] into `out`, at rows `at`; how far each is [B]"
+    far = (x_adv-x).abs().flatten(1).amax(1); nearer = wrong & (far<best[at])
+    if nearer.any(): out[at[nearer]],best[at[nearer]] = x_adv[nearer],far[nearer]
+    return far
+
 # %% ../../nbs/attacks/50_fast_boundary.ipynb #5bbce396
 def fab_rows(
     model:nn.Module, # logits [B,K], already in evaluation mode
@@ -63,20 +72,17 @@ def fab_rows(
     example:Tensor,  # [B], which image a row is about
     *,
     eps:float, steps:int=100, # L-inf budget; iterations
-    # largest lean; overshoot; how much of the change is left after a success
-    alpha_max:float=.1, eta:float=1.05, beta:float=.9,
+    alpha_max:float=.1, eta:float=1.05, beta:float=.9, # largest lean; overshoot; what a success leaves
     early_stop:bool=True,     # a row leaves as soon as its image is broken within eps
 # the nearest misclassified images [B,C,H,W], `x` where there is none; bool [B]: is it within eps
 )->tuple[Tensor,Tensor]:
     "Targeted FAB on rows that share images (Croce & Hein 2020, algorithm 1)"
-    out,best,at,x_adv,sound = (x.clone(),torch.full_like(x[:,0,0,0], torch.inf),
-                               torch.arange(len(x), device=x.device),x,True)
+    out,best,x_adv,sound = x.clone(),torch.full_like(x[:,0,0,0], torch.inf),x,True
+    at = torch.arange(len(x), device=x.device)
     for _ in range(steps):
         x_adv = _walk(x_adv, x, *_gaps(model, x_adv, y, aim), alpha_max, eta)
         with torch.no_grad(): z = model(x_adv); wrong,sound = z.argmax(1)!=y,z.isfinite().all() & sound
-        far = (x_adv-x).abs().flatten(1).amax(1)
-        nearer = wrong & (far<best[at])
-        if nearer.any(): out[at[nearer]],best[at[nearer]] = x_adv[nearer],far[nearer]
+        far = _remember(out, best, at, x_adv, x, wrong)
         x_adv = torch.where(_each(wrong, x), x+beta*(x_adv-x), x_adv)
         if early_stop and (done := wrong & (far<=eps)).any():
             alive = ~torch.isin(example, example[done])

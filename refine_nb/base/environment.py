@@ -57,7 +57,7 @@ def commit(
 def whole(
     path:str|Path, # file or folder to be made or replaced; its parents are made
 ): # yields the path to write to: nothing is there yet, the writer makes the file or folder
-    "Give `path` its new content when the block ends well; leave it as it was when the block fails (house rule 10)"
+    "Give `path` its new content when the block ends well; leave it as it was when it fails (house rule 10)"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as beside:

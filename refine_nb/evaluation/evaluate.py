@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ..base import Call, bar, seeded
 from ..vision import Split, to_input
-from ..attacks import attacking
-from ..attacks.loop import must_be_finite
+from ..attacks import attacking, must_be_finite
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #a66afb8a
 EVAL_BATCH = 500 # images of an evaluation batch, fixed: float sums depend on it in the last bits
@@ -45,8 +44,7 @@ def predict(
     return z
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #25dfeed5
-# iterator of x_adv, a batch each, on the device
-def _attacked(model, split:Split, attack:Call, size, seed, device, quiet):
+def _attacked(model, split:Split, attack:Call, size, seed, device, quiet): # yields x_adv, batch by batch
     pairs = list(zip(split.x.split(EVAL_BATCH), split.y.split(EVAL_BATCH)))
     for i,(x,y) in enumerate(bar(pairs, desc=attack.name, quiet=quiet)):
         draws = {'generator': seeded(seed, i, 'attack')} if 'generator' in attack.accepts else {}
@@ -115,18 +113,17 @@ def narrow(
 )->Tensor:           # uint8, int16 or int32 [N]; `.long()` is the way back
     "Classes as the smallest integer type that holds K of them"
     if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
-        raise ValueError(
-            f"classes must be in 0..{num_classes-1}, got {int(classes.min())}..{int(classes.max())}")
-    return classes.to(torch.uint8 if num_classes <= 256
-                      else torch.int16 if num_classes <= 2**15 else torch.int32)
+        raise ValueError(f"classes must be in 0..{num_classes-1}, "
+                         f"got {int(classes.min())}..{int(classes.max())}")
+    kind = torch.uint8 if num_classes <= 256 else torch.int16 if num_classes <= 2**15 else torch.int32
+    return classes.to(kind)
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #2e3ec229
 @dataclass(frozen=True, eq=False)
 class Outcome:
     "What became of each image: right or wrong, the class it was given, what broke it"
     right: Tensor               # bool [N]
-    # int64 [N]; None for a worst case, and for results of before classes were kept
-    predicted: Tensor|None=None
+    predicted: Tensor|None=None # int64 [N]; None for a worst case, and where only verdicts were kept
     breaker: Tensor|None=None   # int8 [N], from `first_broken`; None unless a worst case
 
     def __len__(self): return len(self.right)

@@ -67,18 +67,17 @@ def mcnemar(
 )->dict:             # difference, low, high (fractions, first minus second), p, b, c, n
     "Is one model better than the other on the same images? McNemar's exact test and Newcombe's interval"
     if len(_bits(right_a)) != len(_bits(right_b)):
-        raise ValueError(
-            f'a paired comparison wants verdicts on the same images, got {len(right_a)} and {len(right_b)}')
-    n, b, c, both = (len(right_a), int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum()),
-                     int((right_a & right_b).sum()))
+        raise ValueError('a paired comparison wants verdicts on the same images, '
+                         f'got {len(right_a)} and {len(right_b)}')
+    n, both = len(right_a), int((right_a & right_b).sum())
+    b, c = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     low, high = newcombe(both, b, c, n-both-b-c, level)
     return {'difference': (b-c)/n, 'low': low, 'high': high,
             'p': float(binomtest(b, b+c).pvalue) if b+c else 1., 'b': b, 'c': c, 'n': n}
 
 # %% ../../nbs/evaluation/10_statistics.ipynb #fd605bce
 def robustness_curve(
-    # eps -> bool [N] under an attack of that budget; 0 is clean; the same images
-    verdicts:Mapping[float,Tensor],
+    verdicts:Mapping[float,Tensor], # eps -> bool [N] under an attack of that budget, 0 is clean; same images
     level:float=.95,                # coverage of the intervals, in (0,1)
 )->pd.DataFrame: # eps, then as from `proportion`; by increasing eps
     "Accuracy against budget, with n and intervals"
@@ -98,8 +97,8 @@ def confusion(
         raise ValueError('predicted is None: the result was stored before classes were kept; '
                          'remove its folder from the store to have it made again')
     if y.shape != predicted.shape or y.ndim != 1:
-        raise ValueError(
-            f'labels and classes must both be [N], got {list(y.shape)} and {list(predicted.shape)}')
+        raise ValueError('labels and classes must both be [N], '
+                         f'got {list(y.shape)} and {list(predicted.shape)}')
     for t in (y, predicted):
         if len(t) and not 0 <= int(t.min()) <= int(t.max()) < num_classes:
             raise ValueError(f'classes must be in 0..{num_classes-1}, got {int(t.min())}..{int(t.max())}')
@@ -111,14 +110,12 @@ def pushes(
     counts:Tensor,         # int64 [K,K], from `confusion`
     classes:Iterable[str], # K names
     level:float=.95,       # coverage of the intervals, in (0,1)
-# class, n, accuracy, low, high, to ('' for none), share_to, low_to, high_to;
-# a class without images is left out
-)->pd.DataFrame:
-    "Where the images of each class end up, with n and intervals"
+)->pd.DataFrame: # class, n, accuracy, low, high, to ('' for none), share_to, low_to, high_to
+    "Where the images of each class end up, with n and intervals; a class without images is left out"
     rows, classes = [], list(classes)
     if counts.shape != (len(classes),)*2:
-        raise ValueError(
-            f'{len(classes)} names want counts of shape {[len(classes)]*2}, got {list(counts.shape)}')
+        raise ValueError(f'{len(classes)} names want counts of shape {[len(classes)]*2}, '
+                         f'got {list(counts.shape)}')
     for k,row in enumerate(counts.tolist()):
         if not (n := sum(row)): continue
         away = [c if j != k else -1 for j,c in enumerate(row)]; to = away.index(max(away))

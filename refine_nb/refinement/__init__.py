@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['Corrected', 'Correction', 'adapt', 'correct', 'paired_batches', 'show_corrections', 'OnSource', 'PARTS', 'Share',
            'equal_steps', 'on_source', 'part_of', 'share_of', 'BACKENDS', 'CALIBRATION_BATCH', 'Int8', 'OBSERVERS',
-           'Quantised', 'Simulation', 'StraightThrough', 'affine', 'calibrate', 'integers', 'kernels', 'mebibytes',
-           'on_counterpart', 'prepared', 'quantise', 'restored', 'through_int8', 'to_integers']
+           'affine', 'calibrate', 'integers', 'kernels', 'mebibytes', 'prepared', 'quantise', 'restored', 'to_integers',
+           'Quantised', 'Simulation', 'StraightThrough', 'on_counterpart', 'through_int8']
 
 # %% ../../nbs/refinement/99_refinement.ipynb #32198975
 from refine_nb.refinement.refine import (Corrected, Correction, adapt, correct, paired_batches,
     show_corrections)
 from .sources import OnSource, PARTS, Share, equal_steps, on_source, part_of, share_of
-from .int8 import (BACKENDS, CALIBRATION_BATCH, Int8, OBSERVERS, Quantised,
-    Simulation, StraightThrough, affine, calibrate, integers, kernels, mebibytes, on_counterpart,
-    prepared, quantise, restored, through_int8, to_integers)
+from .int8 import (BACKENDS, CALIBRATION_BATCH, Int8, OBSERVERS, affine, calibrate,
+    integers, kernels, mebibytes, prepared, quantise, restored, to_integers)
+from refine_nb.refinement.straight_through import (Quantised, Simulation, StraightThrough,
+    on_counterpart, through_int8)
 
 # %% ../../nbs/refinement/99_refinement.ipynb #df857ca9
 _all_ = ['Corrected', 'Correction', 'adapt', 'correct', 'paired_batches', 'show_corrections',
          'OnSource', 'PARTS', 'Share', 'equal_steps', 'on_source', 'part_of', 'share_of', 'BACKENDS',
-         'CALIBRATION_BATCH', 'Int8', 'OBSERVERS', 'Quantised', 'Simulation', 'StraightThrough',
-         'affine', 'calibrate', 'integers', 'kernels', 'mebibytes', 'on_counterpart', 'prepared',
-         'quantise', 'restored', 'through_int8', 'to_integers']
+         'CALIBRATION_BATCH', 'Int8', 'OBSERVERS', 'affine', 'calibrate', 'integers', 'kernels',
+         'mebibytes', 'prepared', 'quantise', 'restored', 'to_integers', 'Quantised', 'Simulation',
+         'StraightThrough', 'on_counterpart', 'through_int8']

@@ -62,11 +62,20 @@ def _attack_wrong(
         made.append(_stored(attack(model, x, data.train.y[rows].to(device), **own), storage).contiguous())
     return torch.cat(made)
 
-# %% ../../nbs/refinement/00_refine.ipynb #64ec84cb
+# %% ../../nbs/refinement/00_refine.ipynb #9c14b0d8
+def _accept(data, attack, storage): # what `correct` takes, or a sentence that says what is wrong
+    choose(storage, ('float32','uint8'), 'storage')
+    if not isinstance(data, Data):
+        raise ValueError("correct wants the data set whose training part was trained on, "
+                         f"got {type(data).__name__}: write load_data(...)")
+    if attack is not None and not isinstance(attack, Call):
+        raise ValueError(f"attack wants a Call or None, got {attack!r}: write call(ddn, targeted=True)")
+
 def _hint(attack):
     return ('. It goes away from the true class: did you mean targeted=True?'
             if attack.all_settings.get('targeted') is False else '')
 
+# %% ../../nbs/refinement/00_refine.ipynb #64ec84cb
 def correct(
     model:nn.Module,      # trained on `data`
     data:Data,            # its training part is T
@@ -76,27 +85,21 @@ def correct(
     seed:int=0, device='cpu', quiet=True,
 )->Corrected:
     "Steps 2 to 4 of AdCorDA (section 3.1); warns where there is nothing to correct or nothing was corrected"
-    choose(storage, ('float32','uint8'), 'storage')
-    if not isinstance(data, Data):
-        raise ValueError(f"correct wants the data set whose training part was trained on, "
-                         f"got {type(data).__name__}: write load_data(...)")
-    if attack is not None and not isinstance(attack, Call):
-        raise ValueError(f"attack wants a Call or None, got {attack!r}: write call(ddn, targeted=True)")
+    _accept(data, attack, storage)
     right = verdicts(model, data.train, size=data.size, device=device)
     wrong, start = (~right).nonzero()[:,0], time.monotonic()
-    if attack is None or not len(wrong):
-        if attack is not None:
-            warnings.warn(f"all {len(right)} training images are classified correctly: "
-                          f"{attack.name} has nothing to correct, T' = T as for None", stacklevel=2)
+    if attack and not len(wrong):
+        warnings.warn(f"all {len(right)} training images are classified correctly: "
+                      f"{attack.name} has nothing to correct, T' = T as for None", stacklevel=2)
+    if not attack or not len(wrong):
         return Corrected(right, wrong[:0], torch.empty(0, *data.shape), torch.empty(0), torch.empty(0))
     x = _attack_wrong(model, data, wrong, attack, storage=storage, seed=seed, device=device, quiet=quiet)
     seconds, ok = time.monotonic()-start, predict(model, _plain(x), device=device) == data.train.y[wrong]
     if not ok.any():
         warnings.warn(f"{attack.name} corrected none of {len(wrong)} misclassified images: "
                       f"T' = T_c as for None{_hint(attack)}", stacklevel=2)
-    delta = _plain(x[ok]) - to_input(data.train.x[wrong[ok]], data.size)
-    return Corrected(right, wrong[ok], x[ok], delta.abs().flatten(1).amax(1),
-                     delta.flatten(1).norm(dim=1), seconds)
+    delta = (_plain(x[ok]) - to_input(data.train.x[wrong[ok]], data.size)).flatten(1)
+    return Corrected(right, wrong[ok], x[ok], delta.abs().amax(1), delta.norm(dim=1), seconds)
 
 # %% ../../nbs/refinement/00_refine.ipynb #060dc95a
 def show_corrections(
@@ -131,7 +134,7 @@ def _source_images(data:Data, source:Corrected, device):
         return torch.where((at>=0).view(-1,1,1,1), _plain(T_a[at.clamp(min=0)]), plain)
     return images
 
-# %% ../../nbs/refinement/00_refine.ipynb #423f36d2
+# %% ../../nbs/refinement/00_refine.ipynb #9f17f436
 def _layout(x:Tensor)->Tensor: return x.contiguous(memory_format=torch.channels_last)
 
 def _order(members:Tensor, n:int, seed:int, epoch:int,
@@ -139,11 +142,19 @@ def _order(members:Tensor, n:int, seed:int, epoch:int,
     names = [(seed, epoch, 'source', *([turn] if turn else [])) for turn in range(-(-n//len(members)))]
     return torch.cat([members[torch.randperm(len(members), generator=seeded(*name))] for name in names])[:n]
 
+# %% ../../nbs/refinement/00_refine.ipynb #423f36d2
 def paired_batches(
-    data:Data, source:Corrected, *, batch_size:int, seed:int, epoch:int, augment:str='none',
-    pairing:str='independent', fill:bool=False, device='cpu',
-):  # iterator of (x_source, y_source, x_target), each [batch_size,...]
-    "One pass over T' in random order, each batch beside one of T (AdCorDA, step 5); with `fill` as many batches as a pass over T has"
+    data:Data,               # its training part is T
+    source:Corrected,        # T'
+    *,
+    batch_size:int,          # of each side
+    seed:int, epoch:int,     # of the orders and of the augmentation
+    augment:str='none',      # of both sides: 'none', 'flip' or 'crop_flip'
+    pairing:str='independent', # or 'aligned': the same images on both sides
+    fill:bool=False,         # as many batches as a pass over T has
+    device='cpu',
+):                           # iterator of (x_source, y_source, x_target), each [batch_size,...]
+    "One pass over T' in random order, each batch beside one of T (AdCorDA, step 5)"
     choose(pairing, ('independent','aligned'), 'pairing')
     images, members = _source_images(data, source, device), source.members
     rows = _order(members, len(data.train) if fill else len(members), seed, epoch)
@@ -167,6 +178,16 @@ def _coral_step(coral_weight:float, joint:bool): # equation 5 on a batch (x_sour
         return loss_class + coral_weight*loss_coral, {'class_loss': loss_class, 'coral_loss': loss_coral}
     return step
 
+def _n_batches(source, batch_size, coral_weight)->int: # of an epoch, or a sentence that says what is wrong
+    if not isinstance(source, Corrected):
+        raise ValueError(f"source wants a corrected set, got {type(source).__name__}: "
+                         "make one with correct(model, data, attack)")
+    if coral_weight < 0: raise ValueError(f"coral_weight wants a number >= 0, got {coral_weight}")
+    if (n := len(source.members)//max(batch_size, 1)) and batch_size >= 2: return n
+    raise ValueError("adapt wants batch_size >= 2 and at least one batch in the corrected set, "
+                     f"got batch_size {batch_size} and {len(source.members)} images: "
+                     "train the baseline longer, or lower batch_size")
+
 # %% ../../nbs/refinement/00_refine.ipynb #692c9681
 def adapt(
     data:Data,               # T
@@ -174,23 +195,14 @@ def adapt(
     source:Corrected,        # T'; in a recipe, the `Correction` that makes it
     batch_size:int,          # of the source, and of the target
     seed:int,
-    # lambda of equation 5; 1/750 for CIFAR-10, 1/25 for CIFAR-100, 1/2 for CINIC-10 (section 4)
-    coral_weight:float=1/750,
+    coral_weight:float=1/750,# lambda: 1/750 for CIFAR-10, 1/25 for CIFAR-100, 1/2 for CINIC-10 (section 4)
     augment:str='none',      # of both domains: 'none', 'flip' or 'crop_flip'
     pairing:str='independent', # or 'aligned': the target batch holds the images of the source batch
     joint:bool=False,        # one forward for both batches, so that batch norm mixes the domains
     device='cpu',
 )->Method:                   # for `fit`
     "Step 5 of AdCorDA: class loss on T' plus lambda times the CORAL loss between T' and T (equation 5)"
-    if not isinstance(source, Corrected):
-        raise ValueError(f"source wants a corrected set, got {type(source).__name__}: "
-                         "make one with correct(model, data, attack)")
-    if coral_weight < 0: raise ValueError(f"coral_weight wants a number >= 0, got {coral_weight}")
-    n = len(source.members)//max(batch_size, 1)
-    if not n or batch_size<2:
-        raise ValueError(
-            f"adapt wants batch_size >= 2 and at least one batch in the corrected set, got batch_size "
-            f"{batch_size} and {len(source.members)} images: train the baseline longer, or lower batch_size")
+    n = _n_batches(source, batch_size, coral_weight)
     def epoch_batches(epoch):
         return paired_batches(data, source, batch_size=batch_size, seed=seed, epoch=epoch, augment=augment,
                               pairing=pairing, device=device)

@@ -51,8 +51,20 @@ class Share(Spec):
     @property
     def attack(self): return self.full.attack
 
+# %% ../../nbs/refinement/10_sources.ipynb #067c3e00
+def _exchanged(data, source, seed): # each change goes to the next image in a random circle
+    if (A := source.n_corrected) < 2:
+        raise ValueError(f"exchanging changes wants at least 2 corrected images, got {A}: "
+                         "take a baseline that errs more")
+    x = to_input(data.train.x[source.index], data.size)
+    x_new = source.x.float()/255 if source.x.dtype==torch.uint8 else source.x
+    circle = torch.randperm(A, generator=seeded(seed, 'exchange')); x_other = torch.empty_like(x_new)
+    x_other[circle] = (x[circle] + (x_new-x)[circle.roll(1)]).clamp(0,1)
+    change = (x_other-x).flatten(1)
+    return replace(source, x=x_other, linf=change.abs().amax(1), l2=change.norm(dim=1))
+
 # %% ../../nbs/refinement/10_sources.ipynb #0c6d1a1e
-PARTS = ('T', 'T_c', "T'", 'exchanged')
+PARTS = ('T', 'T_c', "T'", 'exchanged') # what the source of an adaptation may be
 
 def part_of(
     data:Data,         # its training part is T
@@ -66,18 +78,6 @@ def part_of(
     if part=='T': return replace(source, right=torch.ones_like(source.right), **none)
     if part=='T_c': return replace(source, **none)
     return _exchanged(data, source, seed) if part=='exchanged' else source
-
-def _exchanged(data, source, seed): # each change goes to the next image in a random circle
-    A = source.n_corrected
-    if A < 2:
-        raise ValueError(
-            f"exchanging changes wants at least 2 corrected images, got {A}: take a baseline that errs more")
-    x, x_new = (to_input(data.train.x[source.index], data.size),
-                source.x.float()/255 if source.x.dtype==torch.uint8 else source.x)
-    circle = torch.randperm(A, generator=seeded(seed, 'exchange')); x_other = torch.empty_like(x_new)
-    x_other[circle] = (x[circle] + (x_new-x)[circle.roll(1)]).clamp(0,1)
-    change = (x_other-x).flatten(1)
-    return replace(source, x=x_other, linf=change.abs().amax(1), l2=change.norm(dim=1))
 
 # %% ../../nbs/refinement/10_sources.ipynb #e89c2573
 def equal_steps(
@@ -106,8 +106,8 @@ def _scores(model, x, y, size, device): # per-example cross-entropy and verdict,
     found = []
     for a,b in zip(x.split(EVAL_BATCH), y.split(EVAL_BATCH)):
         a, b = a.to(device), b.to(device)
-        z = model((to_input(a, size) if a.dtype==torch.uint8 else a)
-                  .contiguous(memory_format=torch.channels_last)).float()
+        a = (to_input(a, size) if a.dtype==torch.uint8 else a).contiguous(memory_format=torch.channels_last)
+        z = model(a).float()
         found.append((cross_entropy(z, b, reduction='none').cpu(), (z.argmax(1)==b).cpu()))
     return ([torch.cat(f) for f in zip(*found)] if found
             else [torch.empty(0), torch.empty(0, dtype=torch.bool)])

@@ -9,6 +9,7 @@ __all__ = ['Missing', 'cell', 'Claim', 'on_its_own', 'judge']
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 import pandas as pd
+from .figures import named
 
 # %% ../../nbs/reporting/20_claims.ipynb #b95a4029
 class Missing(LookupError):
@@ -29,7 +30,7 @@ def cell(
     if pd.isna(value): raise Missing(f'{column} of {wanted}')
     return value
 
-def _words(where): return ', '.join(f'{k} {v}' for k,v in where.items())
+def _words(where): return ', '.join(f'{k} {named([v])[0]}' for k,v in where.items())
 
 def _rows(table, where): # those with these values, at least one
     rows = table

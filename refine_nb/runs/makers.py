@@ -9,7 +9,7 @@ __all__ = ['make']
 import time, warnings
 from functools import partial, singledispatch
 
-from ..base import Adversarials, Cell, Recipe, Robustness, Worst, choose, key
+from ..base import Adversarials, Cell, Recipe, Robustness, Worst, key
 from ..vision import Data, Split, n_parameters, to_input
 from ..attacks import OtherRun, autoattack
 from ..evaluation import (adversarial_images, classify, first_broken, narrow, pack,
@@ -31,54 +31,51 @@ def _beside(recipe:Recipe, other:dict,
     return ({f'{name}/{k}': v for name,state in other.items() for k,v in state.items()}
             if recipe.robust or recipe.select else {})
 
-def _weights(recipe:Recipe, tensors:dict, best_epoch:int, which=None,
-)->dict: # of the result (None), or of the 'best' or 'last' epoch
-    if which: choose(which, ('best','last'), 'which')
-    if which in (None, 'last' if recipe.select=='last' else 'best') or best_epoch==recipe.epochs:
-        return {k: v for k,v in tensors.items() if '/' not in k}
-    if found := {k.partition('/')[2]: v for k,v in tensors.items() if k.startswith(f'{which}/')}: return found
-    raise ValueError(f"the weights of the {which} epoch were not kept: "
-                     "a recipe keeps both where it names `robust` or `select`")
-
-# %% ../../nbs/runs/10_makers.ipynb #f24e26ff
+# %% ../../nbs/runs/10_makers.ipynb #c214d3ab
 class _Shown(Snapshots):
     "Snapshots that show the state after each epoch, written or not"
     def __init__(self, folder, every, see): super().__init__(folder, every); self.see = see
     def save(self, state): self.see(state); return super().save(state)
 
+def _judges(recipe, data, method, store,
+): # for `fit`: accuracy of a model on the validation images, and robust accuracy where the recipe asks for it
+    attack, n = recipe.robust and store.resolved(recipe.robust), recipe.n_robust
+    some = Split(data.valid.x[:n], data.valid.y[:n])
+    def judge(m, images, **how):
+        return verdicts(method.deploy(m), images, size=data.size, device=store.engine.device,
+                        **how).float().mean().item()
+    def validate(m): return judge(m, data.valid)
+    def robust(m): return judge(m, some, attack=attack, seed=recipe.seed)
+    return validate, robust if attack else None
+
+# %% ../../nbs/runs/10_makers.ipynb #f24e26ff
 @make.register
 def _(recipe:Recipe, store, passing=()): # `passing`: the same recipe with fewer epochs, made on the way
     data, model = store.data(recipe.data), store.fresh(recipe)
     method = store.resolved(recipe.method)(data, batch_size=recipe.batch_size, seed=recipe.seed,
                                            device=store.engine.device)
-    def validate(m):
-        return verdicts(method.deploy(m), data.valid, size=data.size,
-                        device=store.engine.device).float().mean().item()
-    some, attack = (Split(*(v[:recipe.n_robust] for v in (data.valid.x, data.valid.y))),
-                    recipe.robust and store.resolved(recipe.robust))
-    def robust(m):
-        return verdicts(method.deploy(m), some, size=data.size, attack=attack, seed=recipe.seed,
-                        device=store.engine.device).float().mean().item()
     def result(log):
         return {**log, 'parameters': n_parameters(model), 'images_per_epoch': method.n_images,
                 'data': data.fingerprint}
     def see(state):
         for r in passing:
             if r.epochs==state['epoch'] and not store.find(r):
-                store.keep(r, result({k: state[k] for k in ('history','best_epoch','best_accuracy',
-                                                            'seconds')}), state['best'], state['seconds'])
+                log = {k: state[k] for k in ('history','best_epoch','best_accuracy','seconds')}
+                store.keep(r, result(log), state['best'], state['seconds'])
+    validate, robust = _judges(recipe, data, method, store)
     running = _Shown(store.root/'running'/key(recipe), store.every, see)
     with writing(store.root):
         log = fit(model, method, recipe.optimiser(model.parameters()), epochs=recipe.epochs, seed=recipe.seed,
-                  validate=validate, robust=robust if attack else None, select=recipe.select or 'valid',
+                  validate=validate, robust=robust, select=recipe.select or 'valid',
                   schedule=recipe.schedule, clip=recipe.clip,
                   snapshots=running, engine=store.engine, quiet=store.quiet)
     tensors = {**model.state_dict(), **_beside(recipe, log.pop('other'))}
     return result(log), tensors
 
-# %% ../../nbs/runs/10_makers.ipynb #886bdeaa
+# %% ../../nbs/runs/10_makers.ipynb #a6151981
 def _part(data:Data, spec)->Split: # the images that a spec looks at
-    part = getattr(data, spec.split); n = len(part) if spec.n_eval is None else spec.n_eval
+    part = getattr(data, spec.split)
+    n = len(part) if spec.n_eval is None else spec.n_eval
     if n > len(part):
         raise ValueError(f"n_eval {n} is more than the {len(part)} {spec.split} images of {data.name}")
     return Split(part.x[:n], part.y[:n])
@@ -94,6 +91,7 @@ def _transferred(store, cell:Cell, data:Data, part:Split,
                          "give both recipes the same size")
     return Split(x, part.y)
 
+# %% ../../nbs/runs/10_makers.ipynb #886bdeaa
 @make.register
 def _(cell:Cell, store):
     data, model = store.data(cell.recipe.data), store.model(cell.recipe)

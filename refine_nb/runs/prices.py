@@ -36,11 +36,10 @@ def speed(
 )->dict[str,float]:      # 'forward', 'attack', 'train': seconds an image
     "Measured seconds per image of this model on this device"
     batch = 16 if engine.device.startswith('cuda') or shape[-1] <= 64 else 4
-    net = engine.place((model.but(weights=None) if 'weights' in model.all_settings
-                        else model)(num_classes=num_classes))
-    x, y = (torch.rand(batch, *shape, device=engine.device),
-            torch.zeros(batch, dtype=torch.int64, device=engine.device))
-    x = x.contiguous(memory_format=torch.channels_last)
+    bare = model.but(weights=None) if 'weights' in model.all_settings else model
+    net = engine.place(bare(num_classes=num_classes))
+    x = torch.rand(batch, *shape, device=engine.device).contiguous(memory_format=torch.channels_last)
+    y = torch.zeros(batch, dtype=torch.int64, device=engine.device)
     opt = torch.optim.SGD(net.parameters(), lr=0., momentum=.9)
     def forward():
         with torch.no_grad(), attacking(net): net(x)
@@ -52,24 +51,21 @@ def speed(
         loss.backward(); opt.step()
     return {f.__name__: min(_seconds(f, engine) for _ in range(2))/batch for f in (forward, attack, train)}
 
-# %% ../../nbs/runs/50_prices.ipynb #87605a46
+# %% ../../nbs/runs/50_prices.ipynb #cd24bf0e
 SIZES = { # images for training and validation together, images for the test, classes, (C,H,W)
     'digits': (1437, 360, 10, (1,8,8)), 'mnist': (60_000, 10_000, 10, (1,28,28)),
-    'cifar10': (50_000, 10_000, 10, (3,32,32)),
-    'cifar10_jpeg': (50_000, 10_000, 10, (3,32,32)), 'cifar10_resplit': (41_000, 10_000, 10, (3,32,32)),
-    'cifar100': (50_000, 10_000, 100, (3,32,32)), 'cinic10': (180_000, 90_000, 10, (3,32,32))}
+    'cifar10': (50_000, 10_000, 10, (3,32,32)), 'cifar10_jpeg': (50_000, 10_000, 10, (3,32,32)),
+    'cifar10_resplit': (41_000, 10_000, 10, (3,32,32)), 'cifar100': (50_000, 10_000, 100, (3,32,32)),
+    'cinic10': (180_000, 90_000, 10, (3,32,32))}
+
+def _attacked(attack:Call|None, n:int)->Counter:
+    if attack is None: return Counter()
+    if inner := attack.all_settings.get('attack'): return _attacked(inner, n) # of `smooth_attack`
+    steps, restarts = attack.all_settings.get('steps') or 10, attack.all_settings.get('restarts') or 1
+    return Counter({'forward' if attack.name=='salt_and_pepper' else 'attack': steps*restarts*n})
+
+# %% ../../nbs/runs/50_prices.ipynb #12827dab
 WRONG_SHARE = .05 # of the training images, assumed for the price of a correction
-
-def _trained(recipe:Recipe, n:int, n_valid:int,
-)->Counter: # a method inside another one, as in `through_int8`, has a forward of its own
-    outer = recipe.method.all_settings; inner = outer['method'].all_settings if 'method' in outer else outer
-    # a source, or attacked images, beside the training images
-    each = recipe.epochs*n*(2 if 'source' in inner or inner.get('attack') else 1)
-    passes = Counter(train=each, forward=recipe.epochs*(n_valid+outer.get('n_calibrate', 0))
-                     + (each if 'method' in outer else 0))
-    return passes + _attacked(inner.get('attack'), recipe.epochs*n) + _attacked(
-        recipe.robust, recipe.epochs*min(n_valid, recipe.n_robust or n_valid))
-
 ROBUST_SHARE = .5 # of the images, assumed to stand up to all of AutoAttack: what is broken early costs little
 _EACH = {'apgd-ce': Counter(attack=100), 'apgd-t': Counter(attack=900), 'fab-t': Counter(attack=1800),
          'square': Counter(forward=5000)}  # passes of an image that survives
@@ -77,12 +73,16 @@ _EACH = {'apgd-ce': Counter(attack=100), 'apgd-t': Counter(attack=900), 'fab-t':
 def _withstood(components:tuple[str,...], n:int)->Counter:
     return Counter({kind: n*k for kind,k in sum((_EACH[c] for c in components), Counter()).items()})
 
-def _attacked(attack:Call|None, n:int)->Counter:
-    if attack is None: return Counter()
-    # an attack around an attack, such as `smooth_attack`
-    if inner := attack.all_settings.get('attack'): return _attacked(inner, n)
-    steps, restarts = attack.all_settings.get('steps') or 10, attack.all_settings.get('restarts') or 1
-    return Counter({'forward' if attack.name=='salt_and_pepper' else 'attack': steps*restarts*n})
+# %% ../../nbs/runs/50_prices.ipynb #114a7621
+def _trained(recipe:Recipe, n:int, n_valid:int)->Counter:
+    outer = recipe.method.all_settings
+    inner = outer['method'].all_settings if 'method' in outer else outer
+    each = recipe.epochs*n*(2 if 'source' in inner or inner.get('attack') else 1)
+    again = each if 'method' in outer else 0
+    passes = Counter(train=each, forward=recipe.epochs*(n_valid+outer.get('n_calibrate', 0)) + again)
+    n_robust = min(n_valid, recipe.n_robust or n_valid)
+    return (passes + _attacked(inner.get('attack'), recipe.epochs*n)
+            + _attacked(recipe.robust, recipe.epochs*n_robust))
 
 # %% ../../nbs/runs/50_prices.ipynb #67462db1
 def images(

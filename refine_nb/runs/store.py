@@ -9,18 +9,14 @@ __all__ = ['Store', 'passed']
 import contextlib, json, os, shutil, time, warnings
 from dataclasses import replace
 
-import filelock, torch
+import filelock
 from fastcore.basics import patch
-from torch import Tensor, nn
 
-from ..base import (Adversarials, Call, Cell, Recipe, Robustness, Spec, Worst, bar, canonical, commit,
-                            device_name, key, nested, public_name, seeded, versions)
-from ..vision import Data
-from ..evaluation import Outcome, mcnemar, unpack
+from ..base import (Recipe, Spec, bar, canonical, commit, device_name, key, nested, public_name,
+                            versions)
 from ..training import Engine, engine
-from ..refinement import Corrected, Correction, Quantised, Share, StraightThrough, restored, share_of
 from .entry import Damaged, Entry, home_folder, read_entry, write_entry, writing
-from .makers import _weights, make
+from .makers import make
 
 # %% ../../nbs/runs/20_store.ipynb #79475ea3
 class Store:
@@ -145,7 +141,7 @@ def passed(
 # %% ../../nbs/runs/20_store.ipynb #230ca35e
 @patch
 def run(self:Store, specs)->None:
-    "Make what is missing for `specs`, with a bar over the runs; a longer run also makes the shorter ones that it passes"
+    "Make what is missing for `specs`, with a bar; a longer run makes the shorter ones that it passes, too"
     todo = dict.fromkeys(self.plan(specs)); longer = passed(todo)
     with bar(total=len(todo), desc='runs', unit='run', quiet=self.quiet or not todo) as runs:
         while todo:
@@ -155,82 +151,3 @@ def run(self:Store, specs)->None:
                 with self.claimed(long):
                     self.find(long) or _made(self, long, passing=[r for r,l in longer.items() if l==long])
             self.get(spec); del todo[spec]; runs.update()
-
-# %% ../../nbs/runs/20_store.ipynb #a474c626
-@patch
-def tensors(self:Store, spec:Spec)->dict[str,Tensor]:
-    "The tensors of a spec, on the CPU; made, or made again where damaged"
-    try: return self.get(spec).tensors()
-    except Damaged as e: self.set_aside(spec, e)
-    return self.get(spec).tensors()
-
-# %% ../../nbs/runs/20_store.ipynb #248a5f27
-@patch
-def data(self:Store, c:Call)->Data:
-    "The images of a data call; the last set is kept in memory"
-    if c not in self._data: self._data = {c: c()}
-    return self._data[c]
-
-# %% ../../nbs/runs/20_store.ipynb #06015424
-@patch
-def fresh(self:Store, recipe:Recipe)->nn.Module:
-    "The model that a recipe's training starts from, on the engine's device: its parent's weights, or new ones by its seed"
-    if recipe.init is not None: return self.engine.place(self.model(recipe.init), training=True)
-    with torch.random.fork_rng():
-        torch.manual_seed(seeded(recipe.seed, 'init').initial_seed())
-        return self.engine.place(recipe.model(num_classes=self.data(recipe.data).num_classes), training=True)
-
-# %% ../../nbs/runs/20_store.ipynb #f22e1200
-@patch
-def model(self:Store, recipe:Recipe|Quantised, which:str|None=None,
-)->nn.Module: # `which` epoch: 'best' or 'last'; None is the recipe's choice
-    "A recipe's trained model, in evaluation mode, on the engine's device; of a `Quantised`, int8 with the gradients of its counterpart"
-    if isinstance(recipe, Quantised):
-        float32 = self.model(recipe.recipe)
-        return StraightThrough(restored(float32, self.tensors(recipe), backend=recipe.backend),
-                               float32).eval()
-    weights, data, root = self.tensors(recipe), self.data(recipe.data), recipe
-    if (was := self.get(recipe).result['data']) != data.fingerprint:
-        raise ValueError(
-            f"the stored weights {key(recipe)} were made from other images (fingerprint {was[:12]}) than "
-            f"{data.name} has now ({data.fingerprint[:12]}): restore the data, or use another REFINE_HOME")
-    while root.init is not None: root = root.init
-    bare = root.model.but(weights=None) if 'weights' in root.model.all_settings else root.model
-    model = bare(num_classes=data.num_classes)
-    model.load_state_dict(_weights(recipe, weights, self.get(recipe).result.get('best_epoch'), which))
-    return self.engine.place(model).eval()
-
-# %% ../../nbs/runs/20_store.ipynb #106baf72
-@patch
-def value(self:Store, spec:Spec):
-    "What a spec stands for: a trained model, a corrected set, attacked images, what became of each image; else its numbers"
-    if isinstance(spec, (Recipe, Quantised)): return self.model(spec)
-    if isinstance(spec, Share): return share_of(self.value(spec.full), spec.rate, spec.seed)
-    t, r = self.tensors(spec), self.get(spec).result
-    if isinstance(spec, Correction):
-        return Corrected(unpack(t['right'], r['n']), t['index'], t['x'], t['linf'], t['l2'], r['seconds'])
-    if isinstance(spec, Adversarials): return t['x']
-    if not isinstance(spec, (Cell, Robustness, Worst)): return r
-    return Outcome(unpack(t['right'], r['n']),
-                   t['predicted'].long() if 'predicted' in t else None, t.get('breaker'))
-
-# %% ../../nbs/runs/20_store.ipynb #74d1494d
-@patch
-def resolved(self:Store, c:Call)->Call:
-    "A call whose nested specs are replaced by their values"
-    inside = lambda v: (self.value(v) if isinstance(v, Spec)
-                        else self.resolved(v) if isinstance(v, Call) else v)
-    return Call(c.fn, tuple((k, inside(v)) for k,v in c.settings))
-
-# %% ../../nbs/runs/20_store.ipynb #13235b93
-@patch
-def compare(self:Store, a:Cell|Worst, b:Cell|Worst, level:float=.95)->dict:
-    "`mcnemar` of two cells or worst cases; `ValueError` where they did not look at the same images"
-    def looked_at(spec):
-        c = spec.cells[0] if isinstance(spec, Worst) else spec
-        r = self.get(spec).result
-        return c.split, r['n'], r['data'][:12]
-    if looked_at(a) != looked_at(b):
-        raise ValueError(f"a paired comparison wants the same images (split, n, data), "
-                         f"got {looked_at(a)} and {looked_at(b)}")
-    return mcnemar(self.value(a).right, self.value(b).right, level)

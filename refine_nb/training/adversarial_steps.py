@@ -6,106 +6,48 @@
 __all__ = ['adversarial', 'adversarial_training']
 
 # %% ../../nbs/training/40_adversarial_steps.ipynb #8213387f
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
 
-from ..base import Call, choose, seeded
-from ..vision import Data, fold_if_same, refold
-from ..attacks import attacking
+from ..base import seeded
+from ..vision import Data
 from .fitting import Method, fine_tune
+from .step_parts import (STEP_GIVES, asks_for, attacker, mean_loss, step_logits,
+                                           train_accuracies)
 
-# %% ../../nbs/training/40_adversarial_steps.ipynb #985df3f7
-_GIVEN = ('z', 'z_adv', 'y', 'progress')
-
-def _asked(f, given, what:str)->set[str]:
-    "The names that a function or `Call` takes from a step; `ValueError` where it needs others"
-    if isinstance(f, Call): names, settled = f.accepts, set(f.all_settings)
-    else:
-        ps = inspect.signature(f).parameters
-        names, settled = set(ps), {n for n,p in ps.items() if p.default is not p.empty}
-    if lacking := sorted(names-settled-set(given)):
-        raise ValueError(f"the {what} asks for {', '.join(lacking)}: a step gives {', '.join(given)}")
-    return names & set(given)
-
-# %% ../../nbs/training/40_adversarial_steps.ipynb #24f0d466
-class _AsIs(nn.Module): # its modes and gradient flags are its lender's affair
-    def __init__(self, model): super().__init__(); self.__dict__['lent'] = model # not a child
-    def forward(self, x): return self.lent(x)
-    # seen, but no children: `eval` and `train` do not descend to them
-    def modules(self): yield self; yield from self.lent.modules()
-
-def _itself(model, x): return model
-
-def _attacked(model, attack, x, y, mode:str, generator, copy=_itself)->Tensor:
-    "x_adv [B,...] in full precision, by a model in this mode (or its `copy` in evaluation mode); no gradient reaches a weight"
-    names = attack.accepts if isinstance(attack, Call) else inspect.signature(attack).parameters
-    own = {'generator': generator} if 'generator' in names else {}
-    with torch.autocast(x.device.type, enabled=False), attacking(model, mode):
-        return attack(copy(model, x) if mode=='eval' else _AsIs(model), x, y, **own)
-
-# %% ../../nbs/training/40_adversarial_steps.ipynb #fe3092b9
-class _Copy: # for one network in one setting: which stream of a dual norm works is folded in
-    def __init__(self): self.model = self.copy = None
-    def __call__(self, model, x):
-        if model is not self.model:
-            fast,_ = fold_if_same(model, x)
-            # nothing is won without batch norms
-            self.model,self.copy = model,fast if getattr(fast, 'folded_pairs', None) else model
-        elif self.copy is not model: refold(self.copy, model)
-        return self.copy
-
-def _copying(folded:bool, mode:str): # what `_attacked` wants
-    if folded and mode!='eval':
-        raise ValueError(
-            f"only a network in evaluation mode can be folded: mode={mode!r} goes with folded=False")
-    return _Copy() if folded else _itself
-
-# %% ../../nbs/training/40_adversarial_steps.ipynb #e1119dd0
-def _logits(model, x)->Tensor: z = model(x); return z.to(torch.promote_types(z.dtype, torch.float32))
-
-def _reduced(loss:Tensor, y:Tensor)->Tensor: # the one reduction
-    if loss.shape!=y.shape:
-        raise ValueError(
-            f"an objective must return one loss per example {list(y.shape)}, got {list(loss.shape)}")
-    return loss.mean()
-
-def _accuracies(given:dict)->dict: # of the logits that were made anyway
-    names = {'z': 'train_accuracy', 'z_adv': 'robust_train_accuracy'}
-    return {name: (given[n].detach().argmax(1)==given['y']).float().mean()
-            for n,name in names.items() if n in given}
+# %% ../../nbs/training/40_adversarial_steps.ipynb #059267fb
+def _slots(attack, objective, weight)->tuple[set,set]:
+    "What the objective and the weight ask for"
+    asks = asks_for(objective, (*STEP_GIVES, 'w') if weight else STEP_GIVES, 'objective')
+    weighs = asks_for(weight, STEP_GIVES, 'weight') if weight else set()
+    if weight and 'w' not in asks:
+        raise ValueError("a weight is given, but the objective does not ask for w: it would change nothing")
+    if attack is None and 'z_adv' in asks|weighs:
+        raise ValueError("the objective or the weight asks for z_adv, but there is no attack: "
+                         "give one, such as call(pgd)")
+    return asks, weighs
 
 # %% ../../nbs/training/40_adversarial_steps.ipynb #c1c33457
 def adversarial(
-    # (model, x, y) -> x_adv, perhaps with a generator; None where nothing asks for z_adv
-    attack:Callable|None,
-    objective:Callable,         # asks for any of z, z_adv, y, w, progress -> [B], minimised
-    # asks for any of z, z_adv, y, progress -> [B], the objective's w; no gradient flows through it
-    weight:Callable|None=None,
+    attack:Callable|None,      # (model, x, y, perhaps generator) -> x_adv; None: nothing asks for z_adv
+    objective:Callable,        # asks for any of z, z_adv, y, w, progress -> [B], minimised
+    weight:Callable|None=None, # asks for any of z, z_adv, y, progress -> [B]: the objective's w, a constant
     *,
     mode:str='eval',   # of the model while it is attacked: 'eval', 'train' or 'train_untouched'
     folded:bool=False, # attack a folded copy: for a step that always gets the same network, in mode 'eval'
 )->Callable:           # (model, batch, progress) -> mean loss, accuracies; a batch is (x, y, generator)
     "The step of adversarial training, from an attack, an objective and a weight"
-    asks = _asked(objective, (*_GIVEN, 'w') if weight else _GIVEN, 'objective')
-    weighs = _asked(weight, _GIVEN, 'weight') if weight else set(); needs = asks | weighs
-    if weight and 'w' not in asks:
-        raise ValueError("a weight is given, but the objective does not ask for w: it would change nothing")
-    if attack is None and 'z_adv' in needs:
-        raise ValueError(
-            "the objective or the weight asks for z_adv, but there is no attack: give one, such as call(pgd)")
-    choose(mode, ('eval','train','train_untouched'), 'mode'); copy = _copying(folded, mode)
+    asks,weighs = _slots(attack, objective, weight); needs = asks|weighs
+    attacked = attacker(attack, mode, folded)
     def step(model, batch, progress):
-        x, y, generator = batch
-        images = {'z': x} | ({'z_adv': _attacked(model, attack, x, y, mode, generator, copy)}
-                             if 'z_adv' in needs else {})
-        given = {'y': y, 'progress': progress} | {n: _logits(model, at)
-                                                  for n,at in images.items() if n in needs}
+        x,y,generator = batch
+        images = {'z': x} | ({'z_adv': attacked(model, x, y, generator)} if 'z_adv' in needs else {})
+        given = {'y': y, 'progress': progress}
+        given |= {n: step_logits(model, at) for n,at in images.items() if n in needs}
         with torch.no_grad(): w = {'w': weight(**{n: given[n] for n in weighs})} if weight else {}
-        return _reduced(objective(**{n: (given|w)[n] for n in asks}), y), _accuracies(given)
+        return mean_loss(objective(**{n: (given|w)[n] for n in asks}), y), train_accuracies(given)
     return step
 
 # %% ../../nbs/training/40_adversarial_steps.ipynb #0e7fca45
@@ -119,15 +61,15 @@ def adversarial_training(
     weight:Callable|None=None, # as for `adversarial`
     mode:str='eval',           # of the model while it is attacked
     augment:str='crop_flip',   # 'none', 'flip' or 'crop_flip'
-    device='cpu',
+    device='cpu',              # of the batches
 )->Method:
     "Training on attacked images: `adversarial` with the batches of `fine_tune`"
     plain = fine_tune(data, batch_size=batch_size, seed=seed, device=device, augment=augment)
-    # that of `Engine.place`
-    layout = torch.channels_last if str(device).startswith('cuda') else torch.contiguous_format
+    on_gpu = str(device).startswith('cuda')
+    layout = torch.channels_last if on_gpu else torch.contiguous_format # that of `Engine.place`
     def epoch_batches(epoch):
         for i,(x,y,_) in enumerate(plain.batches(epoch)):
             own = torch.Generator(device).manual_seed(seeded(seed, epoch, i, 'attack').initial_seed())
             yield x.contiguous(memory_format=layout), y, own
-    return replace(plain, batches=epoch_batches,
-                   step=adversarial(attack, objective, weight, mode=mode, folded=mode=='eval'))
+    step = adversarial(attack, objective, weight, mode=mode, folded=mode=='eval')
+    return replace(plain, batches=epoch_batches, step=step)

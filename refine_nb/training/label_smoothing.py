@@ -27,14 +27,14 @@ def als_target(
         raise ValueError(f"alpha must be in [0,0.5), got {alpha}: it is the share of the least likely class, "
                          "the true one keeps 1-alpha")
     if z.ndim!=2 or z.shape[1]<2 or y.shape!=z.shape[:1]:
-        raise ValueError(
-            f"logits must be [B,K] with K >= 2 and labels [B], got {list(z.shape)} and {list(y.shape)}")
+        raise ValueError("logits must be [B,K] with K >= 2 and labels [B], "
+                         f"got {list(z.shape)} and {list(y.shape)}")
     y = y[:,None]
     others = z.scatter(1, y, torch.inf) if choose(tie, TIES, 'tie')=='next' else z
     least = others.argmin(1, keepdim=True)
     t = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32)).scatter_(1, least, alpha)
-    return (t.scatter_add_(1, y, torch.full_like(t[:,:1], 1-alpha)) if tie!='overwrite'
-            else t.scatter_(1, y, 1-alpha))
+    rest = torch.full_like(t[:,:1], 1-alpha)
+    return t.scatter_(1, y, rest) if tie=='overwrite' else t.scatter_add_(1, y, rest)
 
 # %% ../../nbs/training/10_label_smoothing.ipynb #9d94d5f6
 def als(
@@ -55,12 +55,11 @@ def als_halves(
     *,
     alpha:float=.1,   # share of the least likely class, in [0,1/2)
     tie:str='next',   # one of `TIES`
-    # least likely class of an adversarial row: by its 'own' logits, or by those of its 'clean' image
-    least:str='own',
+    least:str='own',  # whose logits name the least likely class of an adversarial row: 'own' or 'clean'
     total:str='mean', # of the two halves: 'mean' (Algorithm 1) or 'sum' (eq. 4)
 )->Tensor:            # [B], >= 0
     "ALS on clean and adversarial images, half and half (mixture document, Algorithm 1, lines 11-14)"
     by = {'own': z_adv, 'clean': z}[choose(least, ('own','clean'), 'least')]
     adversarial = -(als_target(by, y, alpha=alpha, tie=tie)*z_adv.log_softmax(1)).sum(1)
-    return (als(z, y, alpha=alpha, tie=tie)+adversarial) * {'mean': .5,
-                                                            'sum': 1.}[choose(total, ('mean','sum'), 'total')]
+    share = {'mean': .5, 'sum': 1.}[choose(total, ('mean','sum'), 'total')]
+    return share*(als(z, y, alpha=alpha, tie=tie)+adversarial)

@@ -12,10 +12,11 @@ from dataclasses import replace
 
 from ..base import choose
 from ..vision import Data, auxiliary
-from .adversarial_steps import (_accuracies, _asked, _attacked, _copying, _logits,
-                                                  _reduced, adversarial_training)
+from .adversarial_steps import adversarial_training
 from .fitting import Method
 from .losses import halves
+from .step_parts import (STEP_GIVES, asks_for, attacker, mean_loss, step_logits,
+                                           train_accuracies)
 
 # %% ../../nbs/training/50_two_norms.ipynb #6ddb9dcb
 def advprop_step(
@@ -26,21 +27,19 @@ def advprop_step(
     mode:str='eval',           # of the model while it is attacked, as for `adversarial`
     folded:bool=False,         # attack a folded copy of that stream, as for `adversarial`
 )->Callable:  # (model, batch, progress) -> mean loss, accuracies; a batch is (x, y, generator)
-    "The step of AdvProp: clean images through the main norms, adversarial ones through the auxiliary (mixture document, Algorithm 1)"
-    asks = _asked(objective, ('z','z_adv','y','progress'), 'objective')
+    "AdvProp: clean images by the main norms, attacked ones by the auxiliary (mixture document, Algorithm 1)"
+    asks = asks_for(objective, STEP_GIVES, 'objective')
     if not {'z','z_adv'} <= asks:
         raise ValueError(f"AdvProp trains on both halves, so the objective must ask for z and z_adv, "
                          f"got one of {', '.join(sorted(asks))}: such as halves")
-    norms = {'auxiliary': auxiliary,
-             'main': nullcontext}[choose(attacked, ('auxiliary','main'), 'norms that the attack sees')]
-    choose(mode, ('eval','train','train_untouched'), 'mode'); copy = _copying(folded, mode)
+    choose(attacked, ('auxiliary','main'), 'norms that the attack sees')
+    norms,moved = auxiliary if attacked=='auxiliary' else nullcontext,attacker(attack, mode, folded)
     def step(model, batch, progress):
         x,y,generator = batch
-        with norms(model): x_adv = _attacked(model, attack, x, y, mode, generator, copy)
-        z = _logits(model, x)
-        with auxiliary(model): z_adv = _logits(model, x_adv)
-        given = {'z': z, 'z_adv': z_adv, 'y': y, 'progress': progress}
-        return _reduced(objective(**{n: given[n] for n in asks}), y), _accuracies(given)
+        with norms(model): x_adv = moved(model, x, y, generator)
+        given = {'z': step_logits(model, x), 'y': y, 'progress': progress}
+        with auxiliary(model): given['z_adv'] = step_logits(model, x_adv)
+        return mean_loss(objective(**{n: given[n] for n in asks}), y), train_accuracies(given)
     return step
 
 # %% ../../nbs/training/50_two_norms.ipynb #9be4ae0f
@@ -54,10 +53,10 @@ def advprop(
     attacked:str='auxiliary',  # the norms that the attack sees
     mode:str='eval',           # of the model while it is attacked
     augment:str='crop_flip',   # 'none', 'flip' or 'crop_flip'
-    device='cpu',
+    device='cpu',              # of the batches
 )->Method:                     # for a model with `dual_norms`
-    "AdvProp: `advprop_step` with the batches of `adversarial_training` (mixture document, after Xie et al. 2019)"
+    "`advprop_step` with the batches of `adversarial_training` (mixture document, after Xie et al. 2019)"
     plain = adversarial_training(data, batch_size=batch_size, seed=seed, attack=attack, objective=objective,
                                  mode=mode, augment=augment, device=device)
-    return replace(plain,
-                   step=advprop_step(attack, objective, attacked=attacked, mode=mode, folded=mode=='eval'))
+    step = advprop_step(attack, objective, attacked=attacked, mode=mode, folded=mode=='eval')
+    return replace(plain, step=step)

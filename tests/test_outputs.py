@@ -1,0 +1,61 @@
+"Stored outputs are of this code: made by the cells, the package and the reports that lie beside them."
+import json, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'tools'))
+from outputs import made_by, notebooks, record, recorded, stale
+
+def test_outputs_are_of_this_code():
+    gone = stale()
+    assert not gone, (f'outputs of {", ".join(gone)} were made by other code: make notebooks, '
+                      'or tools/run_notebooks.py with their names')
+
+def test_nothing_is_recorded_that_is_not_there():
+    assert set(recorded()) == {p.relative_to(ROOT/'nbs').as_posix() for p in notebooks()}
+
+@pytest.fixture
+def house(tmp_path):
+    "A room of one module, a second room that uses it, a page with a report"
+    def notebook(path, *cells):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = ([{'cell_type': 'code', 'source': s} for s in cells]
+                + [{'cell_type': 'markdown', 'source': 'words'}])
+        path.write_text(json.dumps({'cells': made}))
+    for path, text in {'refine_nb/__init__.py': '', 'refine_nb/base/__init__.py': 'from .core import f',
+                       'refine_nb/base/core.py': 'def f():\n    "One line"\n    return 1',
+                       'refine_nb/vision/__init__.py': 'from .eye import g',
+                       'refine_nb/vision/eye.py': 'from ..base import f\ndef g(): return f()',
+                       'refine_nb/vision/other.py': '',
+                       'refine_nb/published/tab1_x.csv': 'a', 'reports/tab1_x/small/v/tidy.csv': '1',
+                       'reports/tab1_x/demo/v/tidy.csv': '1', 'reports/tab1_y/small/v/tidy.csv': '1'}.items():
+        (tmp_path/path).parent.mkdir(parents=True, exist_ok=True); (tmp_path/path).write_text(text)
+    notebook(tmp_path/'nbs'/'base'/'00_core.ipynb', 'x = 1')
+    notebook(tmp_path/'nbs'/'vision'/'00_eye.ipynb', 'from refine_nb.base import f', 'f()')
+    notebook(tmp_path/'nbs'/'tab1_x.ipynb', 'from refine_nb.vision import g', 'g()')
+    record(notebooks(tmp_path), tmp_path)
+    assert stale(tmp_path) == []
+    return tmp_path
+
+@pytest.mark.parametrize('path, text, gone', [
+    # through two doors
+    ('refine_nb/base/core.py', 'def f():\n    "One line"\n    return 2',
+     ['tab1_x.ipynb', 'vision/00_eye.ipynb']),
+    ('refine_nb/base/core.py', '# a comment\ndef f():\n    "One line"\n    return 1', []),
+    ('refine_nb/vision/eye.py', 'def g(): return 3', ['tab1_x.ipynb']),
+    ('reports/tab1_x/small/v/tidy.csv', '2', ['tab1_x.ipynb']), ('reports/tab1_x/demo/v/tidy.csv', '2', []),
+    ('reports/tab1_y/small/v/tidy.csv', '2', []), ('refine_nb/published/tab1_x.csv', 'b', ['tab1_x.ipynb'])])
+def test_what_makes_outputs_stale(house, path, text, gone):
+    (house/path).write_text(text)
+    assert stale(house) == gone
+
+def test_a_changed_cell_is_noticed_and_prose_is_free(house):
+    path = house/'nbs'/'base'/'00_core.ipynb'
+    before = made_by(path, house)
+    nb = json.loads(path.read_text())
+    nb['cells'][1]['source'] = 'other words'; path.write_text(json.dumps(nb))
+    assert made_by(path, house) == before
+    nb['cells'][0]['source'] = 'x = 2'; path.write_text(json.dumps(nb))
+    assert stale(house) == ['base/00_core.ipynb']

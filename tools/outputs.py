@@ -1,0 +1,113 @@
+"""Which code made the outputs that a notebook stores
+
+A hash over its code cells, the modules that it imports, and the numbers that it shows. `make notebooks` writes
+the hashes to nbs/outputs.json; a test compares them with the code at hand.
+"""
+import ast, hashlib, io, json, sys, tokenize
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MADE = 'outputs.json' # in nbs/: notebook -> hash of what made its outputs
+
+
+def code_of(notebook):
+    "All code cells of a notebook as one text"
+    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    return '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+
+def bare(source):
+    "Source without comments and empty lines: what is left decides what it does"
+    lines = source.splitlines()
+    for t in tokenize.generate_tokens(io.StringIO(source).readline):
+        if t.type == tokenize.COMMENT: lines[t.start[0]-1] = lines[t.start[0]-1][:t.start[1]]
+    return '\n'.join(line.rstrip() for line in lines if line.strip()).encode()
+
+@lru_cache(maxsize=None)
+def read(path, changed): # `changed`: when, so that a file that was written again is read again
+    "A file of the package as a tree and as bare source"
+    source = path.read_text(encoding='utf-8')
+    return ast.parse(source), bare(source)
+
+def module(path): return read(path, path.stat().st_mtime_ns)
+
+def imports(tree, package):
+    "Dotted names below `package` that some code imports, relative ones resolved by the caller"
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Import):
+            yield from (a.name for a in n.names if a.name.partition('.')[0] == package)
+        if isinstance(n, ast.ImportFrom) and n.level == 0 and (n.module or '').partition('.')[0] == package:
+            yield n.module
+            yield from (f'{n.module}.{a.name}' for a in n.names)
+
+def relative(tree, module, is_package):
+    "Dotted names that a module of the package imports relatively"
+    parts = module.split('.') if is_package else module.split('.')[:-1]
+    for n in ast.walk(tree):
+        if isinstance(n, ast.ImportFrom) and n.level:
+            base = parts[:len(parts)-n.level+1] + ([n.module] if n.module else [])
+            yield '.'.join(base)
+            yield from ('.'.join([*base, a.name]) for a in n.names)
+
+def files(dotted, root):
+    "The file of a module; of a room, its front door and all behind it; nothing for what is no module"
+    path = root.joinpath(*dotted.split('.'))
+    if (path/'__init__.py').exists() and '.' in dotted and path.name != 'artefacts':
+        return sorted(path.glob('*.py'))
+    return [path.with_suffix('.py')] if path.with_suffix('.py').exists() else []
+
+def behind(names, root):
+    "All files of the package that these names need, sorted"
+    todo, seen = [f for n in names for f in files(n, root)], set()
+    while todo:
+        if (f := todo.pop()) in seen: continue
+        seen.add(f)
+        dotted, tree = '.'.join(f.relative_to(root).with_suffix('').parts), module(f)[0]
+        inside = relative(tree, dotted.removesuffix('.__init__'), f.name == '__init__.py')
+        own = {*imports(tree, 'refine_nb'), *inside}
+        todo += [g for n in own for g in files(n, root)]
+    return sorted(seen)
+
+def shown(notebook, root):
+    "The numbers that a page shows: what is printed, and the reports of its document; a component shows none"
+    if notebook.parent.name != 'nbs': return []
+    paper = notebook.stem.rpartition('_')[2]
+    mine = '*' if notebook.stem in ('index', 'scoreboard', 'matrix', 'errata') else f'*_{paper}'
+    kept = [*root.glob(f'reports/{mine}/**/tidy.csv'), *root.glob(f'reports/{mine}/**/run.json')]
+    return sorted(root.glob('refine_nb/published/*.csv')) + sorted(f for f in kept if 'demo' not in f.parts)
+
+def made_by(notebook, root=ROOT):
+    "Hash of all that decides what a notebook's outputs are"
+    h, code = hashlib.sha256(), code_of(notebook)
+    h.update(bare(code))
+    for f in behind(imports(ast.parse(code), 'refine_nb'), root): h.update(module(f)[1])
+    for f in shown(notebook, root): h.update(f.read_bytes())
+    return h.hexdigest()[:16]
+
+def notebooks(root=ROOT):
+    return sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
+def recorded(root=ROOT):
+    "notebook, relative to nbs/ -> the hash beside its outputs"
+    file = root/'nbs'/MADE
+    return json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+
+def record(done, root=ROOT):
+    "Note what made the outputs of the notebooks that were just run; forget those that are gone"
+    nbs = root/'nbs'
+    there = {p.relative_to(nbs).as_posix(): p for p in notebooks(root)}
+    known = {name: h for name,h in recorded(root).items() if name in there}
+    known |= {p.relative_to(nbs).as_posix(): made_by(p, root) for p in done}
+    (nbs/MADE).write_text(json.dumps(dict(sorted(known.items())), indent=1)+'\n', encoding='utf-8')
+
+def stale(root=ROOT):
+    "Notebooks whose stored outputs were made by other code than is at hand"
+    known = recorded(root)
+    name = lambda p: p.relative_to(root/'nbs').as_posix()
+    return [name(p) for p in notebooks(root) if known.get(name(p)) != made_by(p, root)]
+
+
+if __name__ == '__main__':
+    gone = stale()
+    print('\n'.join(gone) or 'all outputs were made by the code at hand')
+    sys.exit(bool(gone))
