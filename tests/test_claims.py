@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-import refine_nb.artefacts.fig2_adcorda as fig2
-import refine_nb.artefacts.study_adcorda as study
-from refine_nb.reporting import judge, published, report_folder
-from refine_nb.artefacts.claims_adcorda import ledger, our_tables, printed
+from refine_nb.reporting import judge, our_tables, published, report_folder
+from refine_nb.papers.adcorda_tables import robust_table
+from refine_nb.papers.adcorda_text import CLAIMS, known_losses, known_points
+from refine_nb.artefacts.claims_adcorda import tidy as adcorda_page
 from refine_nb.artefacts.claims_mixture import tidy as mixture_page
-from refine_nb.artefacts.tab4_adcorda import BUDGETS, ROWS, SAME, robust_table, tidy
+from refine_nb.artefacts.tab4_adcorda import BUDGETS, ROWS, SAME, tidy
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ['tab1_adcorda', 'tab2_adcorda', 'tab3_adcorda', 'tab4_adcorda']
@@ -22,13 +22,13 @@ OWN = "the paper's own table"
 
 
 def as_ours(name):
-    "A published table in the form of our report: {file: rows}"
+    "A published table in the form of our reports: its rows, and those that stand in each report"
     t = published(name).drop(columns=['source', 'note'])
-    if name == 'tab3_adcorda': return {'table': t[t.stands_in=='table'], 'sizes': t[t.stands_in=='text']}
+    if name == 'tab3_adcorda': return t[t.stands_in=='table'], t[t.stands_in=='text'] # sizes
     if name == 'tab4_adcorda':
         t = pd.concat([t.assign(budget=b, accuracy=t[c])[['model','dataset','attack','budget','accuracy']]
                        for b,c in (('clean','clean'), (SAME,'clean'), ('5e-4','robust'))])
-    return {'table': t}
+    return t, t[:0]
 
 @pytest.fixture
 def reported(tmp_path, monkeypatch):
@@ -36,18 +36,17 @@ def reported(tmp_path, monkeypatch):
     Sizes stand beside each of Table 3's"""
     monkeypatch.setenv('REFINE_REPORTS', str(tmp_path))
     for name in TABLES:
-        files = as_ours(name)
-        for (m,d),rows in files['table'].groupby(['model','dataset'], sort=False):
+        table, each = as_ours(name)
+        for (m,d),rows in table.groupby(['model','dataset'], sort=False):
             folder = report_folder(name, 'paper', f'{m}_{d}'); folder.mkdir(parents=True)
-            rows.to_csv(folder/'table.csv', index=False)
-            if 'sizes' in files: files['sizes'].to_csv(folder/'sizes.csv', index=False)
+            pd.concat([rows, each]).to_csv(folder/'tidy.csv', index=False)
     return tmp_path
 
 def test_several_runs_of_every_table_are_judged_as_the_paper_is(reported):
     "As our own results, the printed numbers get the paper's verdicts; those of the text count as ours"
-    assert all(len(list((reported/t/'paper').iterdir())) >= 2 and len(our_tables(t, 'paper')) == 1
-               for t in TABLES)
-    page = ledger('paper').query('artefact in @TABLES')
+    assert all(len(list((reported/t/'paper').iterdir())) >= 2 and len(our_tables(t)[1]) == 1
+               and our_tables(t)[0] == 'paper' for t in TABLES)
+    page = adcorda_page().query('artefact in @TABLES')
     same = page.ours.where(page[OWN]!='stands in the text only',
                            page.ours.map({'holds': 'stands in the text only'}))
     judged = page[OWN] != 'cannot be read from it'
@@ -55,38 +54,42 @@ def test_several_runs_of_every_table_are_judged_as_the_paper_is(reported):
     assert page.ours[~judged].str.startswith('not judged: needs').all()
 
 def test_sizes_of_several_runs_count_once(reported):
-    (t,) = our_tables('tab3_adcorda', 'paper').values()
-    assert (t.approach=='size').sum() == 1 == (t.model=='resnet152').sum() and len(t) == 22
+    "They stand beside each run, and A10 reads them from all runs together"
+    (t,) = our_tables('tab3_adcorda')[1].values()
+    assert (t.approach=='size').sum() == 4 == (t.model=='resnet152').sum() and len(t) == 20+4*2
+    row = adcorda_page().query('artefact=="tab3_adcorda"').set_index('claim').loc['A10']
+    assert row.ours == 'holds' and row.numbers.endswith('20.76 and 223.49 MiB')
 
 def test_runs_of_a_figure_are_judged_each_under_its_name(tmp_path, monkeypatch):
     monkeypatch.setenv('REFINE_REPORTS', str(tmp_path))
-    flat = fig2.known_points().assign(accuracy=80.)
-    for name,t in (('resnet34_cifar100', fig2.known_points()),
+    flat = known_points().assign(accuracy=80.)
+    for name,t in (('resnet34_cifar100', known_points()),
                    ('resnet18_cifar100', flat.assign(model='resnet18')), ('resnet34_other', flat)):
         folder = report_folder('fig2_adcorda', 'paper', name)
-        folder.mkdir(parents=True); t.to_csv(folder/'table.csv', index=False)
-    row = ledger('paper').query('artefact=="fig2_adcorda"').set_index('claim').loc['A11']
+        folder.mkdir(parents=True); t.to_csv(folder/'tidy.csv', index=False)
+    row = adcorda_page().query('artefact=="fig2_adcorda"').set_index('claim').loc['A11']
     assert (row.ours == 'resnet18_cifar100: not judged: needs model resnet34, dataset cifar100; '
             'resnet34_cifar100: holds; resnet34_other: fails')
-    assert row.numbers.split('; ')[1:] == ['resnet34_cifar100: None over BL at 20 epochs +7.09',
-                                           'resnet34_other: None over BL at 20 epochs +0.00']
+    assert row.numbers.split('; ')[1:] == [
+        'resnet34_cifar100: no correction over baseline at 20 epochs +7.09',
+        'resnet34_other: no correction over baseline at 20 epochs +0.00']
 
 
 def test_a_network_that_the_text_does_not_speak_of_is_not_judged():
     "Section 5.3 is about ResNet-34 on CIFAR-100, the loss of section 5.1 about CIFAR-100"
-    other = fig2.known_points().assign(model='resnet18', dataset='cifar10')
-    said = judge(fig2.CLAIMS, fig2.known_points(), other, 'small')
+    other = known_points().assign(model='resnet18', dataset='cifar10')
+    said = judge(CLAIMS['fig2_adcorda'], known_points(), other, 'small')
     assert set(said.ours[said.claim!='A20, short']) == {'not judged: needs model resnet34, dataset cifar100'}
-    said = judge(study.CLAIMS, study.known_points(), study.known_points().assign(dataset='cifar10'), 'paper')
+    said = judge(CLAIMS['study_adcorda'], known_losses(), known_losses().assign(dataset='cifar10'), 'paper')
     assert said.ours.tolist()[:2] == ['not judged: needs dataset cifar100']*2
 
 def test_the_loss_has_to_fall_as_far_as_the_text_says():
-    a7, t = study.CLAIMS[0], study.known_points()
+    a7, t = CLAIMS['study_adcorda'][0], known_losses()
     assert a7.verdict(t) == (True, '0.2540 to 0.1730')
     assert a7.verdict(t.assign(loss=[.3002, .3])) == (False, '0.3002 to 0.3000')
 
 def test_every_seed_has_to_gain():
-    claim = next(c for c in study.CLAIMS if c.id=='A-12, removal')
+    claim = next(c for c in CLAIMS['study_adcorda'] if c.id=='L245, removal')
     seeds = pd.DataFrame({'contrast': 'removal, with CORAL', 'difference': [3.,1.], 'holm': [.001,.01]})
     assert (claim.verdict(seeds)[0] is True and claim.verdict(seeds.assign(difference=[3.,-1.]))[0] is False
             and claim.verdict(seeds.assign(holm=[.001,.06]))[0] is False)
@@ -94,9 +97,9 @@ def test_every_seed_has_to_gain():
 def test_numbers_of_the_text_are_marked():
     assert published('tab3_adcorda').groupby('stands_in').size().to_dict() == {'table': 20, 'text': 2}
     assert (set(published('fig2_adcorda').stands_in) == {'text'}
-            and fig2.known_points().groupby('stands_in').size().to_dict() == {'table': 3, 'text': 5})
+            and known_points().groupby('stands_in').size().to_dict() == {'table': 3, 'text': 5})
     assert published('fig1_adcorda').query('stands_in=="text"').set.tolist() == ["T'"]
-    page = ledger('paper')
+    page = adcorda_page()
     assert (page.claim[page[OWN]=='stands in the text only'].tolist()
             == ['A9', 'A10', 'A18', 'A11', 'A11, DDN', 'A13', 'A7'])
 
@@ -126,7 +129,7 @@ def names(notebook):
             if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.arg)) or isinstance(n, ast.Name)
             and isinstance(n.ctx, ast.Store)}
 
-DOCUMENTS = {'adcorda': ('A', 32, lambda: ledger('paper')), 'mixture': ('M', 18, mixture_page)}
+DOCUMENTS = {'adcorda': ('A', 32, adcorda_page), 'mixture': ('M', 18, mixture_page)}
 DECISIONS = [(d, r) for d in DOCUMENTS for r in published(f'conflicts_{d}').itertuples()]
 
 @pytest.mark.parametrize('document', DOCUMENTS)

@@ -26,17 +26,7 @@ MACHINE_PATH = re.compile(r'(?<![\w.~])/(?:home|root|tmp|work|Users|var/folders)
 
 
 # artefacts that are still too long, and why: a list that gets shorter, never longer
-EXCUSED = {
-    'claims_adcorda': 'collects and looks up claims by itself: waits for the sheet',
-    'fig1_adcorda': 'plans, prices, makes and saves by itself: waits for the sheet',
-    'fig2_adcorda': 'plans, prices, makes and saves by itself: waits for the sheet',
-    'fig4_mixture': 'plans, prices, makes and saves by itself: waits for the sheet',
-    'study_adcorda': 'plans, prices, makes and saves by itself: waits for the sheet',
-    'tab1_mixture': 'plans, prices, makes and saves by itself: waits for the sheet',
-    'tab2_adcorda': 'plans, prices, makes and saves by itself: waits for the sheet',
-    'tab2_mixture': 'holds a study of ours, of where the robustness comes from: waits for study_mixture',
-    'tab3_adcorda': 'plans, prices, makes and saves by itself: waits for the sheet',
-    'tab4_adcorda': 'plans, prices, makes and saves by itself: waits for the sheet'}
+EXCUSED = {}
 
 
 @dataclass

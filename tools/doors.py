@@ -3,7 +3,6 @@
 A new name needs only `make doors`; what the page says besides stays as it is.
 """
 import ast, re, sys
-from pathlib import Path
 
 import nbformat
 from run_notebooks import NBS, ROOMS

@@ -1,7 +1,7 @@
 """Which code made the outputs that a notebook stores
 
-A hash over its code cells, the modules that it imports, and the numbers that it shows. `make notebooks` writes
-the hashes to nbs/outputs.json; a test compares them with the code at hand.
+A hash over its code cells, the modules that it imports, and the numbers that it shows. `make notebooks`
+writes the hashes to nbs/outputs.json; a test compares them with the code at hand.
 """
 import ast, hashlib, io, json, sys, tokenize
 from functools import lru_cache
@@ -101,13 +101,18 @@ def record(done, root=ROOT):
     (nbs/MADE).write_text(json.dumps(dict(sorted(known.items())), indent=1)+'\n', encoding='utf-8')
 
 def stale(root=ROOT):
-    "Notebooks whose stored outputs were made by other code than is at hand"
+    "Notebooks whose stored outputs were made by other code than is at hand, as far as it was noted"
     known = recorded(root)
-    name = lambda p: p.relative_to(root/'nbs').as_posix()
-    return [name(p) for p in notebooks(root) if known.get(name(p)) != made_by(p, root)]
+    there = {p.relative_to(root/'nbs').as_posix(): p for p in notebooks(root)}
+    return [name for name,p in there.items() if name in known and known[name] != made_by(p, root)]
+
+def unmarked(root=ROOT):
+    "Notebooks of which it was not noted what made their outputs: they were not run since hashes are kept"
+    return [n for p in notebooks(root) if (n := p.relative_to(root/'nbs').as_posix()) not in recorded(root)]
 
 
 if __name__ == '__main__':
     gone = stale()
-    print('\n'.join(gone) or 'all outputs were made by the code at hand')
+    print('\n'.join(gone) or 'no outputs are known to be of other code than is at hand')
+    print(f'{len(unmarked())} notebooks were not run since what makes outputs is noted')
     sys.exit(bool(gone))

@@ -30,9 +30,10 @@ def view(
     page:pd.DataFrame, # tidy
 )->pd.DataFrame:
     "The ledger as a reader sees it"
-    where = [f'[{ARTEFACTS[a].name}]({a}.ipynb)' for a in page.artefact]
-    columns = ['claim', 'text', 'source', 'where', "the paper's own table", 'ours', 'numbers']
-    return page.assign(where=where)[columns].rename(columns={'where': 'stands beside'})
+    columns = ['claim', 'text', 'source', 'of', "the paper's own table", 'ours', 'numbers']
+    return page.assign(of=[_of(a) for a in page.artefact])[columns]
+
+def _of(artefact): return 'the text' if artefact.startswith('claims') else ARTEFACTS[artefact].name
 
 # %% ../../nbs/claims_mixture.ipynb #6e6d90d0
 def picture(
@@ -45,7 +46,7 @@ def picture(
         counts = (page.groupby('artefact', sort=False)["the paper's own table"].value_counts()
                   .unstack(fill_value=0).reindex(columns=list(ink), fill_value=0))
         fig, ax = plt.subplots(figsize=(4.6, 2.2)); left = 0
-        names = ['the text' if a.startswith('claims') else ARTEFACTS[a].name for a in counts.index]
+        names = [_of(a) for a in counts.index]
         for word,colour in ink.items():
             ax.barh(names, counts[word], left=left, color=colour, label=word, height=.7)
             left = left + counts[word]

@@ -72,6 +72,6 @@ def picture(
             known = {} if printed is None else printed[printed.attack==name].set_index('method').accuracy
             rows = ours[ours.attack==name]
             dot_interval(rows.assign(published=[known.get(m, math.nan) for m in rows.method]), label='method',
-                         legend=False, xlabel='accuracy (%)', title=head.replace(' (', '\n('), ax=ax)
+                         legend=False, xlabel='accuracy (%)', title=head.replace('; ', '\n'), ax=ax)
         shared_legend(fig, printed is not None); fig.suptitle(title, fontsize=8, x=0, ha='left')
     return fig

@@ -54,4 +54,4 @@ def view(
 )->pd.DataFrame:
     "Our Table 3 as a reader sees it"
     columns = ('row','accuracy','std','delta','corrected','size','best_epoch','key')
-    return tab1_adcorda.view(ours, columns, size='MiB')
+    return tab1_adcorda.view(ours, columns, size='MiB', accuracy=f'test %, n = {ours.n.iloc[0]:,.0f}')

@@ -22,8 +22,7 @@ ROWS, SAME = ('-', 'None', 'DDN', 'SP'), 'clean, same images' # '-' is BL; as ar
 
 def grid(
     model:str='resnet18', dataset:str='cifar10', # of `MODELS` and `DATASETS`
-    seeds:tuple[int,...]=(1,2,5),
-    n_eval:int|None=None,   # test images under attack; None is all
+    seeds:tuple[int,...]=(1,2,5), n_eval:int|None=None, # test images under attack; None is all
     reference:bool=False,   # the authors' code
 )->dict[str,dict[str,tuple]]: # row -> column -> a cell or a robustness for each seed, at published scale
     "The cells of Table 4 for one model and data set"
@@ -45,10 +44,10 @@ def tidy(
         found = {b: [store.get(c, make=False).result for c in cs] for b,cs in columns.items()}
         same = [{'accuracy': r['survivors']['clean']/r['n'], 'n': r['n']} for r in found['5e-4']]
         its = {b: {**measured(cs, store), 'label': found[b][0].get('label', 'clean'),
-                   'flags': '; '.join(found[b][0].get('flags', ())), # this and what follows: first seed
+                   'alarms': '; '.join(found[b][0].get('flags', ())), # this and what follows: first seed
                    **{f'after {k}': v for k,v in found[b][0].get('survivors', {}).items()}}
                for b,cs in columns.items()}
-        its[SAME] = {'key': its['5e-4']['key'], 'label': 'clean', 'flags': '', **over_seeds(same)}
+        its[SAME] = {'key': its['5e-4']['key'], 'label': 'clean', 'alarms': '', **over_seeds(same)}
         rows += [{'model': model, 'dataset': dataset, 'attack': row, 'row': named([row])[0], 'budget': b,
                   **its[b]} for b in ('clean', SAME, *BUDGETS)]
     return pd.DataFrame(rows)
@@ -60,8 +59,9 @@ def view(
     "Our Table 4 as a reader sees it"
     text = [a if pd.isna(s) else f'{a} ± {s:.2f}' for a,s in zip(marked(ours), ours['std'])]
     wide = ours.assign(text=text).pivot(index='row', columns='budget', values='text')
-    made = dict(zip(ours.budget, ours.label)) # only the whole of AutoAttack is called so
-    columns = {'clean': 'clean, all test images', SAME: SAME, **{b: f'{made[b]}, {b}' for b in BUDGETS}}
+    made, n = dict(zip(ours.budget, ours.label)), dict(zip(ours.budget, ours.n))
+    columns = {'clean': f"clean, all {n['clean']:,} images", SAME: f'clean, first {n[SAME]:,}',
+               **{b: f'{made[b]}, {b}' for b in BUDGETS}} # only the whole of AutoAttack is called so
     return worded(wide.loc[ours.row.unique()].reset_index(), ['row', *columns], **columns)
 
 # %% ../../nbs/tab4_adcorda.ipynb #179d6452

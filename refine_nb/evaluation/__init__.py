@@ -22,8 +22,8 @@ from .auditing import Audit, CHECKS, audit
 
 # %% ../../nbs/evaluation/99_evaluation.ipynb #b7dc6523
 _all_ = ['EVAL_BATCH', 'Outcome', 'adversarial_images', 'classify', 'first_broken', 'narrow', 'pack',
-         'predict', 'survivors', 'unpack', 'verdicts', 'confusion', 'mcnemar', 'newcombe', 'proportion',
-         'pushes', 'robustness_curve', 'wilson', 'Evidence', 'Finding', 'eps_curve', 'evidence',
-         'budget_scale', 'probability_outputs', 'random_noise', 'saturated_logits', 'single_step',
-         'square_search', 'stochastic_outputs', 'stronger_attack', 'training_mode', 'transferred',
-         'unbounded', 'vanishing_gradient', 'Audit', 'CHECKS', 'audit']
+         'predict', 'survivors', 'unpack', 'verdicts', 'confusion', 'mcnemar', 'newcombe',
+         'proportion', 'pushes', 'robustness_curve', 'wilson', 'Evidence', 'Finding', 'eps_curve',
+         'evidence', 'budget_scale', 'probability_outputs', 'random_noise', 'saturated_logits',
+         'single_step', 'square_search', 'stochastic_outputs', 'stronger_attack', 'training_mode',
+         'transferred', 'unbounded', 'vanishing_gradient', 'Audit', 'CHECKS', 'audit']

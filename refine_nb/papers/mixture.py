@@ -134,7 +134,7 @@ def column(
 # %% ../../nbs/papers/10_mixture.ipynb #aa17c004
 def headings(
     table:pd.DataFrame, # tidy: attack, n, and label, the column in words
-)->dict[str,str]:       # column -> e.g. 'FGSM, 0.1 (n = 1,000)'
+)->dict[str,str]:       # column -> e.g. 'FGSM, 0.1; n = 1,000'
     "How the columns of our table are headed"
     first = table.groupby('attack', sort=False).first()
-    return {a: f'{label} (n = {n:,})' for a,label,n in zip(first.index, first.label, first.n)}
+    return {a: f'{label}; n = {n:,}' for a,label,n in zip(first.index, first.label, first.n)}

@@ -168,8 +168,9 @@ def found_study(
     parts = {m: strong[strong.method==m] for m in STRONG if m not in bad}
     second = {m: explained(t).partition(':')[0] for m,t in parts.items()}
     caught = [m for m,v in second.items() if v=='caught']
-    masked, weak = (', '.join(m for m,t in parts.items() if what in answer(t)) or 'none'
-                    for what in ('masked gradients', 'too weak'))
+    raised = {m: set(t.check[t.raised=='RAISED']) for m,t in parts.items()}
+    masked, weak = (', '.join(m for m,checks in raised.items() if checks & set(group)) or 'none'
+                    for group in (MASKING, WEAK))
     note = ''.join(f' {m} is marked ({f}) and says nothing.' for m,f in bad.items())
     return (f"Of the {len(parts)} networks that have learnt from strong examples {len(caught) or 'none'} "
             f"{'catch' if len(caught) > 1 else 'catches'} the attack by its second step "

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ROBUST', 'STRONGEST', 'MIXED', 'ALONE', 'MIXTURES', 'BOLD', 'TAB2', 'CLAIMS', 'FOUND', 'gain', 'short_of_budget',
-           'facing', 'found_tab1', 'both_tables', 'improved', 'found_tab2', 'points', 'found_fig4']
+           'headed', 'facing', 'found_tab1', 'both_tables', 'improved', 'found_tab2', 'points', 'found_fig4']
 
-# %% ../../nbs/papers/40_mixture_tables.ipynb #fc203a2b
+# %% ../../nbs/papers/40_mixture_tables.ipynb #d6a6c257
 import pandas as pd
 
-from ..reporting import Claim, cell, published
+from ..reporting import MARK, Claim, cell, published
 from .mixture import METHODS, STRENGTHS, STRONG, attackers, column, techniques
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #506adba1
@@ -89,17 +89,34 @@ def short_of_budget(
             f"FGSM at 0.1, which uses all of its budget, is the stronger attack: it leaves less in {less} of "
             f"{len(at)} rows.",)
 
-# %% ../../nbs/papers/40_mixture_tables.ipynb #4ae67ab3
+# %% ../../nbs/papers/40_mixture_tables.ipynb #22199a6b
+def headed(
+    printed:pd.DataFrame, # `published`, of Table 1 or 2
+    ours:pd.DataFrame,    # tidy: attack, and label, the column in words
+)->pd.DataFrame:          # the printed rows, with `label`
+    "The printed columns, headed as ours are"
+    heads = dict(zip(ours.attack, ours.label))
+    return printed.assign(label=[heads.get(a, column(a)) for a in printed.attack])
+
+def _flagged(t): # the rows of networks that have learnt nothing
+    flags = t.get('flag', pd.Series('', t.index)).fillna('')
+    return {(m, label) for m,label,f in zip(t.method, t.label, flags) if f}
+
+# %% ../../nbs/papers/40_mixture_tables.ipynb #c4747cab
 def facing(
-    both:pd.DataFrame, # from `side_by_side`: method, attack, ours, paper, difference
-)->pd.DataFrame: # e.g. '31.20 [28.40, 34.14] / 79.84 (-48.64)'
+    both:pd.DataFrame, # from `side_by_side`: method, label, ours, paper, difference
+    ours:pd.DataFrame, # tidy, with `flag` where a network has learnt nothing
+)->pd.DataFrame:       # e.g. '31.20 [28.40, 34.14] / 79.84 (-48.64)'
     "Ours and the printed accuracies, a row a method; what is not in the paper is left out"
-    rows = both[both.paper != 'not in the paper']
-    texts = rows.assign(text=[f'{r.ours} / {r.paper} ({r.difference:+.2f})' if r.ours
-                              else f'not run / {r.paper}' for r in rows.itertuples()])
-    wide = texts.pivot(index='method', columns='attack', values='text')
-    wide = wide.loc[rows.method.unique(), rows.attack.unique()]
-    return wide.rename(columns=lambda a: f'{column(a)}: ours / paper').rename_axis(columns=None).reset_index()
+    rows, bad = both[both.paper != 'not in the paper'], _flagged(ours)
+    def text(r):
+        if not r.ours: return f'not run / {r.paper}'
+        mark = f' {MARK}' if (r.method, r.label) in bad else ''
+        return f'{r.ours}{mark} / {r.paper} ({r.difference:+.2f})'
+    wide = rows.assign(text=[text(r) for r in rows.itertuples()]).pivot(index='method', columns='label',
+                                                                        values='text')
+    wide = wide.loc[rows.method.unique(), rows.label.unique()]
+    return wide.rename(columns=lambda c: f'{c}: ours / paper').rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #a1c277cb
 def found_tab1(

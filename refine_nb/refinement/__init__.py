@@ -11,7 +11,8 @@ __all__ = ['Corrected', 'Correction', 'adapt', 'correct', 'paired_batches', 'sho
 # %% ../../nbs/refinement/99_refinement.ipynb #32198975
 from refine_nb.refinement.refine import (Corrected, Correction, adapt, correct, paired_batches,
     show_corrections)
-from .sources import OnSource, PARTS, Share, equal_steps, on_source, part_of, share_of
+from refine_nb.refinement.sources import (OnSource, PARTS, Share, equal_steps, on_source, part_of,
+    share_of)
 from .int8 import (BACKENDS, CALIBRATION_BATCH, Int8, OBSERVERS, affine, calibrate,
     integers, kernels, mebibytes, prepared, quantise, restored, to_integers)
 from refine_nb.refinement.straight_through import (Quantised, Simulation, StraightThrough,

@@ -22,8 +22,10 @@ def our_tables(
     "Our numbers of an artefact, from its largest reports"
     runs = stored(artefact)
     if not runs: return 'demo', {}
-    ends = lambda s: next((d for d in SIZES if s.variant.endswith(d)), '') # the data set
-    same = [s for s in runs if (s.preset, ends(s)) == (runs[0].preset, ends(runs[0]))]
+    best = {}                       # data set of a paper -> the best that stands for it
+    of = lambda s: next((d for d in SIZES if s.variant.endswith(d)), '')
+    same = [s for s in runs if s.preset==runs[0].preset
+            and best.setdefault(of(s).removesuffix('_jpeg').removesuffix('_resplit'), of(s))==of(s)]
     if apart or apart is None and not artefact.startswith('tab'):
         return runs[0].preset, {s.variant or 'ours': s.tidy for s in same}
     return (runs[0].preset,

@@ -73,6 +73,19 @@ def on_its_own(
     circular = holds and 'stands_in' in table and claim.verdict(table[table.stands_in!='text'])[0] is None
     return 'stands in the text only' if circular else _WORDS[holds], read
 
+# %% ../../nbs/reporting/20_claims.ipynb #6a6c7d58
+def _one_or_each(verdicts):
+    return (next(iter(verdicts.values())) if len(set(verdicts.values()))==1
+            else '; '.join(f'{who}: {v}' for who,v in verdicts.items()))
+
+def _ours(claim:Claim, table:pd.DataFrame|None, preset:str)->tuple[str,str]:
+    if table is None: return 'not judged: nothing was run', ''
+    holds, numbers = claim.verdict(table)
+    if preset == 'demo': return f'not judged: demo, needs {claim.needs}', ''
+    if holds is None: return f'not judged: {numbers}', ''
+    return (_WORDS[holds] if preset == claim.needs
+            else f'not judged at this scale: {preset}, needs {claim.needs}'), numbers
+
 # %% ../../nbs/reporting/20_claims.ipynb #0f65329f
 def judge(
     claims:Iterable[Claim],     # in the order to be shown
@@ -91,15 +104,3 @@ def judge(
                      'ours': _one_or_each({who: v for who,(v,_) in found.items()}),
                      'numbers': '; '.join(f'{who}: {n}' for who,n in numbers.items() if n)})
     return pd.DataFrame(rows, columns=['claim', 'text', 'source', "the paper's own table", 'ours', 'numbers'])
-
-def _one_or_each(verdicts):
-    return (next(iter(verdicts.values())) if len(set(verdicts.values()))==1
-            else '; '.join(f'{who}: {v}' for who,v in verdicts.items()))
-
-def _ours(claim:Claim, table:pd.DataFrame|None, preset:str)->tuple[str,str]:
-    if table is None: return 'not judged: nothing was run', ''
-    holds, numbers = claim.verdict(table)
-    if preset == 'demo': return f'not judged: demo, needs {claim.needs}', ''
-    if holds is None: return f'not judged: {numbers}', ''
-    return (_WORDS[holds] if preset == claim.needs
-            else f'not judged at this scale: {preset}, needs {claim.needs}'), numbers

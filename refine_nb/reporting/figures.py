@@ -94,7 +94,7 @@ def _line(ax, y, row, style): # our value with its interval, and the published o
 
 # %% ../../nbs/reporting/10_figures.ipynb #0cb774e9
 def dot_interval(
-    table:pd.DataFrame,        # columns: `label`, accuracy, and where known low, high, published, all in %; flag
+    table:pd.DataFrame,  # columns: `label`, accuracy, and where known low, high, published, all in %; flag
     *,
     label:str='attack',        # column that names the method of a line; shown as `named` says it
     title:str='',              # with the preset, e.g. 'DEMO: ...'

@@ -81,7 +81,10 @@ _TITLES = {
     'tab3_6_spat': 'alpha, beta and s', 'tab3_7_spat': 'ablation of the self-paced terms',
     'tab3_8_spat': 'normalised cross-entropy', 'tab3_9_spat': 'CIFAR-10-C',
     'fig3_1_spat': 'where attacks push dogs and cats', 'fig3_2_spat': 't-SNE of embeddings',
-    'fig3_3_spat': 'geometry of the loss', 'fig3_4_spat': 'loss against similarity',
+    'fig3_3_spat': 'geometry of the loss', 'fig3_4_spat': 'loss against similarity',}
+
+# %% ../../nbs/reporting/40_listing.ipynb #de559278
+_TITLES |= {
     'tab1_dra': 'standard and robust accuracy of known defences', 'tab2_dra': 'MNIST',
     'tab3_dra': 'CIFAR-10, ResNet-50', 'tab4_dra': 'backbones', 'tab5_dra': 'PGD against DRA in training',
     'tab6_dra': 'share of attacked pixels', 'tab7_dra': 'CIFAR-10-C', 'fig1_dra': 'two classifiers',
@@ -97,6 +100,7 @@ _READY = {'tab2_mixture', 'fig4_mixture', 'claims_mixture', 'tab4_adcorda', 'tab
           'fig3_mixture', 'fig2_mixture', 'fig1_mixture', 'study_mixture'}
 ARTEFACTS = {i: Artefact(i, t, i in _READY) for i,t in _TITLES.items()}
 
+# %% ../../nbs/reporting/40_listing.ipynb #78eb8439
 def catalogue(
     paper:str|None=None, # one of `PAPERS`; None is all
 )->pd.DataFrame:         # artefact, shows, status

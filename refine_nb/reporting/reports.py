@@ -80,7 +80,8 @@ class Stored:
     variant: str # e.g. 'resnet18_cifar10'
 
     @property
-    def run(self)->dict: return json.loads((self.folder/'run.json').read_text(encoding='utf-8')) # what made it
+    # what made it
+    def run(self)->dict: return json.loads((self.folder/'run.json').read_text(encoding='utf-8'))
     @property
     def title(self)->str: return self.run.get('title', self.preset) # as its tables have it
     @property
@@ -88,14 +89,16 @@ class Stored:
         return pd.read_csv(self.folder/'tidy.csv', keep_default_na=False, na_values=[''])
 
 # %% ../../nbs/reporting/50_reports.ipynb #c431cb90
-_STAND_IN = ('cifar10_resplit', 'cifar10_jpeg', 'digits') # in place of a paper's data set, the better one first
+# in place of a paper's data set, the better one first
+_STAND_IN = ('cifar10_resplit', 'cifar10_jpeg', 'digits')
 
 def stored(
     artefact:str, # an id of `ARTEFACTS`
 )->list[Stored]:  # none where nothing but demos was run
     "The reports of an artefact, the largest first"
     def rank(s): # of the preset, then of the data set
-        return list(PRESETS)[::-1].index(s.preset), next((i+1 for i,d in enumerate(_STAND_IN) if d in s.variant), 0)
+        return (list(PRESETS)[::-1].index(s.preset),
+                next((i+1 for i,d in enumerate(_STAND_IN) if d in s.variant), 0))
     there = ((name, f.parent) for name in PRESETS if name != 'demo'
              for f in sorted(report_folder(artefact, name).rglob('tidy.csv')))
     return sorted((Stored(f, name, '' if f.name==name else f.name) for name,f in there), key=rank)

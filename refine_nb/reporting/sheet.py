@@ -107,6 +107,7 @@ def ask(self:Sheet,
     self.cells, self.title = leaves(cells), announce(self.about.id, self.p, self.store, self.wanted)
     return cells
 
+# %% ../../nbs/reporting/70_sheet.ipynb #f2c1d99b
 @patch
 def drawn(self:Sheet,
     how:str, # e.g. 'computed from the activation modules'
@@ -125,6 +126,7 @@ def plan(self:Sheet)->Markdown:
                        f"about {duration(cost.seconds.iloc[-1])} on {self.engine.device}")
     return Markdown(f'{self.title.banner}\n\n{table.data}')
 
+# %% ../../nbs/reporting/70_sheet.ipynb #1bc17d11
 @patch
 def make(self:Sheet)->None:
     "Make what is missing"
@@ -192,6 +194,7 @@ def evidence(self:Sheet)->SimpleNamespace|None: # table, preset, title, notes; N
         return SimpleNamespace(table=best.tidy, preset=best.preset, title=best.title,
                                notes=tuple(best.run.get('notes', ())))
 
+# %% ../../nbs/reporting/70_sheet.ipynb #394c8a47
 _NO_RUN = Markdown('No run on real images is stored yet, and no demo number stands beside a printed one.')
 
 def _for(table, ours): return table(ours) if callable(table) else table
@@ -230,6 +233,7 @@ def judge(self:Sheet,
     return show_table(self.verdicts,
                       f"Claims, on the printed numbers and on {e.title if e else 'nothing of ours yet'}")
 
+# %% ../../nbs/reporting/70_sheet.ipynb #a88b159d
 @patch
 def draw(self:Sheet,
     fig:Figure,           # drawn inside `figure_style`

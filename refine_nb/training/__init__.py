@@ -22,8 +22,8 @@ from .adversarial_steps import adversarial, adversarial_training
 from .two_norms import advprop, advprop_step
 
 # %% ../../nbs/training/99_training.ipynb #06858905
-_all_ = ['clean', 'halves', 'trades', 'weighted_ce', 'TIES', 'als', 'als_halves', 'als_target', 'coral',
-         'covariance', 'Engine', 'engine', 'cosine', 'linear', 'piecewise', 'set_rate', 'sgd',
+_all_ = ['clean', 'halves', 'trades', 'weighted_ce', 'TIES', 'als', 'als_halves', 'als_target',
+         'coral', 'covariance', 'Engine', 'engine', 'cosine', 'linear', 'piecewise', 'set_rate', 'sgd',
          'Snapshots', 'cloned', 'resume', 'Diverged', 'Method', 'fine_tune', 'fit', 'train_epoch',
          'STEP_GIVES', 'asks_for', 'attacker', 'mean_loss', 'step_logits', 'train_accuracies',
          'adversarial', 'adversarial_training', 'advprop', 'advprop_step']

@@ -18,13 +18,13 @@ from refine_nb.vision.models import (IMAGENET_MEAN, IMAGENET_STD, Normalise, cla
     n_parameters)
 from .folding import Leaves, fold, fold_if_same, foldable, refold
 from .norms import DualNorm, auxiliary, dual_norms, replaced, single_norms
-from refine_nb.vision.activations import (KINDS, SmoothReLU, operated, smooth, smooth_attack, smoothing,
-    straight_relu)
+from refine_nb.vision.activations import (KINDS, SmoothReLU, operated, smooth, smooth_attack,
+    smoothing, straight_relu)
 
 # %% ../../nbs/vision/99_vision.ipynb #d8a712d1
 _all_ = ['Data', 'Split', 'check_images', 'fingerprint', 'to_input', 'cache_file', 'class_files',
-         'data_root', 'read_images', 'read_tree', 'data_names', 'load_data', 'split_indices', 'augment',
-         'batches', 'draws', 'order', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier',
-         'model_names', 'n_parameters', 'Leaves', 'fold', 'fold_if_same', 'foldable', 'refold',
-         'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU',
-         'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu']
+         'data_root', 'read_images', 'read_tree', 'data_names', 'load_data', 'split_indices',
+         'augment', 'batches', 'draws', 'order', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise',
+         'classifier', 'model_names', 'n_parameters', 'Leaves', 'fold', 'fold_if_same', 'foldable',
+         'refold', 'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms', 'KINDS',
+         'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu']
