@@ -91,11 +91,13 @@ def test_an_attack_gives_the_network_back():
     with attacking(both): assert not both.counterpart.training
 
 
-VNNI = getattr(torch.cpu, '_is_vnni_supported', lambda: True)() # without it oneDNN's int8 sums saturate: torch warns
+# without it oneDNN's int8 sums saturate: torch warns
+VNNI = getattr(torch.cpu, '_is_vnni_supported', lambda: True)()
 
 @pytest.mark.parametrize('backend', HERE)
 def test_the_simulation_is_the_int8_network(backend):
-    if backend == 'onednn' and not VNNI: pytest.skip("oneDNN's int8 kernels saturate on a processor without VNNI")
+    if backend == 'onednn' and not VNNI:
+        pytest.skip("oneDNN's int8 kernels saturate on a processor without VNNI")
     model, data = trained(); watched = calibrate(prepared(model, backend=backend), data, 100)
     x = data.test.x.float()/255
     sim = Simulation(model, watched, backend=backend).follow(model)
