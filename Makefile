@@ -1,5 +1,7 @@
 # `make` lists what can be done. Nothing has to be installed before but Python 3.10-3.12, make and git.
 .DEFAULT_GOAL := help
+# where bytecode isn't kept each process compiles torch anew, which takes 15 seconds
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup demo test bench lab report doors notebooks readme clean
 
 PYTHONS  ?= python3 python3.12 python3.11 python3.10

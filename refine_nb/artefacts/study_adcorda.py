@@ -31,19 +31,20 @@ def grid(
     losses = {a: tuple(OnSource(b, Correction(b, ATTACKS[a])) for b in bases) for a in ('LL', 'DDN')}
     return {name: tuple(Cell(recipe(name, b)) for b in bases) for name in ARMS}, losses
 
-# %% ../../nbs/study_adcorda.ipynb #b22a125c
+# %% ../../nbs/study_adcorda.ipynb #81317c3d
 def tidy(
     cells:dict[str,tuple[Cell,...]], initial:dict[str,tuple[OnSource,...]], # as `grid`, at this scale
     store, model:str, dataset:str, # where they were made; how they shall be named
 )->pd.DataFrame:                   # `part`: 'arms', 'contrasts' or 'losses', each with columns of its own
     "Arms, paired contrasts and losses as one tidy table"
-    arms = pd.DataFrame([{'attack': a, **measured(cs, store)} for a,cs in cells.items()])
-    pairs = contrasts(cells, store); pairs.insert(0, 'attack', pairs.contrast)
-    parts = {'arms': arms, 'losses': loss_table(initial, store), 'contrasts': pairs}
+    arms = pd.DataFrame([{'attack': a, 'method': ARMS[a], **measured(cs, store)} for a,cs in cells.items()])
+    pairs, losses = contrasts(cells, store), loss_table(initial, store)
+    parts = {'arms': arms, 'losses': losses.assign(method=losses.attack),
+             'contrasts': pairs.assign(attack=pairs.contrast, method=pairs.contrast)}
     table = pd.concat([t.assign(part=name) for name,t in parts.items()], ignore_index=True)
     return table.assign(model=model, dataset=dataset)
 
-# %% ../../nbs/study_adcorda.ipynb #e61ac665
+# %% ../../nbs/study_adcorda.ipynb #dbcb992a
 def view(
     ours:pd.DataFrame, # tidy
     part:str='arms',   # 'arms', 'contrasts' or 'losses'
@@ -51,8 +52,7 @@ def view(
     "A part of the study as a reader sees it"
     t = ours[ours.part==part]
     if part == 'arms':
-        t = t.assign(arm=[ARMS[a] for a in t.attack], accuracy=marked(t))
-        return worded(t, ['arm','accuracy','std','key'])
+        return worded(t.assign(accuracy=marked(t)), ['method','accuracy','std','key'], method='arm')
     if part == 'losses':
         t = t.assign(n=t.n.round().astype(int), loss=[f'{v:.4f}' for v in t.loss])
         return worded(t, ['attack','set','n','loss','right'], n='training images', right='right (%)')

@@ -45,7 +45,8 @@ def tidy(
         same = [{'accuracy': r['survivors']['clean']/r['n'], 'n': r['n']} for r in found['5e-4']]
         its = {b: {**measured(cs, store), 'label': found[b][0].get('label', 'clean'),
                    'alarms': '; '.join(found[b][0].get('flags', ())), # this and what follows: first seed
-                   **{f'after {k}': v for k,v in found[b][0].get('survivors', {}).items()}}
+                   **{'no attack' if k=='clean' else f'after {k}': v
+                      for k,v in found[b][0].get('survivors', {}).items()}}
                for b,cs in columns.items()}
         its[SAME] = {'key': its['5e-4']['key'], 'label': 'clean', 'alarms': '', **over_seeds(same)}
         rows += [{'model': model, 'dataset': dataset, 'attack': row, 'row': named([row])[0], 'budget': b,

@@ -8,7 +8,6 @@ __all__ = ['ddn', 'salt_and_pepper']
 # %% ../../nbs/attacks/30_minimal.ipynb #1c35fe30
 from contextlib import contextmanager
 
-import foolbox
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +44,7 @@ def _seeded(generator, device):
 # %% ../../nbs/attacks/30_minimal.ipynb #97a0af75
 def _run_ddn(model, x, y, targeted, **settings):
     "foolbox's DDN on a lent model, towards the answer `y` or away from it"
+    import foolbox # here, as an import of the package shall be quick
     goal = (foolbox.criteria.TargetedMisclassification if targeted else foolbox.criteria.Misclassification)(y)
     attack = foolbox.attacks.DDNAttack(**settings)
     return attack.run(foolbox.PyTorchModel(model, bounds=(0,1), device=x.device), x, goal)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 # %% ../../nbs/evaluation/10_statistics.ipynb #ecf55cea
@@ -21,6 +20,7 @@ def wilson(
     level:float=.95,  # coverage, in (0,1)
 )->tuple[float,float]: # (low, high), fractions in [0,1]
     "Wilson's score interval for a share (Wilson 1927)"
+    from scipy.stats import binomtest
     if n < 1 or not 0 <= correct <= n:
         raise ValueError(f'wilson wants 0 <= correct <= n and n >= 1, got {correct} of {n}')
     if not 0 < level < 1: raise ValueError(f'level wants a number in (0,1), got {level}')
@@ -66,6 +66,7 @@ def mcnemar(
     level:float=.95, # coverage of the interval, in (0,1)
 )->dict:             # difference, low, high (fractions, first minus second), p, b, c, n
     "Is one model better than the other on the same images? McNemar's exact test and Newcombe's interval"
+    from scipy.stats import binomtest
     if len(_bits(right_a)) != len(_bits(right_b)):
         raise ValueError('a paired comparison wants verdicts on the same images, '
                          f'got {len(right_a)} and {len(right_b)}')

@@ -13,7 +13,6 @@ from functools import partial
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from sklearn.datasets import make_moons
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -165,6 +164,7 @@ def moons(
     seed:int,
 )->tuple[Tensor,Tensor]: # x [n,2] in [0,1], y [n] in 0..1
     "Two noisy half-moons in the unit square"
+    from sklearn.datasets import make_moons
     x,y = make_moons(n, noise=noise, random_state=seed)
     return ((torch.tensor(x, dtype=torch.float32)
              -torch.tensor([-2.1,-1.75]))/torch.tensor([5.2,4.])).clamp(0, 1), torch.tensor(y)

@@ -9,15 +9,14 @@ __all__ = ['data_names', 'split_indices', 'load_data']
 import warnings
 from pathlib import Path
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
-from torchvision import datasets
 from ..base import choose, seeded
 from .images import Data, Split, fingerprint
 from .reading import cache_file, class_files, data_root, read_tree
 
 # %% ../../nbs/vision/10_loading.ipynb #aba67f20
 def _digits(name, root, download):
+    from sklearn.datasets import load_digits # here, as it takes two seconds
     d = load_digits()
     x = (torch.from_numpy(d.images).int()*255+8)//16  # 16 -> 255, rounded
     x,y = x.to(torch.uint8)[:,None], torch.from_numpy(d.target).long()
@@ -27,8 +26,8 @@ def _digits(name, root, download):
 
 # %% ../../nbs/vision/10_loading.ipynb #4d24bfbd
 _objects = ('airplane','automobile','bird','cat','deer','dog','frog','horse','ship','truck')
-_vision = dict(mnist=(datasets.MNIST, 'MNIST/raw'), cifar10=(datasets.CIFAR10, 'cifar-10-batches-py'),
-               cifar100=(datasets.CIFAR100, 'cifar-100-python'))
+_vision = dict(mnist=('MNIST', 'MNIST/raw'), cifar10=('CIFAR10', 'cifar-10-batches-py'),
+               cifar100=('CIFAR100', 'cifar-100-python')) # torchvision's class, and where it looks
 _trees = dict(cifar10_jpeg=('cifar-10-images', dict(train=50_000, test=10_000)),
               cifar10_resplit=('cifar10-resplit', dict(train=41_000, test=10_000)),
               cinic10=('CINIC-10', dict(train=90_000, valid=90_000, test=90_000)))
@@ -46,8 +45,9 @@ def _missing(name, root): # the error for data that is not there
 
 # %% ../../nbs/vision/10_loading.ipynb #9a91007f
 def _torchvision(name, root, download):
-    make,folder = _vision[name]
-    try: tr,te = (make(root, train=t, download=download) for t in (True,False))
+    from torchvision import datasets # here, as it takes three seconds
+    made,folder = _vision[name]
+    try: tr,te = (getattr(datasets, made)(root, train=t, download=download) for t in (True,False))
     except Exception as e:
         if download:
             raise ConnectionError(f"the download of {name} into {root} failed: {e}. "

@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision import models as tv
-from torchvision.models.resnet import BasicBlock
 from ..base import choose
 from .reading import data_root
 
@@ -50,7 +48,8 @@ def _network(name, num_classes, stem): # torchvision's network with fresh weight
     if name=='resnet20': return _thin(num_classes, stem)
     if stem=='cifar' and not name.startswith('resnet'):
         raise ValueError(f"stem='cifar' is for ResNets, {name} has only its own: use stem='imagenet'")
-    net = tv.get_model(name, weights=None, num_classes=num_classes)
+    from torchvision.models import get_model # here, as it takes three seconds
+    net = get_model(name, weights=None, num_classes=num_classes)
     if stem=='cifar':
         net.conv1,net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
         # as torchvision starts its convolutions
@@ -62,6 +61,7 @@ def _thin(num_classes, stem, widths=(16,16,32,64)): # He et al. 2016, section 4.
     if stem!='cifar':
         raise ValueError("resnet20 is made for 32x32 images and has only the CIFAR stem: "
                          f"give stem='cifar', got {stem!r}")
+    from torchvision.models.resnet import BasicBlock
     def stage(a, b, stride):
         short = nn.Sequential(nn.Conv2d(a, b, 1, stride, bias=False), nn.BatchNorm2d(b)) if stride>1 else None
         return nn.Sequential(BasicBlock(a, b, stride, short), BasicBlock(b, b), BasicBlock(b, b))
@@ -85,7 +85,8 @@ def n_parameters(
 _editions = dict(imagenet='IMAGENET1K_V1', imagenet_v2='IMAGENET1K_V2')
 
 def _published(name, weights): # torchvision's entry for these weights
-    there = tv.get_model_weights(name).__members__
+    from torchvision.models import get_model_weights
+    there = get_model_weights(name).__members__
     if _editions[weights] not in there:
         raise ValueError(f"{name} has no {weights!r} weights, there are: "
                          f"{', '.join(repr(k) for k,v in _editions.items() if v in there)}")
