@@ -54,6 +54,7 @@ class Sheet:
         if 'seeds' in kinds: self.p.seeds = self.p.seeds[:self.p.preset.seeds]
         self.engine = engine(getattr(self.p, 'device', None))
         self.cells, self.ours, self.verdicts, self.tables, self.figures = [], None, None, {}, {}
+        self.below = ()  # notes of the main table, besides those that each has
         warnings.showwarning = _note
 
     @property
@@ -175,7 +176,8 @@ def show(self:Sheet,
     notes:Iterable[str]=(),    # below it, before what made it
 )->Markdown:
     "Show a table with title and notes, and keep it for the report"
-    self.tables[name] = view
+    self.tables[name], notes = view, tuple(notes)
+    if name == 'table': self.below = notes
     return show_table(view, f'{self.title.text}{": " if what else ""}{what}',
                       (*notes, *_images(self.ours), *_marks(self.ours), *self.title.notes))
 
@@ -244,7 +246,7 @@ def draw(self:Sheet,
 
 # %% ../../nbs/reporting/70_sheet.ipynb #e84aaa6a
 def _variant(sheet)->str: # the folder of this run below its preset
-    if not sheet.cells: return ''
+    if not sheet.cells: return getattr(sheet.p, 'dataset', '')
     where = sheet.title.text.rpartition(', ')[2] # '<network> on <data set>'
     return where.replace(' on ', '_')
 
@@ -259,5 +261,5 @@ def save(self:Sheet, **facts)->None: # further facts for the record
                         provenance=provenance(made), **facts, made=parts)
     names = save_report(report_folder(self.about.id, self.p.preset.name, _variant(self)), run=record,
                         tables=self.tables, tidy=self.ours, title=self.title.text, claims=self.verdicts,
-                        notes=(*_marks(self.ours), *self.title.notes), figures=self.figures)
+                        notes=(*self.below, *_marks(self.ours), *self.title.notes), figures=self.figures)
     print(f'{len(made)} results, made in {duration(spent)}. Saved:' if made else 'Saved:', ', '.join(names))
