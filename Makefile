@@ -8,7 +8,7 @@ PYTHONS  ?= python3 python3.12 python3.11 python3.10
 VENV     := .venv
 BIN      := $(VENV)/bin
 READY    := $(VENV)/.installed
-CORES    := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+CORES    := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 WORKERS  ?= $(shell echo $$(($(CORES) < 4 ? $(CORES) : 4)))
 THREADS  ?= $(shell echo $$(($(CORES) / $(WORKERS) > 1 ? $(CORES) / $(WORKERS) : 1)))
 # of the notebooks' own tests: for what hangs. All tests together should take 8 minutes on two cores
