@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 
-from .calls import Call, choose
+from .calls import Call
+from .checking import choose
 
 # %% ../../nbs/base/10_specs.ipynb #70417a28
 @dataclass(frozen=True)
