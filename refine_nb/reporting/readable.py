@@ -54,7 +54,8 @@ def health(
 )->str:                 # '' for a network that has learnt
     "What is wrong with a trained network: 'diverged', 'at chance level', or nothing"
     losses = [h['loss'] for h in history]
-    if not all(map(math.isfinite, losses)) or len(losses) > 1 and losses[-1] > losses[0]: return 'diverged'
+    if not all(map(math.isfinite, losses)): return 'diverged'
+    if losses and losses[-1] > max(losses[0], math.log(num_classes)): return 'diverged'
     return 'at chance level' if accuracy < 1.5/num_classes else ''
 
 # %% ../../nbs/reporting/35_readable.ipynb #c1f803a3

@@ -20,6 +20,7 @@ from ..base import Cell, Recipe, Spec, ancestors, choose
 from ..training import engine
 from ..runs import SIZES, Store, duration, preset, presets, price, provenance, scaled
 from .asked import parameters
+from .figures import named
 from .claims import judge as judged
 from .tables import published, show_table, side_by_side
 from .readable import MARK, health, said_once
@@ -163,8 +164,8 @@ def table(self:Sheet,
 # %% ../../nbs/reporting/70_sheet.ipynb #ee86088f
 def _marks(table)->tuple[str,...]: # the note that explains a mark
     if table is None or 'flag' not in table: return ()
-    name = next(c for c in ('method','attack','arm','row') if c in table)
-    what = dict.fromkeys(f'{r[name]}: {r["flag"]}'
+    name = next(c for c in ('method','row','arm','attack') if c in table)
+    what = dict.fromkeys(f'{named([r[name]])[0]}: {r["flag"]}'
                          for r in table[table.flag.fillna('')!=''].to_dict('records'))
     return (f"{MARK} {'; '.join(what)}. Such a network says nothing about a method.",)
 
@@ -217,6 +218,7 @@ def beside(self:Sheet,
     if (e := self.evidence()) is None: return _NO_RUN
     keys, printed = list(keys), _for(printed, e.table)
     both, same = said_once(side_by_side(e.table, printed, keys), ['n'])
+    if e.preset != 'paper': both = both.drop(columns='difference') # of two scales it says nothing
     if self.p.preset.name != 'demo': self.tables['side_by_side'] = words(both)
     return show_table(words(both), f"{e.title}, beside what is printed{f' ({same})' if same else ''}",
                       (*_odd(printed, keys), *e.notes))
