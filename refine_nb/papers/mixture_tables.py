@@ -113,7 +113,7 @@ def facing(
     def text(r):
         if not r.ours: return f'not run / {r.paper}'
         mark = f' {MARK}' if (r.method, r.label) in bad else ''
-        return f'{r.ours}{mark} / {r.paper} ({r.difference:+.2f})'
+        return f'{r.ours}{mark} / {r.paper}' + (f' ({r.difference:+.2f})' if 'difference' in both else '')
     wide = rows.assign(text=[text(r) for r in rows.itertuples()]).pivot(index='method', columns='label',
                                                                         values='text')
     wide = wide.loc[rows.method.unique(), rows.label.unique()]

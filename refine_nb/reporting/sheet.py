@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from types import SimpleNamespace
 
+import PIL.Image
 import pandas as pd
 from fastcore.basics import patch
 from IPython.display import Image, Markdown, display
@@ -97,7 +98,11 @@ def paper(self:Sheet, *args, **kwargs)->None: # as for `opening`
     "Open the page: `opening`, and the picture of the largest run that is there"
     display(Markdown(self.opening(*args, **kwargs)))
     best = next(iter(stored(self.about.id)), None)
-    if best and (best.folder/'figure.png').exists(): display(Image(best.folder/'figure.png', width=640))
+    if best and (picture := best.folder/'figure.png').exists(): display(_fitting(picture))
+
+def _fitting(picture): # as wide as it needs: several panels take the page
+    across, down = PIL.Image.open(picture).size
+    return Image(picture, width=960 if across > 3*down else 640)
 
 # %% ../../nbs/reporting/70_sheet.ipynb #19a70142
 @patch
