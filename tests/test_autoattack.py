@@ -5,6 +5,7 @@ targeted one breaks it; a rounded one without any gradient, which only Square br
 random numbers, and must then agree on each image and each component. With draws of their own they may differ
 at the border, as the authors' code differs from itself under another seed.
 """
+import copy
 from functools import partial
 
 import pytest
@@ -14,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import refine_nb.attacks.ensemble as module
-from refine_nb.attacks import STANDARD, apgd, autoattack, boundary_start, fab_t, pgd
+from refine_nb.attacks import STANDARD, OtherRun, apgd, autoattack, boundary_start, fab_t, pgd
 from refine_nb.attacks.queue import _hash, _names
 
 N, QUICK = 16, dict(steps=15, n_queries=150)      # images; the standard at a size that a test can afford
@@ -163,6 +164,31 @@ def test_a_cut_run_of_the_authors_code_goes_on(nets, batch):
                 and rest.survivors == whole.survivors)
     with pytest.raises(ValueError, match='of another run'):
         autoattack(nets['plain'], *batch, state=kept[0], **{**given, 'batch_size': 9})
+
+def test_a_state_of_other_weights_is_refused(nets, batch):
+    """The other net is right on the same clean images, and weaker.
+    From this net's state it would inherit verdicts that are not its own"""
+    net, weak, kept, given = nets['plain'], copy.deepcopy(nets['plain']), [], dict(eps=.14, **QUICK)
+    with torch.no_grad(): weak[0].weight[:4] *= 1.15
+    assert torch.equal(weak(batch[0]).argmax(1), net(batch[0]).argmax(1))
+    whole = autoattack(net, *batch, save=kept.append, **given)
+    assert not torch.equal(autoattack(weak, *batch, **given).breaker, whole.breaker)
+    for state in (kept[0], kept[-1]):
+        with pytest.raises(OtherRun, match='not of the model given'):
+            autoattack(weak, *batch, state=state, **given)
+        with pytest.raises(OtherRun, match='not of the labels given'):
+            autoattack(net, batch[0], (batch[1]+1)%10, state=state, **given)
+    assert torch.equal(autoattack(net, *batch, state=kept[0], **given).breaker, whole.breaker)
+
+def test_a_state_of_another_function_is_refused(nets, batch):
+    "The same weights under a function that no fingerprint of weights sees"
+    class Kept(nn.Module):
+        def __init__(self, f): super().__init__(); self.f = f
+        def forward(self, x): return self.f(x)
+    net, kept, given = nets['plain'], [], dict(eps=.1, components=('apgd-ce',), steps=2)
+    autoattack(Kept(lambda x: net(x)), *batch, save=kept.append, **given)
+    with pytest.raises(OtherRun, match='other logits'):
+        autoattack(Kept(lambda x: net(x)*1.1), *batch, state=kept[0], **given)
 
 def test_alone_each_attack_says_what_it_says_inside(nets, batch):
     x, y = batch

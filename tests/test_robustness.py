@@ -59,6 +59,21 @@ def test_a_run_that_dies_goes_on(trained, monkeypatch):
     assert torch.equal(done.tensors()['breaker'], trained.get(ASKED).tensors()['breaker'][:59])
 
 
+def test_what_another_model_left_is_not_gone_on_from(trained, monkeypatch):
+    "Killed half way, and the weights are others when it is asked again: it says so, and begins anew"
+    asked, left = replace(ASKED, n_eval=58), []
+    def dying(model, x, y, *, save, **settings):
+        def once(known): save(known); left.append(1); raise KeyboardInterrupt
+        return autoattack(model, x, y, save=once, **settings)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(makers_module, 'autoattack', dying); trained.get(asked)
+    model = trained.model(TRAINED)
+    with torch.no_grad(): model[0].weight *= 1.001
+    monkeypatch.setattr(type(trained), 'model', lambda self, spec: model)
+    with pytest.warns(UserWarning, match='not of the model given.*begins again'): done = trained.get(asked)
+    assert left and torch.equal(done.tensors()['breaker'], direct(trained).breaker[:58])
+
+
 def test_the_cheap_and_the_whole_are_two_results(trained):
     assert (
         len({key(r) for r in (ASKED, replace(ASKED, components=('apgd-ce',)), replace(ASKED, eps=.2),

@@ -22,7 +22,8 @@ from .auto_pgd import apgd, apgd_checkpoints, apgd_rows
 from .fast_boundary import fab_rows, fab_t, plane_step
 from .random_search import square, square_side
 from .protocol import Result, STANDARD
-from .ensemble import OtherRun, autoattack
+from .books import OtherRun
+from .ensemble import autoattack
 
 # %% ../../nbs/attacks/99_attacks.ipynb #01222a7d
 _all_ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'momentum', 'signed',
