@@ -15,7 +15,7 @@ from refine_nb.attacks import salt_and_pepper
 from refine_nb.training import Diverged, Engine
 from refine_nb.refinement import Correction, adapt
 from refine_nb.runs import Store
-from toys import Worker, recipe, work
+from toys import Worker, read, recipe, work
 
 RUN, SP = recipe(), call(salt_and_pepper, targeted=True, steps=50)
 TIMES = {'images_per_second', 'seconds'}
@@ -411,3 +411,77 @@ def test_the_last_step_spoils_the_weights(root, monkeypatch):
     monkeypatch.setenv('TOY_DO', 'burst:1:3')
     with pytest.raises(Diverged, match='weights.*epoch 2|epoch 2.*weights'): quiet(root).get(RUN)
     assert entries(root) == [] and [p.name[:5] for p in root.glob('running/*/*.pt')] == ['00001']
+
+
+# ---- what is left behind, what lies in the way -------------------------------------------------------------
+
+def test_damage_twice_after_a_tidy_up(peace, kept):
+    "The folder damaged/ may be emptied in part: what is set aside next still finds a free name"
+    for n in range(3):
+        flip(kept/'recipe'/key(RUN)/TENSORS)
+        with pytest.warns(UserWarning, match='is damaged'): quiet(kept).tensors(RUN)
+        if n == 0: shutil.copytree(kept/'damaged'/f'{key(RUN)}-0', kept/'damaged'/f'{key(RUN)}-1')
+        if n == 1: shutil.rmtree(kept/'damaged'/f'{key(RUN)}-0')
+    assert same(peace, kept, RUN) and len(list((kept/'damaged').iterdir())) == 3
+
+@pytest.mark.parametrize('file,harm', [(TENSORS, flip), (RECORD, cut)])
+def test_what_another_made_again_stays(peace, kept, file, harm):
+    "Between seeing damage and setting it aside another process makes the entry again: it is used, not moved"
+    good = kept/'recipe'/key(RUN)
+    shutil.copytree(good, kept/'spare'); harm(good/file)
+    aside = Store.set_aside
+    def late(self, spec, why):
+        shutil.rmtree(good); shutil.copytree(kept/'spare', good)
+        return aside(self, spec, why)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter('error'); patch.setattr(Store, 'set_aside', late)
+        store = quiet(kept)
+        found = store.get(RUN, make=False) if harm is cut else store.tensors(RUN)
+    assert found is not None and not (kept/'damaged').exists() and same(peace, kept, RUN)
+
+def test_leftovers_of_the_killed_are_cleared(peace, kept):
+    "Who opens a store next removes what a kill left beside finished results, and nothing else"
+    unfinished = kept/'running'/key(replace(RUN, seed=9))
+    for p in (kept/'running'/key(RUN), unfinished, kept/'recipe'/f'.{key(RUN)}.abcdefgh', kept/'.store.json.abcdefgh',
+              kept/'.hidden'):
+        p.mkdir(parents=True); (p/'x').write_text('')
+    quiet(kept)
+    assert [p.name for p in (kept/'running').iterdir()] == [unfinished.name]
+    assert {p.name for p in kept.glob('.*')} == {'.hidden'} and not list(kept.glob('recipe/.*'))
+    assert same(peace, kept, RUN)
+
+def deep(p): p.write_text('['*100_000)
+
+@pytest.mark.parametrize('file,harm', [(RECORD, deep)])
+def test_other_damage(peace, kept, file, harm):
+    harm(kept/'recipe'/key(RUN)/file)
+    with pytest.warns(UserWarning, match=f'{key(RUN)} is damaged'): quiet(kept).tensors(RUN)
+    assert same(peace, kept, RUN)
+
+@pytest.mark.parametrize('file', [RECORD, TENSORS, 'store.json', ''])
+def test_what_may_not_be_read_is_not_damage(peace, tmp_path, file):
+    "Another user's result is not moved away: a sentence says what cannot be read, not that there is no room"
+    shared = Path(tempfile.mkdtemp())
+    try:
+        shutil.copytree(peace, shared/'store')
+        for p in [shared, *shared.rglob('*')]: p.chmod(0o777)
+        locked = shared/'store'/file if file == 'store.json' else shared/'store'/'recipe'/key(RUN)/file
+        locked.chmod(0)
+        worker = Worker(tmp_path/'a', read, shared/'store', RUN)
+        assert worker.end() == 1 and 'PermissionError: [Errno 13] cannot read' in worker.text, worker.text
+        assert 'room' not in worker.text and not (shared/'store'/'damaged').exists()
+    finally: shutil.rmtree(shared)
+
+@pytest.mark.parametrize('where', ['toys.fine_tune', 'refine_nb.runs.makers.fit'])
+def test_what_is_missing_is_no_full_disk(root, monkeypatch, where):
+    "An error of the disk that has nothing to do with writing is told as it is"
+    def gone(*args, **kwargs): raise FileNotFoundError(2, 'the images are gone')
+    monkeypatch.setattr(where, gone)
+    with pytest.raises(FileNotFoundError, match='the images are gone'): quiet(root).get(RUN)
+
+def test_a_store_stays_where_it_was(peace, tmp_path, monkeypatch):
+    shutil.copytree(peace, tmp_path/'here'/'near'); (tmp_path/'there').mkdir()
+    monkeypatch.chdir(tmp_path/'here'); monkeypatch.setenv('REFINE_HOME', 'near')
+    store = Store(engine=Engine(), quiet=True)
+    monkeypatch.chdir(tmp_path/'there')
+    assert store.get(RUN, make=False) is not None and not list((tmp_path/'there').iterdir())

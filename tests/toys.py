@@ -84,6 +84,11 @@ def work(root, spec, every=0., kill=None, limit=None, nobody=False):
     if nobody and os.geteuid() == 0: os.setuid(65534)
     Store(root, Engine(), quiet=False, every=every).get(spec)
 
+def read(root, spec):
+    "Read `spec` in a store, in a process without rights to files of others"
+    if os.geteuid() == 0: os.setuid(65534)
+    Store(root, Engine(), quiet=True).tensors(spec)
+
 class _File(io.TextIOBase): # at once, so that what was said before a kill is read
     def __init__(self, path): self.file = open(path, 'ab', buffering=0)
     def write(self, s): self.file.write(s.encode()); return len(s)

@@ -69,7 +69,8 @@ def save_report(
         tidy.to_csv(new/'tidy.csv', index=False, lineterminator='\n')
         for name,fig in figures.items(): save_figure(fig, new, name)
         (new/'run.json').write_text(_json({'title': title, 'notes': list(notes), **run}), encoding='utf-8')
-    return sorted(p.name for p in Path(folder).iterdir())
+        names = sorted(p.name for p in new.iterdir())
+    return names
 
 # %% ../../nbs/reporting/50_reports.ipynb #9aac424d
 @dataclass(frozen=True)
@@ -81,12 +82,17 @@ class Stored:
 
     @property
     # what made it
-    def run(self)->dict: return json.loads((self.folder/'run.json').read_text(encoding='utf-8'))
+    def run(self)->dict: return self._read('run.json', lambda p: dict(json.loads(p.read_bytes())))
     @property
     def title(self)->str: return self.run.get('title', self.preset) # as its tables have it
     @property
     def tidy(self)->pd.DataFrame: # every number, as a tidy table
-        return pd.read_csv(self.folder/'tidy.csv', keep_default_na=False, na_values=[''])
+        return self._read('tidy.csv', lambda p: pd.read_csv(p, keep_default_na=False, na_values=['']))
+    def _read(self, name, read):
+        try: return read(self.folder/name)
+        except (OSError, ValueError, TypeError, RecursionError) as e:
+            raise ValueError(f"the report {self.folder} has no {name} that can be read ({type(e).__name__}): "
+                             "restore it, or remove the folder and run it again") from e
 
 # %% ../../nbs/reporting/50_reports.ipynb #c431cb90
 # in place of a paper's data set, the better one first
@@ -99,6 +105,7 @@ def stored(
     def rank(s): # of the preset, then of the data set
         return (list(PRESETS)[::-1].index(s.preset),
                 next((i+1 for i,d in enumerate(_STAND_IN) if d in s.variant), 0))
-    there = ((name, f.parent) for name in PRESETS if name != 'demo'
-             for f in sorted(report_folder(artefact, name).rglob('tidy.csv')))
+    def half(f, top): return any(p.startswith('.') for p in f.relative_to(top).parts) # its writer was killed
+    there = ((name, f.parent) for name in PRESETS if name != 'demo' for top in [report_folder(artefact, name)]
+             for f in sorted(top.rglob('tidy.csv')) if not half(f, top))
     return sorted((Stored(f, name, '' if f.name==name else f.name) for name,f in there), key=rank)

@@ -17,7 +17,7 @@ from ..evaluation import (adversarial_images, classify, first_broken, narrow, pa
 from ..training import Snapshots, fit
 from ..refinement import (Correction, OnSource, Quantised, Share, correct, integers,
                                   mebibytes, on_source, quantise)
-from .entry import writing
+from .entry import reading, writing
 
 # %% ../../nbs/runs/10_makers.ipynb #a65cd584
 @singledispatch
@@ -33,9 +33,15 @@ def _beside(recipe:Recipe, other:dict,
 
 # %% ../../nbs/runs/10_makers.ipynb #c214d3ab
 class _Shown(Snapshots):
-    "Snapshots that show the state after each epoch, written or not"
-    def __init__(self, folder, every, see): super().__init__(folder, every); self.see = see
-    def save(self, state): self.see(state); return super().save(state)
+    "Snapshots in a store, which show the state after each epoch, written or not"
+    def __init__(self, store, spec, see=lambda state: None):
+        super().__init__(store.root/'running'/key(spec), store.every)
+        self.root, self.see = store.root, see
+    def save(self, state):
+        self.see(state)
+        with writing(self.root): return super().save(state)
+    def load(self, device='cpu'):
+        with reading(self.folder): return super().load(device)
 
 def _judges(recipe, data, method, store,
 ): # for `fit`: accuracy of a model on the validation images, and robust accuracy where the recipe asks for it
@@ -63,12 +69,9 @@ def _(recipe:Recipe, store, passing=()): # `passing`: the same recipe with fewer
                 log = {k: state[k] for k in ('history','best_epoch','best_accuracy','seconds')}
                 store.keep(r, result(log), state['best'], state['seconds'])
     validate, robust = _judges(recipe, data, method, store)
-    running = _Shown(store.root/'running'/key(recipe), store.every, see)
-    with writing(store.root):
-        log = fit(model, method, recipe.optimiser(model.parameters()), epochs=recipe.epochs, seed=recipe.seed,
-                  validate=validate, robust=robust, select=recipe.select or 'valid',
-                  schedule=recipe.schedule, clip=recipe.clip,
-                  snapshots=running, engine=store.engine, quiet=store.quiet)
+    log = fit(model, method, recipe.optimiser(model.parameters()), epochs=recipe.epochs, seed=recipe.seed,
+              validate=validate, robust=robust, select=recipe.select or 'valid', schedule=recipe.schedule,
+              clip=recipe.clip, snapshots=_Shown(store, recipe, see), engine=store.engine, quiet=store.quiet)
     tensors = {**model.state_dict(), **_beside(recipe, log.pop('other'))}
     return result(log), tensors
 
@@ -163,9 +166,8 @@ def _(spec:Quantised, store):
 @make.register
 def _(spec:Robustness, store):
     data, model = store.data(spec.recipe.data), store.model(spec.recipe)
-    part, running = _part(data, spec), Snapshots(store.root/'running'/key(spec), every=store.every)
-    def save(state):
-        with writing(store.root): running.save({'epoch': running.epoch+1, 'run': state})
+    part, running = _part(data, spec), _Shown(store, spec)
+    def save(state): running.save({'epoch': running.epoch+1, 'run': state})
     x = to_input(part.x, data.size); known = running.load()
     run = partial(autoattack, model, x, part.y, eps=spec.eps, components=spec.components,
                   reference=spec.reference, seed=spec.recipe.seed, quiet=store.quiet, save=save)

@@ -8,11 +8,12 @@ __all__ = ['Store', 'passed']
 # %% ../../nbs/runs/20_store.ipynb #0e681757
 import contextlib, json, os, shutil, time, warnings
 from dataclasses import replace
+from itertools import count
 
 import filelock
 from fastcore.basics import patch
 
-from ..base import (Recipe, Spec, bar, canonical, commit, device_name, key, nested, public_name,
+from ..base import (Recipe, Spec, bar, canonical, clear, commit, device_name, key, nested, public_name,
                             versions)
 from ..training import Engine, engine
 from .entry import Damaged, Entry, home_folder, read_entry, write_entry, writing
@@ -28,41 +29,16 @@ class Store:
         every:float=20.,     # seconds between training snapshots, at least; 0 takes one after each epoch
     ):
         self.root, self.engine, self.quiet, self.every = home_folder(root), engine or _engine(), quiet, every
-        self._data = {}
+        self._data, self._locks = {}, {}
+        _tidy(self.root)
     def folder(self, spec:Spec): return self.root/type(spec).__name__.lower()/key(spec)
 
 _engine = engine # the constructor's argument hides the function's name
 
-# %% ../../nbs/runs/20_store.ipynb #bb1559ec
-@patch
-def set_aside(self:Store, spec:Spec, why:Exception)->None:
-    "Move a damaged entry out of the way, with a warning that names it"
-    folder, aside = self.folder(spec), self.root/'damaged'
-    with writing(self.root):
-        aside.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError): # another process was faster
-            os.replace(folder, aside/f"{folder.name}-{len(list(aside.iterdir()))}")
-    warnings.warn(f"the stored {folder.parent.name} {folder.name} is damaged ({why}): "
-                  "set aside in the store's folder damaged/, and made again", stacklevel=2)
-
-# %% ../../nbs/runs/20_store.ipynb #e30c42f2
-@patch
-def find(self:Store, spec:Spec)->Entry|None:
-    "The stored result of a spec, or None; a damaged one is set aside"
-    try: return read_entry(self.folder(spec), key(spec))
-    except Damaged as e: self.set_aside(spec, e)
-
-# %% ../../nbs/runs/20_store.ipynb #ce5d08e4
-@patch
-def plan(self:Store, specs)->list[Spec]:
-    "What has to be made for `specs`, in an order in which it can be made"
-    seen = {}
-    def visit(s):
-        if s in seen or self.find(s): return
-        for p in nested(s): visit(p)
-        seen[s] = None
-    for s in specs: visit(s)
-    return list(seen)
+def _tidy(root): # away with what killed processes left beside results that are there
+    for folder in (root, *(p for p in root.iterdir() if p.is_dir())): clear(folder)
+    for run in root.glob('running/*'):
+        if any(root.glob(f'*/{run.name}/record.json')): shutil.rmtree(run, ignore_errors=True)
 
 # %% ../../nbs/runs/20_store.ipynb #bfb5657c
 def _lock(store:Store, spec:Spec):
@@ -72,8 +48,8 @@ def _lock(store:Store, spec:Spec):
 @patch
 @contextlib.contextmanager
 def claimed(self:Store, spec:Spec):
-    "Hold the right to make a spec; waits while another process holds it"
-    lock = _lock(self, spec)
+    "Hold the right to make a spec, once or more; waits while another process holds it"
+    lock = self._locks.setdefault(spec, _lock(self, spec))
     with writing(self.root):
         try: lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -92,6 +68,44 @@ def taken(self:Store, spec:Spec)->bool:
         try:
             with _lock(self, spec).acquire(timeout=0): return False
         except filelock.Timeout: return True
+
+# %% ../../nbs/runs/20_store.ipynb #bb1559ec
+def _whole_entry(folder, name)->Entry|None: # all of it is read
+    if entry := read_entry(folder, name): entry.tensors()
+    return entry
+
+@patch
+def set_aside(self:Store, spec:Spec, why:Exception)->Entry|None:
+    "Move a damaged entry out of the way, with a warning; or give the one that was made again meanwhile"
+    folder, aside = self.folder(spec), self.root/'damaged'
+    with self.claimed(spec):
+        try: return _whole_entry(folder, key(spec))
+        except Damaged: pass
+        with writing(self.root):
+            aside.mkdir(exist_ok=True)
+            free = next(p for n in count() if not (p := aside/f"{folder.name}-{n}").exists())
+            os.replace(folder, free)
+    warnings.warn(f"the stored {folder.parent.name} {folder.name} is damaged ({why}): "
+                  "set aside in the store's folder damaged/, and made again", stacklevel=2)
+
+# %% ../../nbs/runs/20_store.ipynb #e30c42f2
+@patch
+def find(self:Store, spec:Spec)->Entry|None:
+    "The stored result of a spec, or None; a damaged one is set aside"
+    try: return read_entry(self.folder(spec), key(spec))
+    except Damaged as e: return self.set_aside(spec, e)
+
+# %% ../../nbs/runs/20_store.ipynb #ce5d08e4
+@patch
+def plan(self:Store, specs)->list[Spec]:
+    "What has to be made for `specs`, in an order in which it can be made"
+    seen = {}
+    def visit(s):
+        if s in seen or self.find(s): return
+        for p in nested(s): visit(p)
+        seen[s] = None
+    for s in specs: visit(s)
+    return list(seen)
 
 # %% ../../nbs/runs/20_store.ipynb #3b144d8a
 @patch
@@ -114,8 +128,6 @@ def get(self:Store, spec:Spec, make=True)->Entry|None:
 
 def _made(store:Store, spec:Spec, **also)->Entry: # `also` is for `make`
     start = time.monotonic()
-    # of a process that was killed
-    for half in store.folder(spec).parent.glob(f'.{key(spec)}.*'): shutil.rmtree(half, ignore_errors=True)
     entry = store.keep(spec, *make(spec, store, **also), time.monotonic()-start)
     shutil.rmtree(store.root/'running'/key(spec), ignore_errors=True)
     return entry

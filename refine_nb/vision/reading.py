@@ -16,6 +16,7 @@ from platformdirs import user_cache_path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from ..base import whole
 from .images import Split, fingerprint
 
 # %% ../../nbs/vision/05_reading.ipynb #d3ac110d
@@ -78,12 +79,7 @@ def cache_file(
 
 # %% ../../nbs/vision/05_reading.ipynb #4d1037d1
 def _save(path, tensors, **about): # whole or not at all
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    try:
-        save_file(tensors, part, metadata=about)
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    with whole(path) as part: save_file(tensors, part, metadata=about)
 
 def _load(path, listing): # None where the file is missing, damaged, or was made from other files
     try:
