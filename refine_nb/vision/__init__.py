@@ -7,7 +7,9 @@ __all__ = ['Data', 'Split', 'check_images', 'fingerprint', 'to_input', 'cache_fi
            'read_tree', 'data_names', 'load_data', 'split_indices', 'augment', 'batches', 'draws', 'order',
            'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier', 'model_names', 'n_parameters', 'Leaves', 'fold',
            'fold_if_same', 'foldable', 'refold', 'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms',
-           'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu']
+           'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu', 'CosineHead',
+           'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer', 'logits_and_cosines',
+           'scaled_attack']
 
 # %% ../../nbs/vision/99_vision.ipynb #d2ec6291
 from .images import Data, Split, check_images, fingerprint, to_input
@@ -20,6 +22,8 @@ from .folding import Leaves, fold, fold_if_same, foldable, refold
 from .norms import DualNorm, auxiliary, dual_norms, replaced, single_norms
 from refine_nb.vision.activations import (KINDS, SmoothReLU, operated, smooth, smooth_attack,
     smoothing, straight_relu)
+from .cosine_heads import (CosineHead, at_scale, cosine_classifier, cosine_head,
+    embeddings, last_layer, logits_and_cosines, scaled_attack)
 
 # %% ../../nbs/vision/99_vision.ipynb #d8a712d1
 _all_ = ['Data', 'Split', 'check_images', 'fingerprint', 'to_input', 'cache_file', 'class_files',
@@ -27,4 +31,6 @@ _all_ = ['Data', 'Split', 'check_images', 'fingerprint', 'to_input', 'cache_file
          'augment', 'batches', 'draws', 'order', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise',
          'classifier', 'model_names', 'n_parameters', 'Leaves', 'fold', 'fold_if_same', 'foldable',
          'refold', 'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms', 'KINDS',
-         'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu']
+         'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu',
+         'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer',
+         'logits_and_cosines', 'scaled_attack']
