@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Call, choose
+from ..vision import suiting
 from .moves import linf, uniform, zero
 from .objectives import ce, kl
 
@@ -35,7 +36,7 @@ def attacking(
     try:
         if mode=='eval': model.eval()
         for p,_ in grads: p.requires_grad_(False)
-        yield model
+        with suiting(model): yield model
     finally:
         for m,flag in training: m.training = flag
         for p,flag in grads: p.requires_grad_(flag)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..base import call, seeded
+from ..vision import suiting
 from ..attacks import attacking, fgsm, square, uniform
 from .evaluate import EVAL_BATCH
 from .gathering import Evidence, Finding
@@ -38,7 +39,8 @@ def training_mode(
     "Is the model handed over in a mode in which it answers otherwise than in evaluation?"
     copy,x = deepcopy(e.model),e.x[:EVAL_BATCH]
     on = sum(m.training for m in copy.modules())
-    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+    here = [x.device] if x.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices=here), suiting(copy):
         a = copy(x)
         with attacking(copy):
             apart = (_unit(copy(x))-_unit(copy(x))).norm(dim=1).max() # of a random net: not zero here either

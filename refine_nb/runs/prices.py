@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..base import Adversarials, Call, Cell, Recipe, Robustness, Spec, Worst
+from ..vision import suiting
 from ..attacks import attacking
 from ..training import Engine
 from ..refinement import Correction, OnSource, Quantised, Share
@@ -47,7 +48,7 @@ def speed(
         with attacking(net): torch.autograd.grad(cross_entropy(net(x.requires_grad_()), y), x)
     def train():
         opt.zero_grad(set_to_none=True)
-        with engine.autocast(): loss = cross_entropy(net.train()(x.detach()), y)
+        with engine.autocast(), suiting(net): loss = cross_entropy(net.train()(x.detach()), y)
         loss.backward(); opt.step()
     return {f.__name__: min(_seconds(f, engine) for _ in range(2))/batch for f in (forward, attack, train)}
 

@@ -66,6 +66,8 @@ def place(
 class _Copied(nn.Module): # logits that stay what they are
     def __init__(self, model): super().__init__(); self.model = model
     def forward(self, x): return self.model(x).clone()
+    @property
+    def _orig_mod(self): return self.model # compiled, too: what looks for the network finds it
 
 @patch
 def runner(self:Engine, model:nn.Module)->nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..base import bar, choose, seeded
-from ..vision import Data, batches
+from ..vision import Data, batches, suiting
 from ..attacks import NotFinite
 from .engines import Engine
 from .optimisers import set_rate
@@ -106,7 +106,7 @@ def train_epoch(
     model.train()
     start,n,losses,logs = time.monotonic(),method.n_steps,[],{}
     progress = bar(total=method.n_images, desc=f'epoch {epoch+1}/{epochs}', unit='img', quiet=quiet)
-    with _drawing(seed, epoch), progress:
+    with _drawing(seed, epoch), progress, suiting(model):
         for i,batch in enumerate(method.batches(epoch)):
             if schedule: set_rate(optimiser, schedule((epoch+(i+.5)/n)/epochs))
             with _attacked_in_time(losses, epoch, n):

@@ -11,6 +11,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
+from .intake import suiting
 
 # %% ../../nbs/vision/25_folding.ipynb #d8e63a36
 class Leaves(fx.Tracer):
@@ -60,7 +61,7 @@ def fold_if_same(
     "`fold`, where it can be done and changes nothing but last digits"
     try: fast = fold(model)
     except ValueError: return model, "the model cannot be folded: used as it is, which takes longer"
-    with torch.no_grad(): a,b = model(x),fast(x)
+    with torch.no_grad(), suiting(model), suiting(fast): a,b = model(x),fast(x)
     if (a-b).abs().max()<=1e-3*b.abs().max(): return fast, None # as fine as TF32, the coarsest in use
     return model, "the folded model answers otherwise: the model is used as it is, which takes longer"
 
