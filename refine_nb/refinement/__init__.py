@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Corrected', 'Correction', 'adapt', 'correct', 'paired_batches', 'show_corrections', 'OnSource', 'PARTS', 'Share',
            'equal_steps', 'on_source', 'part_of', 'share_of', 'BACKENDS', 'CALIBRATION_BATCH', 'Int8', 'OBSERVERS',
-           'affine', 'calibrate', 'integers', 'kernels', 'mebibytes', 'prepared', 'quantise', 'restored', 'to_integers',
+           'affine', 'calibrate', 'kernels', 'prepared', 'quantise', 'to_integers', 'integers', 'mebibytes', 'restored',
            'Quantised', 'Simulation', 'StraightThrough', 'on_counterpart', 'through_int8']
 
 # %% ../../nbs/refinement/99_refinement.ipynb #32198975
@@ -14,13 +14,14 @@ from refine_nb.refinement.refine import (Corrected, Correction, adapt, correct, 
 from refine_nb.refinement.sources import (OnSource, PARTS, Share, equal_steps, on_source, part_of,
     share_of)
 from .int8 import (BACKENDS, CALIBRATION_BATCH, Int8, OBSERVERS, affine, calibrate,
-    integers, kernels, mebibytes, prepared, quantise, restored, to_integers)
+    kernels, prepared, quantise, to_integers)
+from .plain_tensors import integers, mebibytes, restored
 from refine_nb.refinement.straight_through import (Quantised, Simulation, StraightThrough,
     on_counterpart, through_int8)
 
 # %% ../../nbs/refinement/99_refinement.ipynb #df857ca9
 _all_ = ['Corrected', 'Correction', 'adapt', 'correct', 'paired_batches', 'show_corrections',
          'OnSource', 'PARTS', 'Share', 'equal_steps', 'on_source', 'part_of', 'share_of', 'BACKENDS',
-         'CALIBRATION_BATCH', 'Int8', 'OBSERVERS', 'affine', 'calibrate', 'integers', 'kernels',
-         'mebibytes', 'prepared', 'quantise', 'restored', 'to_integers', 'Quantised', 'Simulation',
+         'CALIBRATION_BATCH', 'Int8', 'OBSERVERS', 'affine', 'calibrate', 'kernels', 'prepared',
+         'quantise', 'to_integers', 'integers', 'mebibytes', 'restored', 'Quantised', 'Simulation',
          'StraightThrough', 'on_counterpart', 'through_int8']

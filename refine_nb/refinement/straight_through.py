@@ -77,6 +77,19 @@ def _folded(model:nn.Module, norms:dict[str,str],
                                        b.eps, b.weight, b.bias)
 
 # %% ../../nbs/refinement/30_straight_through.ipynb #20c8c8fe
+def _simulable(model:nn.Module, norms:dict[str,str])->None: # or a sentence
+    if lone := [n for n in _norms(model) if n not in norms.values()]:
+        raise ValueError(f"batch norm {lone[0]} does not follow a convolution, so it cannot be fused")
+    kinds = {n: type(m).__name__ for n,m in model.named_modules()
+             if isinstance(m, nn.modules.conv._ConvNd) and not isinstance(m, nn.Conv2d)}
+    for n,kind in kinds.items():
+        raise ValueError(f"training through int8 knows Conv2d and Linear, but {n} is a {kind}")
+
+def _others(model:nn.Module)->set[str]: # parameters that are not of a convolution or linear layer
+    kernels = {n for n,m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    return {n for n,_ in model.named_parameters() if n.rpartition('.')[0] not in kernels}
+
+# %% ../../nbs/refinement/30_straight_through.ipynb #8ea177d6
 class Simulation:
     "The quantised network of a float one, on its device: calibrated ranges, weights that follow"
     def __init__(self,
@@ -86,17 +99,19 @@ class Simulation:
     ):
         self.graph = deepcopy(watched).requires_grad_(False)
         self.norms, self.each = dict(foldable(model)), backend!='qnnpack'
+        self.others = _others(model)
         for n,m in list(self.graph.named_modules()):
             if isinstance(m, ObserverBase): self.graph.set_submodule(n, _Round(m))
-        if lone := [n for n in _norms(model) if n not in self.norms.values()]:
-            raise ValueError(f"batch norm {lone[0]} does not follow a convolution, so it cannot be fused")
+        _simulable(model, self.norms)
     @torch.no_grad()
     def follow(self, model:nn.Module)->'Simulation':
-        "Take over the weights of `model`, fused and rounded"
+        "Take over the weights of `model`, fused and rounded, or as they are where no kernel does"
         for n,w,b in _folded(model, self.norms):
             part = self.graph.get_submodule(n); part = part[0] if isinstance(part, nn.Sequential) else part
             part.weight.copy_(_rounded(w, self.each))
             if b is not None: part.bias.copy_(b)
+        for n in self.others & {n for n,_ in self.graph.named_parameters()}:
+            self.graph.get_parameter(n).copy_(model.get_parameter(n))
         return self
     def __call__(self, x:Tensor)->Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False): return self.graph(x)
