@@ -8,8 +8,8 @@ __all__ = ['clean', 'halves', 'trades', 'weighted_ce', 'alp', 'boosted_ce', 'mar
            'gairat', 'mail', 'mail_clean', 'probability_margin', 'TIES', 'als', 'als_halves', 'als_target', 'coral',
            'covariance', 'Engine', 'engine', 'cosine', 'linear', 'piecewise', 'set_rate', 'sgd', 'Snapshots', 'cloned',
            'resume', 'Diverged', 'Method', 'fine_tune', 'fit', 'train_epoch', 'STEP_GIVES', 'asks_for', 'attacker',
-           'mean_loss', 'step_logits', 'train_accuracies', 'adversarial', 'adversarial_training', 'advprop',
-           'advprop_step']
+           'counting', 'mean_loss', 'step_cosines', 'step_logits', 'train_accuracies', 'adversarial',
+           'adversarial_training', 'advprop', 'advprop_step']
 
 # %% ../../nbs/training/99_training.ipynb #d222115e
 from .losses import clean, halves, trades, weighted_ce
@@ -25,8 +25,8 @@ from .engines import Engine, engine
 from .optimisers import cosine, linear, piecewise, set_rate, sgd
 from .snapshots import Snapshots, cloned, resume
 from .fitting import Diverged, Method, fine_tune, fit, train_epoch
-from refine_nb.training.step_parts import (STEP_GIVES, asks_for, attacker, mean_loss, step_logits,
-    train_accuracies)
+from .step_parts import (STEP_GIVES, asks_for, attacker, counting, mean_loss,
+    step_cosines, step_logits, train_accuracies)
 from .adversarial_steps import adversarial, adversarial_training
 from .two_norms import advprop, advprop_step
 
@@ -36,6 +36,6 @@ _all_ = ['clean', 'halves', 'trades', 'weighted_ce', 'alp', 'boosted_ce', 'mart'
          'spat_plain', 'GAIRAT_KINDS', 'gairat', 'mail', 'mail_clean', 'probability_margin', 'TIES',
          'als', 'als_halves', 'als_target', 'coral', 'covariance', 'Engine', 'engine', 'cosine',
          'linear', 'piecewise', 'set_rate', 'sgd', 'Snapshots', 'cloned', 'resume', 'Diverged',
-         'Method', 'fine_tune', 'fit', 'train_epoch', 'STEP_GIVES', 'asks_for', 'attacker',
-         'mean_loss', 'step_logits', 'train_accuracies', 'adversarial', 'adversarial_training',
-         'advprop', 'advprop_step']
+         'Method', 'fine_tune', 'fit', 'train_epoch', 'STEP_GIVES', 'asks_for', 'attacker', 'counting',
+         'mean_loss', 'step_cosines', 'step_logits', 'train_accuracies', 'adversarial',
+         'adversarial_training', 'advprop', 'advprop_step']

@@ -14,38 +14,51 @@ import torch
 from ..base import seeded
 from ..vision import Data
 from .fitting import Method, fine_tune
-from .step_parts import (STEP_GIVES, asks_for, attacker, mean_loss, step_logits,
-                                           train_accuracies)
+from .step_parts import (STEP_GIVES, asks_for, attacker, counting, mean_loss, step_cosines,
+                                           step_logits, train_accuracies)
 
 # %% ../../nbs/training/40_adversarial_steps.ipynb #059267fb
+_ATTACKED = ('z_adv', 'cos_adv', 'steps_to_flip')               # what there is only with an attack
+_GIVES = (*STEP_GIVES, 'cos', 'cos_adv', 'steps_to_flip')
+
 def _slots(attack, objective, weight)->tuple[set,set]:
     "What the objective and the weight ask for"
-    asks = asks_for(objective, (*STEP_GIVES, 'w') if weight else STEP_GIVES, 'objective')
-    weighs = asks_for(weight, STEP_GIVES, 'weight') if weight else set()
+    asks = asks_for(objective, (*_GIVES, 'w') if weight else _GIVES, 'objective')
+    weighs = asks_for(weight, _GIVES, 'weight') if weight else set()
     if weight and 'w' not in asks:
         raise ValueError("a weight is given, but the objective does not ask for w: it would change nothing")
-    if attack is None and 'z_adv' in asks|weighs:
-        raise ValueError("the objective or the weight asks for z_adv, but there is no attack: "
-                         "give one, such as call(pgd)")
+    if attack is None and (lacking := [n for n in _ATTACKED if n in asks|weighs]):
+        raise ValueError(f"the objective or the weight asks for {', '.join(lacking)}, but there is no "
+                         "attack: give one, such as call(pgd)")
     return asks, weighs
+
+# %% ../../nbs/training/40_adversarial_steps.ipynb #5f0a11d3
+def _forwards(model, images:dict, needs:set)->dict: # what is asked for of each, from one forward
+    given = {}
+    for end,x in images.items():
+        if f'cos{end}' in needs: given[f'z{end}'],given[f'cos{end}'] = step_cosines(model, x)
+        elif f'z{end}' in needs: given[f'z{end}'] = step_logits(model, x)
+    return given
 
 # %% ../../nbs/training/40_adversarial_steps.ipynb #c1c33457
 def adversarial(
     attack:Callable|None,      # (model, x, y, perhaps generator) -> x_adv; None: nothing asks for z_adv
-    objective:Callable,        # asks for any of z, z_adv, y, w, progress -> [B], minimised
-    weight:Callable|None=None, # asks for any of z, z_adv, y, progress -> [B]: the objective's w, a constant
+    objective:Callable,        # asks for any of z, z_adv, y, w, progress, cos, cos_adv -> [B], minimised
+    weight:Callable|None=None, # asks for the same, or steps_to_flip -> [B]: the objective's w, a constant
     *,
     mode:str='eval',   # of the model while it is attacked: 'eval', 'train' or 'train_untouched'
     folded:bool=False, # attack a folded copy: for a step that always gets the same network, in mode 'eval'
 )->Callable:           # (model, batch, progress) -> mean loss, accuracies; a batch is (x, y, generator)
     "The step of adversarial training, from an attack, an objective and a weight"
     asks,weighs = _slots(attack, objective, weight); needs = asks|weighs
-    attacked = attacker(attack, mode, folded)
+    counts = 'steps_to_flip' in needs
+    attacked = attacker(counting(attack) if counts else attack, mode, folded)
     def step(model, batch, progress):
-        x,y,generator = batch
-        images = {'z': x} | ({'z_adv': attacked(model, x, y, generator)} if 'z_adv' in needs else {})
-        given = {'y': y, 'progress': progress}
-        given |= {n: step_logits(model, at) for n,at in images.items() if n in needs}
+        x,y,generator = batch; images,given = {'': x},{'y': y, 'progress': progress}
+        if needs & {*_ATTACKED}:
+            made = attacked(model, x, y, generator)
+            images['_adv'],given['steps_to_flip'] = made if counts else (made,None)
+        given |= _forwards(model, images, needs)
         with torch.no_grad(): w = {'w': weight(**{n: given[n] for n in weighs})} if weight else {}
         return mean_loss(objective(**{n: (given|w)[n] for n in asks}), y), train_accuracies(given)
     return step
