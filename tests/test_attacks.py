@@ -16,8 +16,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from refine_nb.base import call
-from refine_nb.attacks import (apgd, attacking, autoattack, bi, bih, bim, cw_linf, ddn, fab_t, fgsm, gaussian,
-                               kl, kl_pgd, ll, margin, mim, pgd, salt_and_pepper, square, vbi, zero)
+from refine_nb.attacks import (apgd, attacking, autoattack, bi, bih, bim, cw_linf, ddn, dra, fab_t, fgsm,
+                               gaussian, kl, kl_pgd, ll, margin, mim, pgd, salt_and_pepper, square, vbi, zero)
 
 EPS = .15
 few = dict(step_size=.04, steps=5)
@@ -38,10 +38,11 @@ BUDGET = {
     'vbi': partial(vbi, **few), 'll': partial(ll, **few), 'apgd': partial(apgd, steps=5),
     'apgd_dlr_t': partial(apgd, steps=5, objective='dlr_t'), 'fab_t': partial(fab_t, steps=10),
     'pgd_l2': partial(pgd, norm='l2', step_size=.3, steps=5), 'square': partial(square, n_queries=300),
-    'autoattack': short_autoattack,
+    'autoattack': short_autoattack, 'dra': dra, 'dra_sum': partial(dra, norm='sum', p=1., ranked='fresh'),
 }
+SIZES = {'pgd_l2': 1., 'dra_sum': 8.}             # budgets in a norm that may exceed 1
 FREE = {'ddn': partial(ddn, steps=20), 'salt_and_pepper': partial(salt_and_pepper, steps=60)}
-ALL = {**{name: partial(a, eps=1. if name=='pgd_l2' else EPS) for name,a in BUDGET.items()}, **FREE}
+ALL = {**{name: partial(a, eps=SIZES.get(name, EPS)) for name,a in BUDGET.items()}, **FREE}
 RANDOM = {'kl_pgd', 'pgd', 'pgd_restarts', 'pgd_early', 'pgd_gaussian', 'pgd_l2', 'cw_linf', 'apgd',
           'apgd_dlr_t', 'salt_and_pepper'}
 HARMLESS = {'vbi', 'll', 'bih'}                   # made to correct, not to break
@@ -97,8 +98,11 @@ def test_range_budget_and_kind(name, model, batch):
     assert x_adv.shape == x.shape and x_adv.dtype == x.dtype and x_adv.device == x.device
     assert not x_adv.requires_grad and not x_adv.is_inference() and x_adv.data_ptr() != x.data_ptr()
     assert x_adv.min() >= 0 and x_adv.max() <= 1
-    if name == 'pgd_l2': assert (x_adv-x).flatten(1).norm(dim=1).max() <= 1+1e-6
-    elif name in BUDGET: assert (x_adv-x).abs().max() <= EPS+1e-6
+    change = (x_adv-x).flatten(1)
+    if name == 'pgd_l2': assert change.norm(dim=1).max() <= 1+1e-6
+    elif name == 'dra': assert change.abs().mean(1).max() <= EPS+1e-6  # a mean over the values of an image
+    elif name == 'dra_sum': assert change.abs().sum(1).max() <= 8+1e-5 # their sum
+    elif name in BUDGET: assert change.abs().max() <= EPS+1e-6
 
 @every
 def test_beats_the_identity(name, trained, batch):
@@ -258,11 +262,11 @@ def test_nan_half_way_does_not_count_as_broken(name, trained, batch):
 @with_budget
 @pytest.mark.parametrize('eps', [-.1, 8, float('nan'), float('inf')])
 def test_bad_budgets(name, eps, trained, batch):
-    if name == 'pgd_l2' and eps == 8: return       # an L2 budget may exceed 1
+    if name in SIZES and eps == 8: return          # an L2 budget or a sum may exceed 1
     with pytest.raises(ValueError, match='write 8/255, not 8'): BUDGET[name](trained, *batch, eps=eps)
 
 @pytest.mark.parametrize('attack', [bim, pgd, mim, kl_pgd, cw_linf, apgd, fab_t, bi, bih, vbi, ll,
-                                    ddn, salt_and_pepper])
+                                    ddn, salt_and_pepper, dra])
 def test_bad_steps(attack, trained, batch):
     with pytest.raises(ValueError, match='steps must be at least 1, got 0'): attack(trained, *batch, steps=0)
 

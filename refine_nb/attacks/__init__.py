@@ -6,8 +6,9 @@
 __all__ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'momentum', 'signed', 'uniform', 'unit_l2', 'zero',
            'NotFinite', 'attacking', 'check_attack', 'logits_of', 'must_be_finite', 'iterate', 'worst', 'bim',
            'cw_linf', 'fgsm', 'kl_pgd', 'kurakin_steps', 'mim', 'pgd', 'bi', 'bih', 'll', 'vbi', 'ddn',
-           'salt_and_pepper', 'boundary_start', 'pursue', 'apgd', 'apgd_checkpoints', 'apgd_rows', 'fab_rows', 'fab_t',
-           'plane_step', 'square', 'square_side', 'Result', 'STANDARD', 'OtherRun', 'autoattack']
+           'salt_and_pepper', 'DRA_CHOICES', 'dra', 'significant', 'unit_l1', 'boundary_start', 'pursue', 'apgd',
+           'apgd_checkpoints', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step', 'square', 'square_side', 'Result',
+           'STANDARD', 'OtherRun', 'autoattack']
 
 # %% ../../nbs/attacks/99_attacks.ipynb #92c54b6b
 from .objectives import ce, dlr, dlr_t, kl, margin
@@ -17,6 +18,7 @@ from .loop import iterate, worst
 from .gradient import bim, cw_linf, fgsm, kl_pgd, kurakin_steps, mim, pgd
 from .corrections import bi, bih, ll, vbi
 from .minimal import ddn, salt_and_pepper
+from .dynamic import DRA_CHOICES, dra, significant, unit_l1
 from .queue import boundary_start, pursue
 from .auto_pgd import apgd, apgd_checkpoints, apgd_rows
 from .fast_boundary import fab_rows, fab_t, plane_step
@@ -29,6 +31,7 @@ from .ensemble import autoattack
 _all_ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'momentum', 'signed',
          'uniform', 'unit_l2', 'zero', 'NotFinite', 'attacking', 'check_attack', 'logits_of',
          'must_be_finite', 'iterate', 'worst', 'bim', 'cw_linf', 'fgsm', 'kl_pgd', 'kurakin_steps',
-         'mim', 'pgd', 'bi', 'bih', 'll', 'vbi', 'ddn', 'salt_and_pepper', 'boundary_start', 'pursue',
-         'apgd', 'apgd_checkpoints', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step', 'square',
-         'square_side', 'Result', 'STANDARD', 'OtherRun', 'autoattack']
+         'mim', 'pgd', 'bi', 'bih', 'll', 'vbi', 'ddn', 'salt_and_pepper', 'DRA_CHOICES', 'dra',
+         'significant', 'unit_l1', 'boundary_start', 'pursue', 'apgd', 'apgd_checkpoints', 'apgd_rows',
+         'fab_rows', 'fab_t', 'plane_step', 'square', 'square_side', 'Result', 'STANDARD', 'OtherRun',
+         'autoattack']
