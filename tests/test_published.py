@@ -1,10 +1,12 @@
 "Published numbers are data: each is as printed, each oddity of the paper is known and noted, and no other."
+import csv, re
 from decimal import Decimal
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
-from refine_nb.reporting import published
+from refine_nb.reporting import ARTEFACTS, published
 
 BLOCK = ['model', 'dataset']
 ATTACKS = ['-', 'None', 'LL', 'BIH', 'VBI', 'DDN', 'SP']
@@ -245,3 +247,203 @@ def test_printed_deltas_of_table_3_are_over_ptsq_but_for_two(tab3):
 def test_baselines_of_table_3_are_those_of_table_1(tab1, tab3):
     base = lambda t: t[t.approach=='BL'].set_index(BLOCK)[['accuracy', 'std']]
     assert base(tab3).equals(base(tab1).loc[base(tab3).index])
+
+
+# ---- the thesis and DRA: against their texts ---------------------------------------------------------------
+
+TEXTS = {'SPAT thesis': '002_536736ecf260ab3e.txt', 'DRA': '003_1931bdeb47dfea3a.txt'}
+PAPERS = Path(__file__).resolve().parents[2]/'shared'/'papers' # the texts are not ours to pass on
+TABLES = {'spat': ['tab3_1', 'tab3_2', 'tab3_3', 'tab3_4', 'tab3_5', 'tab3_6', 'tab3_7', 'tab3_8', 'tab3_9'],
+          'dra': [f'tab{i}' for i in range(1,8)]}
+PRINTED = {'tab3_1_spat': 30, 'tab3_2_spat': 20, 'tab3_3_spat': 20, 'tab3_4_spat': 56, 'tab3_5_spat': 56,
+           'tab3_6_spat': 26, 'tab3_7_spat': 8, 'tab3_8_spat': 6, 'tab3_9_spat': 32, 'tab1_dra': 20,
+           'tab2_dra': 15, 'tab3_dra': 16, 'tab4_dra': 48, 'tab5_dra': 36, 'tab6_dra': 20, 'tab7_dra': 12}
+# sums of accuracies or norms, and of differences, from the texts by a separate scan
+SUMMED = {'tab3_1_spat': 32.252, 'tab3_2_spat': 1943.44, 'tab3_3_spat': 1951.02, 'tab3_4_spat': 3066.79,
+          'tab3_5_spat': 4594.68, 'tab3_6_spat': 1852.43, 'tab3_7_spat': 563.11, 'tab3_8_spat': 414.17,
+          'tab3_9_spat': 2313.4, 'tab1_dra': 1507.5, 'tab2_dra': 1367.3, 'tab3_dra': 707.6,
+          'tab4_dra': 1429.4, 'tab5_dra': 1181.7, 'tab6_dra': 919.5, 'tab7_dra': 954.14}
+DIFFERENCES = {'tab4_dra': 147.7, 'tab5_dra': 15.7}
+
+def raw(name):
+    "A published file as it is written, each number with its digits"
+    text = (resources.files('refine_nb')/'published'/f'{name}.csv').read_text(encoding='utf-8')
+    return list(csv.DictReader(text.splitlines()))
+
+def sources(row):
+    "{document: lines}, as a row's source names them"
+    found = re.findall(r'(SPAT thesis|DRA) [^;]*?\(text lines? ([^)]*)\)', row['source'])
+    return {d: [int(n) for n in re.findall(r'\d+', lines)] for d,lines in found}
+
+def numbers(row):
+    "The numbers of a row, each with the place of its line in the source: a difference stands above"
+    return [(row[c], i) for c,i in (('delta',0), ('norm',-1), ('accuracy',-1)) if row.get(c)]
+
+@pytest.fixture(scope='module')
+def texts():
+    if not PAPERS.is_dir(): pytest.skip('the texts of the papers are not here')
+    return {d: ['', *(PAPERS/f).read_text(encoding='utf-8').split('\n')] for d,f in TEXTS.items()}
+
+@pytest.mark.parametrize('name', PRINTED)
+def test_tables_are_whole(name):
+    rows = raw(name)
+    above, below = ([Decimal(v) for r in rows for v,i in numbers(r) if i==at] for at in (0,-1))
+    assert len(above)+len(below) == PRINTED[name]
+    assert float(sum(below)) == SUMMED[name] and float(sum(above)) == DIFFERENCES.get(name, 0)
+    keys = [tuple(v for c,v in r.items() if c not in ('accuracy', 'norm', 'delta', 'source', 'note'))
+            for r in rows]
+    assert len(set(keys)) == len(keys), f'{name}: a number stands twice'
+
+@pytest.mark.parametrize('name', PRINTED)
+def test_every_line_of_a_table_is_in_its_file_number_by_number(name, texts):
+    "In the printed order, with the printed digits and label, and so none of them twice"
+    plain = lambda s: re.sub(r'[\s\\${}~]|operatorname|mathrm', '', s)
+    lines = {}
+    for row in raw(name):
+        assert set(sources(row)) == ({'DRA', 'SPAT thesis'} if name.endswith('dra') else {'SPAT thesis'})
+        label = next(row[c] for c in ('printed', 'value', 'p') if c in row)
+        for document,where in sources(row).items():
+            assert plain(texts[document][where[-1]].split('\t')[0]).startswith(plain(label))
+            for value,i in numbers(row): lines.setdefault((document, where[i]), []).append(value)
+    for (document,n),ours in lines.items():
+        _,*cells = texts[document][n].split('\t')
+        theirs = [re.search(r'[-+]?\d+\.?\d*', c)[0] for c in cells if c]
+        if theirs[-1] in ('+10.9', '+14.2') and len(ours) == 4 and '(ours)' in texts[document][n]:
+            theirs[-1] = theirs[-1][1:]                                # open-D9
+        assert ours == theirs, f'{name}: {document}, line {n}'
+
+@pytest.mark.parametrize('name', sorted(f.name[:-4] for f in (resources.files('refine_nb')/'published').iterdir()
+                                        if re.match(r'(fig|claims).*_(spat|dra)\.csv', f.name)))
+def test_numbers_of_figures_and_text_stand_in_their_line(name, texts):
+    words = {'3': 'three'}
+    for row in raw(name):
+        assert (where := sources(row)), f'{name}: {row["source"]}'
+        for column in ('value', 'confidence', 'percent', 'n', 'similarity', 'values', 'p'):
+            if not (number := row.get(column)): continue
+            for document,(line,*_) in where.items():
+                text = texts[document][line].replace(',000', '000')
+                assert (re.search(rf'(?<![\d.]){re.escape(number)}(?!\d|\.\d)', text)
+                        or words.get(number, '-') in text), f'{name}: {document}, line {line}, has no {number}'
+
+def test_the_thesis_repeats_all_numbers_of_dra():
+    assert sum(n for name,n in PRINTED.items() if name.endswith('dra')) == 167
+    assert all('SPAT thesis Table 4.' in r['source'] for t in TABLES['dra'] for r in raw(f'{t}_dra'))
+
+@pytest.mark.parametrize('document, n', [('spat', 38), ('dra', 38)])
+def test_numbers_of_the_text_have_a_name_each(document, n):
+    t = published(f'claims_{document}')
+    assert len(t) == n and t.quantity.is_unique and t.value.notna().all()
+
+
+# ---- the thesis: what its numbers say of each other --------------------------------------------------------
+
+SEVEN = ['fgsm', 'pgd_20', 'pgd_100', 'mim_20', 'fab', 'cw_linf', 'autoattack']
+
+def spat(n, index='method', columns='attack'):
+    return published(f'tab3_{n}_spat').pivot(index=index, columns=columns, values='accuracy')
+
+def test_tables_of_the_thesis_share_names():
+    for n in (2, 3): assert list(spat(n).columns) == sorted(['clean', 'fgsm', 'pgd_20', 'cw_linf'])
+    for n in (4, 5): assert list(spat(n).columns) == sorted(['clean', *SEVEN])
+    assert (published('tab3_2_spat').method.unique().tolist() == ['Madry', 'ALP', 'TRADES', 'MART', 'SPAT']
+            == published('tab3_3_spat').method.unique().tolist())
+    assert (published('tab3_4_spat').method.unique().tolist()
+            == ['Madry', 'ALP', 'TRADES', 'MART', 'GAIRAT', 'MAIL-AT', 'SPAT'])
+    for n,net in ((3, 'lenet5'), (5, 'resnet101')):
+        t = published(f'tab3_{n}_spat')
+        assert t.surrogate.isna().equals(t.attack.eq('clean')) and set(t.surrogate.dropna()) == {net}
+
+def test_white_and_black_box_have_the_same_networks():
+    assert spat(2).clean.equals(spat(3).clean) and spat(4).clean.equals(spat(5).clean)
+
+def test_spat_of_the_tables_is_one_network():
+    "84.26 and 59.56 in Tables 3.4, 3.6 a to c, 3.7 and 3.8"
+    both = ['clean', 'pgd_20']; six, default = published('tab3_6_spat'), {'alpha': .2, 'beta': .2, 's': 5.}
+    found = [spat(4).loc['SPAT', both].tolist(),
+             *(six[(six.parameter==p) & (six.value==v)].accuracy.tolist() for p,v in default.items()),
+             *(spat(n, ['accuracy_loss', 'robustness_loss']).loc[('nce_sp', 'sp'), both].tolist() for n in (7,8))]
+    assert found == [[84.26, 59.56]]*6
+    assert (spat(8, ['accuracy_loss', 'robustness_loss']).loc[('ce', 'plain'), both].tolist()
+            == spat(4).loc['TRADES', both].tolist())                   # open-T15
+
+def test_what_the_thesis_says_of_its_tables():
+    "0.67 below MART; best in 6 of 7; the black box is stronger on MNIST; FGSM transfers best; 84.26 to 84.25"
+    white, black = spat(4), spat(5)
+    assert round(white.cw_linf.MART-white.cw_linf.SPAT, 2) == .67
+    assert [a for a in SEVEN if white[a].idxmax() != 'SPAT'] == ['cw_linf']
+    assert all(spat(2)[a].idxmax() == 'SPAT' for a in ('clean', 'fgsm', 'pgd_20', 'cw_linf')) # open-T5
+    assert (spat(3).fgsm < spat(2).fgsm).all()
+    assert (black[SEVEN].idxmin(axis=1) == 'fgsm').all()
+    assert black.loc['SPAT', ['clean', 'autoattack']].tolist() == [84.26, 84.25]
+    s = published('tab3_6_spat').query('parameter=="s"').pivot(index='value', columns='attack', values='accuracy')
+    assert s.clean.is_monotonic_decreasing and s.pgd_20.is_monotonic_increasing
+
+def test_oddities_of_the_thesis():
+    t = spat(4)
+    assert (t.index[t.autoattack > t[SEVEN[:-1]].min(axis=1)].tolist() == ['ALP', 'Madry']
+            == t.index[t.autoattack > t.pgd_20].tolist())              # open-T7
+    lead = (t.loc['SPAT']-t.loc['TRADES']).round(2)
+    assert lead.pgd_20 == 7.74 and lead.autoattack == 1.01 and round(t.pgd_20.SPAT-t.autoattack.SPAT, 2) == 11.23
+    nine = spat(9, columns='corruption')
+    assert (nine.index[nine.contrast == nine.defocus_blur].tolist()
+            == ['MART', 'SPAT', 'TRADES'])                             # open-T3
+    assert [c for c in nine if nine[c].idxmax() != 'SPAT'] == ['contrast'] # open-T4
+    seven = spat(7, ['accuracy_loss', 'robustness_loss']).clean
+    assert seven['nce', 'plain'] > seven['nce', 'sp']                  # open-T24
+    norms = published('tab3_1_spat').groupby('model').norm
+    assert (norms.max()/norms.min()).round(3).to_dict() == {'resnet18': 1.048, 'resnet34': 1.058,
+                                                            'resnet50': 1.072}
+
+
+# ---- DRA: the same -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name, block, base, wrong', [
+    ('tab4_dra', 'model', 'vanilla', {('resnet101', 'pgd_eps5'): ('16.3', '16.4')}), # open-D8
+    ('tab5_dra', 'method', 'pgd', {})])
+def test_printed_differences_of_dra(name, block, base, wrong):
+    t, found = published(name), {}
+    side = 'method' if name=='tab4_dra' else 'adversary'
+    for (b,a),rows in t.groupby([block, 'attack']):
+        less, more = rows[rows[side]==base].accuracy.item(), rows[rows[side]!=base]
+        ours, printed = (Decimal(f'{x:.1f}') for x in (more.accuracy.item()-less, more.delta.item()))
+        if ours != printed: found[b, a] = (str(printed), str(ours))
+    assert found == wrong
+    noted = t[t.note.str.contains('open-D8:')]
+    assert [*zip(noted[block], noted.attack)] == list(wrong)
+
+def test_rows_that_tables_of_dra_share():
+    "Vanilla ResNet-50 in III, IV and VI (open-D20), ours in III and IV, ours with DRA in V and VI (open-D6)"
+    three, four, five, six = (published(f'tab{i}_dra') for i in (3, 4, 5, 6))
+    four = four[four.model=='resnet50']; of = lambda t, **row: t.loc[
+        (t[list(row)]==list(row.values())).all(axis=1)].set_index('attack').accuracy.to_dict()
+    assert of(three, method='vanilla') == of(four, method='vanilla') == of(six, p='0')
+    assert of(three, method='ours') == of(four, method='ours') != of(six, p='1/3')
+    assert of(five, method='ours', adversary='dra') == of(six, p='1/3')
+    assert list(of(six, p='1')) == ['clean', 'pgd_eps2', 'pgd_eps5', 'pgd_eps8']
+
+def test_oddities_of_dra():
+    gain = published('tab4_dra').query('method=="ours"').pivot(index='model', columns='attack', values='delta')
+    assert gain.pgd_eps2.resnet34 < gain.pgd_eps2.resnet18             # open-D10
+    two = published('tab2_dra').pivot(index='method', columns='attack', values='accuracy')
+    rivals = [m for m in two.index if 'TRADES' in m]
+    over = (two.loc['ours']-two.loc[rivals]).round(1)
+    assert over['pgd_eps0.3'].loc[['TRADES 1', 'TRADES 0.5', 'TRADES 0.1']].tolist() == [2.4, 3.8, 5.1]
+    assert over['pgd_eps0.1'].loc[['TRADES 1', 'TRADES 0.5', 'TRADES 0.1']].tolist() == [-.4, .1, .8] # open-D11
+    five = published('tab5_dra').dropna(subset='delta')
+    assert five[(five.delta < 0) & (five.attack!='clean')].note.str.contains('open-D12').tolist() == [True]
+    six = published('tab6_dra').pivot(index='p', columns='attack', values='accuracy')
+    assert (six.loc['1']-six.loc['1/2']).round(1).tolist() == [-.8, .5, .2, .1] # open-D13
+    seven = published('tab7_dra').pivot(index='corruption', columns='method', values='accuracy')
+    assert (seven.ours-seven.vanilla).round(2).sort_values().tolist() == [1.27, 2.81, 2.84, 2.99, 5., 24.93]
+
+def test_the_budget_of_an_attack_is_that_of_its_name():
+    for name in (f'{t}_dra' for t in TABLES['dra'] if t != 'tab7'):
+        t = published(name); attacked = t[t.attack!='clean']
+        assert (attacked.attack == 'pgd_eps'+attacked.eps.map('{:g}'.format)).all()
+        assert t.eps.isna().equals(t.attack.eq('clean')) and t.out_of.isna().equals(t.eps.isna())
+        assert set(attacked.out_of[attacked.eps < 1]) <= {1} and set(attacked.out_of[attacked.eps > 1]) <= {255}
+
+@pytest.mark.parametrize('document', ['spat', 'dra'])
+def test_every_artefact_of_the_document_has_its_printed_numbers(document):
+    there = {f.name[:-4] for f in (resources.files('refine_nb')/'published').iterdir()}
+    assert not {a.id for a in ARTEFACTS.values() if a.paper == document and a.name != 'Study'} - there

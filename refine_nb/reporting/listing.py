@@ -75,13 +75,15 @@ _TITLES = {
     'fig1_adcorda': 'flow of the method',
     'fig2_adcorda': 'accuracy against baseline epochs and correction rate',
     'study_adcorda': 'ours: where the gain comes from', 'claims_adcorda': 'every numeric claim of the text',
-    'fig2_2_spat': 'FGSM on a cat-dog classifier', 'tab3_1_spat': 'norms of the last layer',
+    'fig2_1_spat': 'why adversarial examples exist', 'fig2_2_spat': 'FGSM on a cat-dog classifier',
+    'tab3_1_spat': 'norms of the last layer',
     'tab3_2_spat': 'MNIST, white box', 'tab3_3_spat': 'MNIST, black box',
     'tab3_4_spat': 'CIFAR-10, white box', 'tab3_5_spat': 'CIFAR-10, black box',
     'tab3_6_spat': 'alpha, beta and s', 'tab3_7_spat': 'ablation of the self-paced terms',
     'tab3_8_spat': 'normalised cross-entropy', 'tab3_9_spat': 'CIFAR-10-C',
     'fig3_1_spat': 'where attacks push dogs and cats', 'fig3_2_spat': 't-SNE of embeddings',
-    'fig3_3_spat': 'geometry of the loss', 'fig3_4_spat': 'loss against similarity',}
+    'fig3_3_spat': 'geometry of the loss', 'fig3_4_spat': 'loss against similarity',
+    'study_spat': "ours: is SPAT's robustness real?", 'claims_spat': 'every numeric claim of the text'}
 
 # %% ../../nbs/reporting/40_listing.ipynb #de559278
 _TITLES |= {
@@ -89,7 +91,8 @@ _TITLES |= {
     'tab3_dra': 'CIFAR-10, ResNet-50', 'tab4_dra': 'backbones', 'tab5_dra': 'PGD against DRA in training',
     'tab6_dra': 'share of attacked pixels', 'tab7_dra': 'CIFAR-10-C', 'fig1_dra': 'two classifiers',
     'fig2_dra': 'system', 'fig3_dra': 'PGD and DRA noise', 'fig4_dra': 'attack success against p',
-    'fig5_dra': 'corrupted images',
+    'fig5_dra': 'corrupted images', 'study_dra': 'ours: robustness for free?',
+    'claims_dra': 'every numeric claim of the text',
     'tab1_mixture': 'nine mixtures, weak attacker', 'tab2_mixture': 'strong attacker',
     'fig1_mixture': 'two batch norms', 'fig2_mixture': 'decision boundaries',
     'fig3_mixture': 'ReLU and its smooth relatives',
