@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Data', 'Split', 'check_images', 'fingerprint', 'to_input', 'cache_file', 'class_files', 'data_root', 'read_images',
            'read_tree', 'data_names', 'load_data', 'split_indices', 'augment', 'batches', 'draws', 'order',
-           'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier', 'model_names', 'n_parameters', 'small_names',
-           'small_network', 'Leaves', 'fold', 'fold_if_same', 'foldable', 'refold', 'WideBlock', 'wide_resnet',
-           'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated',
-           'smooth', 'smooth_attack', 'smoothing', 'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier',
-           'cosine_head', 'embeddings', 'last_layer', 'logits_and_cosines', 'scaled_attack']
+           'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier', 'model_names', 'n_parameters', 'suited',
+           'suiting', 'small_names', 'small_network', 'Leaves', 'fold', 'fold_if_same', 'foldable', 'refold',
+           'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms', 'KINDS',
+           'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu', 'CosineHead', 'at_scale',
+           'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer', 'logits_and_cosines', 'scaled_attack']
 
 # %% ../../nbs/vision/99_vision.ipynb #d2ec6291
 from .images import Data, Split, check_images, fingerprint, to_input
@@ -18,6 +18,7 @@ from .loading import data_names, load_data, split_indices
 from .batching import augment, batches, draws, order
 from refine_nb.vision.models import (IMAGENET_MEAN, IMAGENET_STD, Normalise, classifier, model_names,
     n_parameters)
+from .intake import suited, suiting
 from .small_networks import small_names, small_network
 from .folding import Leaves, fold, fold_if_same, foldable, refold
 from .wide_resnets import WideBlock, wide_resnet
@@ -31,8 +32,9 @@ from .cosine_heads import (CosineHead, at_scale, cosine_classifier, cosine_head,
 _all_ = ['Data', 'Split', 'check_images', 'fingerprint', 'to_input', 'cache_file', 'class_files',
          'data_root', 'read_images', 'read_tree', 'data_names', 'load_data', 'split_indices',
          'augment', 'batches', 'draws', 'order', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise',
-         'classifier', 'model_names', 'n_parameters', 'small_names', 'small_network', 'Leaves', 'fold',
-         'fold_if_same', 'foldable', 'refold', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary',
-         'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth',
-         'smooth_attack', 'smoothing', 'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier',
-         'cosine_head', 'embeddings', 'last_layer', 'logits_and_cosines', 'scaled_attack']
+         'classifier', 'model_names', 'n_parameters', 'suited', 'suiting', 'small_names',
+         'small_network', 'Leaves', 'fold', 'fold_if_same', 'foldable', 'refold', 'WideBlock',
+         'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms', 'KINDS',
+         'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu',
+         'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer',
+         'logits_and_cosines', 'scaled_attack']
