@@ -15,7 +15,7 @@ from refine_nb.attacks import salt_and_pepper
 from refine_nb.training import Diverged, Engine
 from refine_nb.refinement import Correction, adapt
 from refine_nb.runs import Store
-from toys import Worker, read, recipe, work
+from toys import Worker, growing_net, read, recipe, teach, tied_net, work
 
 RUN, SP = recipe(), call(salt_and_pepper, targeted=True, steps=50)
 TIMES = {'images_per_second', 'seconds'}
@@ -485,3 +485,30 @@ def test_a_store_stays_where_it_was(peace, tmp_path, monkeypatch):
     store = Store(engine=Engine(), quiet=True)
     monkeypatch.chdir(tmp_path/'there')
     assert store.get(RUN, make=False) is not None and not list((tmp_path/'there').iterdir())
+
+@pytest.mark.parametrize('under', ['recipe', 'changed'])
+def test_a_snapshot_of_another_run_is_refused(root, monkeypatch, under):
+    "A snapshot that was moved under another recipe does not become its weights"
+    snapshot = started(root, monkeypatch)
+    other = recipe(seed=2) if under == 'recipe' else recipe(method=call(teach, augment='none'))
+    shutil.move(snapshot.parent, root/'running'/key(other))
+    with pytest.raises(ValueError, match=f'is of another run, {key(RUN)}: move it to where it belongs'):
+        quiet(root).get(other)
+    assert entries(root) == []
+
+def test_a_network_with_tied_layers(root, monkeypatch):
+    "It is stored once, found again with its tie, and a rerun trains nothing"
+    store, tied = quiet(root), recipe(model=call(tied_net))
+    made = store.get(tied); model = store.model(tied)
+    assert made.record['tied'] == {'6.weight': '4.weight', '6.bias': '4.bias'} and model[4].weight is model[6].weight
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('refine_nb.runs.makers.fit', None)
+        assert torch.equal(quiet(root).model(tied)[6].weight, model[4].weight)
+    assert store.get(Cell(tied, n_eval=20)).result['n'] == 20
+
+def test_what_cannot_be_stored_is_refused_before_training(root, tmp_path, monkeypatch):
+    monkeypatch.setenv('TOY_LOG', str(tmp_path/'log'))
+    with pytest.raises(ValueError, match='nothing was trained: this network could not be stored and found again '
+                       r'afterwards \(RuntimeError: .*grown'):
+        quiet(root).get(recipe(model=call(growing_net)))
+    assert not (tmp_path/'log').exists() and entries(root) == []

@@ -31,6 +31,20 @@ def net(*, num_classes, width=8): # -> module
                          nn.Flatten(), nn.Linear(64*width, num_classes))
 
 
+def tied_net(*, num_classes): # -> module
+    "One layer that stands in two places"
+    layer = nn.Linear(16, 16)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Identity(), layer, nn.ReLU(), layer,
+                         nn.Linear(16, num_classes))
+
+_built = []
+def growing_net(*, num_classes): # -> module
+    "Another network each time it is built"
+    _built.append(0); grown = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+    grown.add_module(f'grown{len(_built)}', nn.Linear(num_classes, num_classes))
+    return grown
+
+
 def teach(data, *, batch_size, seed, device='cpu', augment='flip'): # -> Method
     "`fine_tune` that looks at the environment"
     plain = fine_tune(data, batch_size=batch_size, seed=seed, device=device, augment=augment)

@@ -9,6 +9,7 @@ __all__ = ['Spec', 'Recipe', 'Adversarials', 'Cell', 'Worst', 'against', 'Robust
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from numbers import Integral, Real
 
 from .calls import Call
 from .checking import choose
@@ -19,26 +20,40 @@ class Spec:
     "Something that a store can make once and find again by its key"
 
 # %% ../../nbs/base/10_specs.ipynb #9c556d43
+def _whole(spec, name, low): # a whole number, NumPy's too, as Python's own
+    v = getattr(spec, name)
+    if not isinstance(v, Integral) or isinstance(v, bool) or v < low:
+        raise ValueError(f"{name} wants a whole number >= {low}, got {v!r}")
+    object.__setattr__(spec, name, int(v))
+
+def _a_call(spec, name, example='function, setting=value', none=False):
+    v = getattr(spec, name)
+    if not (isinstance(v, Call) or none and v is None):
+        raise ValueError(f"{name} wants a Call{' or None' if none else ''}, got {v!r}: write call({example})")
+
+def _a_network(spec, name): # a recipe, or another spec that stands for a model
+    if not (isinstance(v := getattr(spec, name), Spec) and hasattr(v, 'model')):
+        raise ValueError(f"{name} wants a Recipe, whose weights are asked, got {v!r}")
+
 def _check_required(r): # what every recipe has
-    for f in ('epochs', 'batch_size'):
-        v = getattr(r, f)
-        if type(v) is not int or v < 1: raise ValueError(f"{f} wants a whole number >= 1, got {v!r}")
-    for f in ('data', 'model', 'method', 'optimiser'):
-        if not isinstance(v := getattr(r, f), Call):
-            raise ValueError(f"{f} wants a Call, got {v!r}: write call(function, setting=value)")
+    for f in ('epochs', 'batch_size'): _whole(r, f, 1)
+    for f in ('data', 'model', 'method', 'optimiser'): _a_call(r, f)
+    _whole(r, 'seed', 0)
+    if not isinstance(r.init, (Recipe, type(None))):
+        raise ValueError(f"init wants a Recipe, whose weights are the start, or None, got {r.init!r}")
 
 # %% ../../nbs/base/10_specs.ipynb #bb0ce9c2
 def _check_optional(r): # what may be None; `select='valid'` is another word for it
-    for f in ('schedule', 'robust'):
-        if not isinstance(v := getattr(r, f), (Call, type(None))):
-            raise ValueError(f"{f} wants a Call or None, got {v!r}: write call(function, setting=value)")
+    for f in ('schedule', 'robust'): _a_call(r, f, none=True)
     if r.clip is not None:
-        if type(r.clip) not in (int, float) or not 0 < r.clip < math.inf:
+        if not isinstance(r.clip, Real) or isinstance(r.clip, bool) or not 0 < r.clip < math.inf:
             raise ValueError(f"clip wants a norm > 0 or None, got {r.clip!r}")
         object.__setattr__(r, 'clip', float(r.clip))
-    if r.n_robust is not None and (r.robust is None or type(r.n_robust) is not int or r.n_robust < 1):
-        raise ValueError(f"n_robust wants a whole number >= 1, beside an attack in `robust`, "
-                         f"got {r.n_robust!r} and {r.robust!r}")
+    if r.n_robust is not None:
+        if r.robust is None or not isinstance(r.n_robust, Integral) or r.n_robust < 1 or r.n_robust is True:
+            raise ValueError(f"n_robust wants a whole number >= 1, beside an attack in `robust`, "
+                             f"got {r.n_robust!r} and {r.robust!r}")
+        object.__setattr__(r, 'n_robust', int(r.n_robust))
     if r.select is not None: choose(r.select, ('valid','robust','last'), 'select')
     if r.select=='robust' and r.robust is None:
         raise ValueError("select='robust' wants an attack to choose the epoch by: robust=call(pgd, ...)")
@@ -67,8 +82,10 @@ class Recipe(Spec):
 # %% ../../nbs/base/10_specs.ipynb #6ec46a79
 def _check_images(spec): # the part of a split that a spec looks at
     choose(spec.split, ('train','valid','test'), 'split')
-    if spec.n_eval is not None and (type(spec.n_eval) is not int or spec.n_eval < 1):
+    _a_network(spec, 'recipe')
+    if spec.n_eval is not None and (not isinstance(spec.n_eval, Integral) or spec.n_eval < 1 or spec.n_eval is True):
         raise ValueError(f"n_eval wants a whole number >= 1 or None, got {spec.n_eval!r}")
+    if spec.n_eval is not None: object.__setattr__(spec, 'n_eval', int(spec.n_eval))
 
 @dataclass(frozen=True)
 class Adversarials(Spec):
@@ -79,9 +96,7 @@ class Adversarials(Spec):
     n_eval: int|None = None    # first n images of the split; None is all
 
     def __post_init__(self):
-        _check_images(self)
-        if not isinstance(self.attack, Call):
-            raise ValueError(f"attack wants a Call, got {self.attack!r}: write call(pgd, eps=8/255)")
+        _check_images(self); _a_call(self, 'attack', 'pgd, eps=8/255')
 
 # %% ../../nbs/base/10_specs.ipynb #a3614b57
 @dataclass(frozen=True)
@@ -94,7 +109,8 @@ class Cell(Spec):
     surrogate: Recipe|None = None # whose weights are attacked; None: those of `recipe`
 
     def __post_init__(self):
-        _check_images(self)
+        _check_images(self); _a_call(self, 'attack', 'pgd, eps=8/255', none=True)
+        if self.surrogate is not None: _a_network(self, 'surrogate')
         if self.surrogate is not None and self.attack is None:
             raise ValueError(
                 "a surrogate is attacked, but the cell has no attack: give one, or leave the surrogate out")
@@ -144,12 +160,17 @@ class Robustness(Spec):
 
     def __post_init__(self):
         _check_images(self)
-        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 < self.eps <= 1:
+        if isinstance(self.eps, bool) or not isinstance(self.eps, Real) or not 0 < self.eps <= 1:
             raise ValueError(f"eps wants a number in (0,1], such as 8/255, got {self.eps!r}")
+        object.__setattr__(self, 'eps', float(self.eps) if not isinstance(self.eps, int) else self.eps)
+        if not isinstance(self.reference, bool):
+            raise ValueError(f"reference wants True or False, got {self.reference!r}")
         if not self.components or not isinstance(self.components, tuple):
             raise ValueError("components wants a tuple such as ('apgd-ce', 'apgd-t'), "
                              f"got {self.components!r}")
         for c in self.components: choose(c, Robustness.components, 'component')
+        if len(set(self.components)) < len(self.components):
+            raise ValueError(f"components wants each one once, got {self.components!r}")
 
 # %% ../../nbs/base/10_specs.ipynb #eeeb3db6
 def nested(

@@ -179,10 +179,10 @@ def _coral_step(coral_weight:float, joint:bool): # equation 5 on a batch (x_sour
     return step
 
 def _n_batches(source, batch_size, coral_weight)->int: # of an epoch, or a sentence that says what is wrong
+    if coral_weight < 0: raise ValueError(f"coral_weight wants a number >= 0, got {coral_weight}")
     if not isinstance(source, Corrected):
         raise ValueError(f"source wants a corrected set, got {type(source).__name__}: "
                          "make one with correct(model, data, attack)")
-    if coral_weight < 0: raise ValueError(f"coral_weight wants a number >= 0, got {coral_weight}")
     if (n := len(source.members)//max(batch_size, 1)) and batch_size >= 2: return n
     raise ValueError("adapt wants batch_size >= 2 and at least one batch in the corrected set, "
                      f"got batch_size {batch_size} and {len(source.members)} images: "
@@ -202,6 +202,8 @@ def adapt(
     device='cpu',
 )->Method:                   # for `fit`
     "Step 5 of AdCorDA: class loss on T' plus lambda times the CORAL loss between T' and T (equation 5)"
+    choose(pairing, ('independent','aligned'), 'pairing')
+    choose(augment, ('none','flip','crop_flip'), 'augmentation')
     n = _n_batches(source, batch_size, coral_weight)
     def epoch_batches(epoch):
         return paired_batches(data, source, batch_size=batch_size, seed=seed, epoch=epoch, augment=augment,
@@ -216,4 +218,9 @@ class Correction(Spec):
     attack: Call|None = None # None: T' = T_c
     storage: str = 'float32' # of T_a: 'float32' or 'uint8'
 
-    def __post_init__(self): choose(self.storage, ('float32','uint8'), 'storage')
+    def __post_init__(self):
+        choose(self.storage, ('float32','uint8'), 'storage')
+        if not (isinstance(self.recipe, Spec) and hasattr(self.recipe, 'model')):
+            raise ValueError(f"recipe wants a Recipe, whose weights are asked, got {self.recipe!r}")
+        if not isinstance(self.attack, (Call, type(None))):
+            raise ValueError(f"attack wants a Call or None, got {self.attack!r}: write call(ddn, targeted=True)")

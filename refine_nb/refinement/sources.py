@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ..base import Recipe, Spec, choose, seeded
+from ..base import Recipe, Spec, choose, number, seeded
 from ..vision import Data, to_input
 from ..attacks import attacking
 from ..evaluation import EVAL_BATCH
@@ -43,7 +43,10 @@ class Share(Spec):
     seed: int = 0    # of the draw
 
     def __post_init__(self):
-        if not 0 < self.rate < 1:
+        if not isinstance(self.full, Correction):
+            raise ValueError(f"full wants a Correction, got {self.full!r}")
+        number('seed', self.seed, 0, whole=True)
+        if not isinstance(self.rate, float) or not 0 < self.rate < 1:
             raise ValueError(f"a share wants a correction rate between 0 and 1, got {self.rate}: "
                              "for 1 take the correction itself, for 0 one with attack=None")
     @property
@@ -91,6 +94,7 @@ def equal_steps(
     device='cpu',
 )->Method:                   # for `fit`
     "`adapt` from any of `PARTS`, with as many steps an epoch as a pass over T has"
+    choose(part, PARTS, 'part'); choose(augment, ('none','flip','crop_flip'), 'augmentation')
     source, n = part_of(data, source, part, seed), len(data.train)//batch_size
     method = adapt(data, source=source, batch_size=batch_size, seed=seed, coral_weight=coral_weight,
                    augment=augment, device=device)
@@ -132,3 +136,9 @@ class OnSource(Spec):
     "Loss and accuracy of a recipe's weights on the parts of a corrected set"
     recipe: Recipe     # whose weights
     source: Correction # T'
+
+    def __post_init__(self):
+        if not (isinstance(self.recipe, Spec) and hasattr(self.recipe, 'model')):
+            raise ValueError(f"recipe wants a Recipe, whose weights are asked, got {self.recipe!r}")
+        if not isinstance(self.source, (Correction, Share)):
+            raise ValueError(f"source wants a Correction or a share of one, got {self.source!r}")

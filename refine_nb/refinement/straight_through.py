@@ -152,6 +152,8 @@ class Quantised(Spec):
     n_calibrate: int = 1000     # training images
 
     def __post_init__(self):
+        if not isinstance(self.recipe, Recipe):
+            raise ValueError(f"recipe wants a Recipe, whose weights are quantised, got {self.recipe!r}")
         choose(self.backend, BACKENDS, 'backend'); choose(self.observer, OBSERVERS, 'observer')
         if type(self.n_calibrate) is not int or self.n_calibrate < CALIBRATION_BATCH:
             raise ValueError(f"n_calibrate must be at least {CALIBRATION_BATCH}, the images of a batch, "

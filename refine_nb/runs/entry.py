@@ -77,7 +77,7 @@ class Entry:
         raw = _bytes(self.folder/'tensors.safetensors')
         if _sha(raw) != self.record['tensors']:
             raise Damaged('tensors.safetensors does not have the checksum that its record says')
-        return load(raw)
+        return _unpacked(raw, self.record.get('tied', {}))
 
 # %% ../../nbs/runs/00_entry.ipynb #828b3d46
 def _text(record:dict)->bytes: return json.dumps(record, indent=1, sort_keys=True).encode()
@@ -85,14 +85,28 @@ def _text(record:dict)->bytes: return json.dumps(record, indent=1, sort_keys=Tru
 def _put(path:Path, raw:bytes):
     with open(path, 'wb') as f: f.write(raw); f.flush(); os.fsync(f.fileno())
 
+def _packed(tensors)->tuple[bytes|None,dict]: # each once; its other names, of tied layers -> the first
+    kept, tied, first, memory = {}, {}, {}, set()
+    for k,v in tensors.items():
+        name = first.setdefault((v.data_ptr(), v.shape, v.stride(), v.dtype, v.device) if v.numel() else k, k)
+        if name != k: tied[k] = name; continue
+        where = v.untyped_storage().data_ptr(); v = v.detach().cpu().contiguous()
+        kept[k] = v.clone() if where in memory else v # another part of the same memory
+        memory.add(where)
+    return save(kept) if kept else None, tied
+
+def _unpacked(raw:bytes, tied:dict)->dict[str,Tensor]:
+    found = load(raw)
+    return {**found, **{k: found[name] for k,name in tied.items()}}
+
 def write_entry(
     folder:Path,              # where it shall appear
     record:dict,              # JSON-ready; has a key
     tensors:dict[str,Tensor], # may be empty
 )->Entry:
     "Write an entry; it appears by rename, whole or not at all"
-    raw = save({k: v.detach().cpu().contiguous() for k,v in tensors.items()}) if tensors else None
-    record = {**record, 'tensors': _sha(raw) if raw else None}
+    raw, tied = _packed(tensors)
+    record = {**record, 'tensors': _sha(raw) if raw else None, **({'tied': tied} if tied else {})}
     with whole(folder) as new:
         new.mkdir()
         if raw: _put(new/'tensors.safetensors', raw)

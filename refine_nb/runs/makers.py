@@ -9,15 +9,17 @@ __all__ = ['make']
 import time, warnings
 from functools import partial, singledispatch
 
-from ..base import Adversarials, Cell, Recipe, Robustness, Worst, key
+import torch
+
+from ..base import Adversarials, Cell, Recipe, Robustness, Worst, call, key
 from ..vision import Data, Split, n_parameters, to_input
-from ..attacks import OtherRun, autoattack
+from ..attacks import OtherRun, autoattack, fgsm
 from ..evaluation import (adversarial_images, classify, first_broken, narrow, pack,
                                   proportion, survivors, verdicts)
 from ..training import Snapshots, fit
 from ..refinement import (Correction, OnSource, Quantised, Share, correct, integers,
                                   mebibytes, on_source, quantise)
-from .entry import reading, writing
+from .entry import _packed, _unpacked, reading, writing
 
 # %% ../../nbs/runs/10_makers.ipynb #a65cd584
 @singledispatch
@@ -36,12 +38,16 @@ class _Shown(Snapshots):
     "Snapshots in a store, which show the state after each epoch, written or not"
     def __init__(self, store, spec, see=lambda state: None):
         super().__init__(store.root/'running'/key(spec), store.every)
-        self.root, self.see = store.root, see
+        self.root, self.owner, self.see = store.root, key(spec), see
     def save(self, state):
         self.see(state)
-        with writing(self.root): return super().save(state)
+        with writing(self.root): return super().save({**state, 'owner': self.owner})
     def load(self, device='cpu'):
-        with reading(self.folder): return super().load(device)
+        with reading(self.folder): state = super().load(device)
+        if state and (owner := state.get('owner', self.owner)) != self.owner: # one of an older version says nothing
+            raise ValueError(f"the snapshot in {self.folder} is of another run, {owner}: "
+                             "move it to where it belongs, or remove it to begin anew")
+        return state
 
 def _judges(recipe, data, method, store,
 ): # for `fit`: accuracy of a model on the validation images, and robust accuracy where the recipe asks for it
@@ -54,12 +60,28 @@ def _judges(recipe, data, method, store,
     def robust(m): return judge(m, some, attack=attack, seed=recipe.seed)
     return validate, robust if attack else None
 
+# %% ../../nbs/runs/10_makers.ipynb #b2bde705
+def _rehearse(recipe, store, data, method, weights)->None: # a method that no one trains with
+    part, doing = data.valid if len(data.valid) else data.train, 'stored and found again'
+    two, how = Split(part.x[:2], part.y[:2]), dict(size=data.size, device=store.engine.device)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try:
+            model = store.filled(recipe, _unpacked(*_packed(weights))); doing = 'deployed and judged'
+            verdicts(deployed := method.deploy(model), two, **how); doing = 'attacked'
+            verdicts(deployed if recipe.robust else model, two, seed=recipe.seed, **how,
+                     attack=store.resolved(recipe.robust or call(fgsm)))
+        except Exception as e:
+            raise ValueError(f"nothing was trained: this network could not be {doing} afterwards "
+                             f"({type(e).__name__}: {' '.join(str(e).split())})") from e
+
 # %% ../../nbs/runs/10_makers.ipynb #f24e26ff
 @make.register
 def _(recipe:Recipe, store, passing=()): # `passing`: the same recipe with fewer epochs, made on the way
     data, model = store.data(recipe.data), store.fresh(recipe)
-    method = store.resolved(recipe.method)(data, batch_size=recipe.batch_size, seed=recipe.seed,
-                                           device=store.engine.device)
+    method, spare = (store.resolved(recipe.method)(data, batch_size=recipe.batch_size, seed=recipe.seed,
+                                                   device=store.engine.device) for _ in range(2))
+    _rehearse(recipe, store, data, spare, model.state_dict())
     def result(log):
         return {**log, 'parameters': n_parameters(model), 'images_per_epoch': method.n_images,
                 'data': data.fingerprint}

@@ -57,6 +57,17 @@ def weights_of(
     raise ValueError(f"the weights of the {which} epoch were not kept: "
                      "a recipe keeps both where it names `robust` or `select`")
 
+# %% ../../nbs/runs/22_values.ipynb #887415d3
+@patch
+def filled(self:Store, recipe:Recipe, weights:dict[str,Tensor])->nn.Module:
+    "The network of a recipe with these weights, in evaluation mode, on the engine's device"
+    root = recipe
+    while root.init is not None: root = root.init
+    bare = root.model.but(weights=None) if 'weights' in root.model.all_settings else root.model
+    model = bare(num_classes=self.data(recipe.data).num_classes)
+    model.load_state_dict(weights)
+    return self.engine.place(model).eval()
+
 # %% ../../nbs/runs/22_values.ipynb #f22e1200
 @patch
 def model(self:Store, recipe:Recipe|Quantised, which:str|None=None,
@@ -66,16 +77,12 @@ def model(self:Store, recipe:Recipe|Quantised, which:str|None=None,
         float32 = self.model(recipe.recipe)
         return StraightThrough(restored(float32, self.tensors(recipe), backend=recipe.backend),
                                float32).eval()
-    weights, data, root = self.tensors(recipe), self.data(recipe.data), recipe
+    weights, data = self.tensors(recipe), self.data(recipe.data)
     if (was := self.get(recipe).result['data']) != data.fingerprint:
         raise ValueError(
             f"the stored weights {key(recipe)} were made from other images (fingerprint {was[:12]}) than "
             f"{data.name} has now ({data.fingerprint[:12]}): restore the data, or use another REFINE_HOME")
-    while root.init is not None: root = root.init
-    bare = root.model.but(weights=None) if 'weights' in root.model.all_settings else root.model
-    model = bare(num_classes=data.num_classes)
-    model.load_state_dict(weights_of(recipe, weights, self.get(recipe).result.get('best_epoch'), which))
-    return self.engine.place(model).eval()
+    return self.filled(recipe, weights_of(recipe, weights, self.get(recipe).result.get('best_epoch'), which))
 
 # %% ../../nbs/runs/22_values.ipynb #106baf72
 @patch

@@ -77,6 +77,7 @@ def adversarial_training(
     device='cpu',              # of the batches
 )->Method:
     "Training on attacked images: `adversarial` with the batches of `fine_tune`"
+    step = adversarial(attack, objective, weight, mode=mode, folded=mode=='eval')
     plain = fine_tune(data, batch_size=batch_size, seed=seed, device=device, augment=augment)
     on_gpu = str(device).startswith('cuda')
     layout = torch.channels_last if on_gpu else torch.contiguous_format # that of `Engine.place`
@@ -84,5 +85,4 @@ def adversarial_training(
         for i,(x,y,_) in enumerate(plain.batches(epoch)):
             own = torch.Generator(device).manual_seed(seeded(seed, epoch, i, 'attack').initial_seed())
             yield x.contiguous(memory_format=layout), y, own
-    step = adversarial(attack, objective, weight, mode=mode, folded=mode=='eval')
     return replace(plain, batches=epoch_batches, step=step)

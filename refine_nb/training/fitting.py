@@ -41,6 +41,7 @@ def fine_tune(
     augment:str='none',     # 'none', 'flip' or 'crop_flip'; AdCorDA lists none (section 4)
 )->Method:
     "Ordinary training: mean cross-entropy on labelled images"
+    choose(augment, ('none','flip','crop_flip'), 'augmentation')
     if batch_size > len(data.train):
         raise ValueError(f"batch_size {batch_size} is more than the {len(data.train)} training images: "
                          "lower it or raise n_train")

@@ -56,7 +56,7 @@ def advprop(
     device='cpu',              # of the batches
 )->Method:                     # for a model with `dual_norms`
     "`advprop_step` with the batches of `adversarial_training` (mixture document, after Xie et al. 2019)"
+    step = advprop_step(attack, objective, attacked=attacked, mode=mode, folded=mode=='eval')
     plain = adversarial_training(data, batch_size=batch_size, seed=seed, attack=attack, objective=objective,
                                  mode=mode, augment=augment, device=device)
-    step = advprop_step(attack, objective, attacked=attacked, mode=mode, folded=mode=='eval')
     return replace(plain, step=step)
