@@ -9,7 +9,7 @@ __all__ = ['clean', 'halves', 'trades', 'weighted_ce', 'alp', 'boosted_ce', 'mar
            'covariance', 'Engine', 'engine', 'cosine', 'linear', 'piecewise', 'set_rate', 'sgd', 'Snapshots', 'cloned',
            'resume', 'Diverged', 'Method', 'fine_tune', 'fit', 'train_epoch', 'STEP_GIVES', 'asks_for', 'attacker',
            'counting', 'mean_loss', 'step_cosines', 'step_logits', 'train_accuracies', 'adversarial',
-           'adversarial_training', 'advprop', 'advprop_step']
+           'adversarial_training', 'DEFENCES', 'defence', 'advprop', 'advprop_step']
 
 # %% ../../nbs/training/99_training.ipynb #d222115e
 from .losses import clean, halves, trades, weighted_ce
@@ -28,6 +28,7 @@ from .fitting import Diverged, Method, fine_tune, fit, train_epoch
 from .step_parts import (STEP_GIVES, asks_for, attacker, counting, mean_loss,
     step_cosines, step_logits, train_accuracies)
 from .adversarial_steps import adversarial, adversarial_training
+from .defences import DEFENCES, defence
 from .two_norms import advprop, advprop_step
 
 # %% ../../nbs/training/99_training.ipynb #06858905
@@ -38,4 +39,4 @@ _all_ = ['clean', 'halves', 'trades', 'weighted_ce', 'alp', 'boosted_ce', 'mart'
          'linear', 'piecewise', 'set_rate', 'sgd', 'Snapshots', 'cloned', 'resume', 'Diverged',
          'Method', 'fine_tune', 'fit', 'train_epoch', 'STEP_GIVES', 'asks_for', 'attacker', 'counting',
          'mean_loss', 'step_cosines', 'step_logits', 'train_accuracies', 'adversarial',
-         'adversarial_training', 'advprop', 'advprop_step']
+         'adversarial_training', 'DEFENCES', 'defence', 'advprop', 'advprop_step']
