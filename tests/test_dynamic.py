@@ -1,4 +1,5 @@
 "DRA against Algorithm 1 written out as plain loops, image by image, and what training and papers make of it."
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -6,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import toys
+from refine_nb.base import call
 from refine_nb.attacks import dra, significant
+from refine_nb.training import Engine, Snapshots, fine_tune, fit, regulated_training, sgd
+from refine_nb.runs import Store, passed
 
 
 @pytest.fixture(scope='module')
@@ -105,3 +110,34 @@ def test_the_last_ranking_costs_nothing(model, batch):
 
 def test_ties_keep_no_more_than_the_share():
     assert significant(torch.zeros(2, 3, 4, 4), 1/3).sum((1, 2, 3)).tolist() == [16, 16]
+
+
+# ---- fine-tuning -------------------------------------------------------------------------------------------
+
+def test_a_recipe_tunes_from_its_vanilla_network(tmp_path):
+    "Without a budget the stored weights are those of further clean epochs; with one they are not"
+    vanilla = toys.recipe()
+    def tuned(method): return replace(vanilla, method=method, init=vanilla, optimiser=call(sgd, lr=.05))
+    def ours(eps): return tuned(call(regulated_training, attack=call(dra, eps=eps), augment='none'))
+    specs = [tuned(call(fine_tune, augment='none')), ours(0.), ours(.1)]
+    store = Store(tmp_path, Engine(), quiet=True); store.run(specs)
+    control, none, some = (store.get(s).tensors() for s in specs)
+    for k in control: assert torch.equal(control[k], none[k]), k
+    assert set(control) == set(none) and any(not torch.equal(control[k], some[k]) for k in control)
+    assert not passed([specs[2], replace(specs[2], epochs=1)])   # its budget asks how long the run will be
+
+@pytest.mark.parametrize('total', ['mean', 'alternating'])
+def test_a_run_in_two_parts_ends_with_the_same_bits(total, tmp_path):
+    "Which batch is attacked, and how hard, hangs on its number alone"
+    data = toys.images()
+    method = regulated_training(data, batch_size=32, seed=1, attack=call(dra, eps=.1), total=total)
+    def run(folder, fails=()):
+        torch.manual_seed(0); net = toys.net(num_classes=10)
+        def validate(m):
+            if (found := Snapshots(folder, every=0).load()) and found['epoch'] in fails: raise KeyError('power')
+            return 0.
+        fit(net, method, sgd(net.parameters(), lr=.05), epochs=4, seed=1, validate=validate, quiet=True,
+            select='last', snapshots=Snapshots(folder, every=0))
+        return net.state_dict()
+    with pytest.raises(KeyError): run(tmp_path/'a', fails=(2,))
+    torch.testing.assert_close(run(tmp_path/'a'), run(tmp_path/'b'), rtol=0, atol=0)

@@ -43,12 +43,12 @@ class _AsIs(nn.Module): # its modes and gradient flags are its lender's affair
 
 def _itself(model, x): return model
 
-def _attacked(model, attack, x, y, mode:str, generator, copy=_itself)->Tensor:
+def _attacked(model, attack, x, y, mode:str, generator, copy=_itself, **now)->Tensor:
     "x_adv [B,...] in full precision, by a model in this mode, or by its `copy` in evaluation mode"
     names = attack.accepts if isinstance(attack, Call) else inspect.signature(attack).parameters
     own = {'generator': generator} if 'generator' in names else {}
     with torch.autocast(x.device.type, enabled=False), attacking(model, mode):
-        return attack(copy(model, x) if mode=='eval' else _AsIs(model), x, y, **own)
+        return attack(copy(model, x) if mode=='eval' else _AsIs(model), x, y, **own, **now)
 
 # %% ../../nbs/training/38_step_parts.ipynb #fe3092b9
 class _Copy: # for one network in one setting: which stream of a dual norm works is folded in
@@ -72,10 +72,11 @@ def attacker(
     attack:Callable|None, # (model, x, y) -> x_adv, perhaps with a generator
     mode:str='eval',      # of the model while it is attacked: 'eval', 'train' or 'train_untouched'
     folded:bool=False,    # attack a folded copy: where it is always the same network, in mode 'eval'
-)->Callable:              # (model, x, y, generator) -> x_adv [B,...], in full precision
+)->Callable: # (model, x, y, generator, settings of this step) -> x_adv [B,...], in full precision
     "An attack as a training step calls it"
     choose(mode, ('eval','train','train_untouched'), 'mode'); copy = _copying(folded, mode)
-    def attacked(model, x, y, generator): return _attacked(model, attack, x, y, mode, generator, copy)
+    def attacked(model, x, y, generator, **now):
+        return _attacked(model, attack, x, y, mode, generator, copy, **now)
     return attacked
 
 # %% ../../nbs/training/38_step_parts.ipynb #506e5363
