@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from refine_nb.reporting import judge, our_tables, published, report_folder
+from refine_nb.reporting import ARTEFACTS, judge, our_tables, published, report_folder
 from refine_nb.papers.adcorda_tables import robust_table
 from refine_nb.papers.adcorda_text import CLAIMS, known_losses, known_points
 from refine_nb.artefacts.claims_adcorda import tidy as adcorda_page
@@ -129,19 +129,27 @@ def names(notebook):
             if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.arg)) or isinstance(n, ast.Name)
             and isinstance(n.ctx, ast.Store)}
 
-DOCUMENTS = {'adcorda': ('A', 32, adcorda_page), 'mixture': ('M', 18, mixture_page)}
-DECISIONS = [(d, r) for d in DOCUMENTS for r in published(f'conflicts_{d}').itertuples()]
+DOCUMENTS = {'adcorda': ('A', 32, adcorda_page), 'mixture': ('M', 18, mixture_page),
+             'spat': ('T', 32, None), 'dra': ('D', 25, None), 'across': ('X', 9, None)}
+# a decision of these is put down before it is carried out: once the claims are ready, each has its place
+WAITING = {d for d,pages in {'spat': ['spat'], 'dra': ['dra'], 'across': ['spat', 'dra']}.items()
+           if not all(ARTEFACTS[f'claims_{p}'].ready for p in pages)}
+PAGES = [d for d,(_,_,page) in DOCUMENTS.items() if page]
+DECISIONS = [(d, r) for d in DOCUMENTS for r in published(f'conflicts_{d}').fillna('').itertuples()]
 
 @pytest.mark.parametrize('document', DOCUMENTS)
 def test_every_conflict_is_decided_once(document):
-    letter, n, _ = DOCUMENTS[document]; conflicts = published(f'conflicts_{document}')
+    letter, n, page = DOCUMENTS[document]; conflicts = published(f'conflicts_{document}').fillna('')
     assert conflicts.conflict.tolist() == [f'open-{letter}{i}' for i in range(1, n+1)]
-    assert (conflicts[['open','decision','notebook','name','source']]
-            .map(lambda v: bool(str(v).strip()) and str(v)!='nan').all(axis=None))
+    filled = conflicts[['open','decision','notebook','name','source']].map(lambda v: bool(str(v).strip()))
+    assert filled[['open','decision','source']].all(axis=None) and filled.notebook.equals(filled.name)
+    assert filled.notebook.all() or document in WAITING, f'{document}: where is each decision carried out?'
+    assert page or document in WAITING or document == 'across', f'{document}: name its page of claims here'
 
 @pytest.mark.parametrize('row', [r for _,r in DECISIONS], ids=lambda r: r.conflict)
 def test_a_decision_is_where_it_says(row):
     books, wanted = row.notebook.split(), row.name.split()
+    if not books: return                               # its document is waiting: see above
     if wanted == ['published']:
         assert all(published(b).note.str.contains(rf'\b{row.conflict}\b').any() for b in books), (
             f'{row.conflict}: no note of {books} names it')
@@ -152,7 +160,7 @@ def test_a_decision_is_where_it_says(row):
     assert not (idle := [b for b,d in defined.items() if not d & set(wanted)]), (
         f'{row.conflict}: {idle} define none of {wanted}')
 
-@pytest.mark.parametrize('document', DOCUMENTS)
+@pytest.mark.parametrize('document', PAGES)
 def test_claims_named_in_a_decision_are_there(document):
     letter, _, claims = DOCUMENTS[document]
     said = {''.join(c) for d in published(f'conflicts_{document}').decision
