@@ -6,6 +6,7 @@
 __all__ = ['OtherRun']
 
 # %% ../../nbs/attacks/68_books.ipynb #fa8ccb0a
+from copy import deepcopy
 from dataclasses import asdict
 from itertools import chain
 
@@ -13,6 +14,8 @@ import torch
 
 from ..base import key
 from ..vision import fingerprint
+from .queue import _firsts
+from .random_search import _lead
 
 # %% ../../nbs/attacks/68_books.ipynb #40b8208f
 class OtherRun(ValueError):
@@ -48,8 +51,10 @@ def _must_agree(z, was):
 # %% ../../nbs/attacks/68_books.ipynb #762e4982
 class _Run:
     "What is known so far, and where we are"
-    def __init__(self, x, z, y, of, state): # `of` may be None where nothing is saved
+    def __init__(self, x, z, y, of, state, best=None): # `of` may be None where nothing is saved
         wrong = z.argmax(1)!=y.cpu(); self.of,self.z = of,z
+        self.lead = _lead(z, y.cpu()).float() if best else None # of the true class, where an image stands now
+        self.changed = torch.zeros_like(wrong)
         self.breaker,self.x_adv = torch.where(wrong, 0, -1).to(torch.int8),x.clone()
         self.component,self.at,self.seconds,self.flags = 0,0,{},{}
         self.survivors = {'clean':int((~wrong).sum())}
@@ -58,13 +63,23 @@ class _Run:
         _must_be_ours(state, self.of); _must_agree(self.z, state['z'])
         if not torch.equal(state['breaker']==0, wrong):
             raise OtherRun("state is of another model: it misclassifies other clean images")
-        self.breaker = state['breaker'].clone()
-        self.x_adv[(self.breaker>0).to(self.x_adv.device)] = state['broken'].to(self.x_adv)
+        self.breaker,self.changed = state['breaker'].clone(),state['changed'].clone()
+        if self.lead is not None: self.lead = state['lead'].clone()
+        self.x_adv[self.changed.to(self.x_adv.device)] = state['images'].to(self.x_adv)
         self.component,self.at = state['component'],state['at']
         self.seconds,self.survivors = dict(state['seconds']),dict(state['survivors'])
         self.flags = dict.fromkeys(state['flags'])
     def state(self):
-        broken = self.x_adv[(self.breaker>0).to(self.x_adv.device)].cpu()
-        return dict(of=self.of, z=self.z, breaker=self.breaker.clone(), broken=broken,
-                    component=self.component, at=self.at, seconds=dict(self.seconds),
-                    survivors=dict(self.survivors), flags=list(self.flags))
+        self.changed |= self.breaker>0; images = self.x_adv[self.changed.to(self.x_adv.device)].cpu()
+        copied = {k: deepcopy(getattr(self, k)) for k in ('breaker','changed','lead')}
+        return dict(copied, of=self.of, z=self.z, images=images, component=self.component, at=self.at,
+                    seconds=dict(self.seconds), survivors=dict(self.survivors), flags=list(self.flags))
+
+# %% ../../nbs/attacks/68_books.ipynb #06c17116
+def _come_closer(run, e, found, lead):
+    "Put tries `found` [B,C,H,W] on images `e` [B] into the books where their lead [B] is the lowest so far"
+    lead,order = lead.sort(stable=True); e,found = e[order],found[order.to(found.device)]
+    nearer = _firsts(e); nearer = nearer[lead[nearer]<run.lead[e[nearer]]] # of several the lowest
+    to = e[nearer]
+    run.lead[to],run.changed[to] = lead[nearer],True
+    run.x_adv[to.to(run.x_adv.device)] = found[nearer.to(found.device)].to(run.x_adv)

@@ -13,17 +13,18 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from ..base import bar
+from ..base import bar, choose, number
 from ..vision import fold_if_same
 from .auto_pgd import apgd_rows
 from .authors import _authors_attack, _theirs
-from .books import _Run, _belonging
+from .books import _Run, _belonging, _come_closer
 from .fast_boundary import fab_rows
 from .lending import attacking, check_attack
-from .moves import l2, linf
+from .moves import _each, l2, linf
 from .protocol import STANDARD, Result, _Protocol, _doubts, _label, _only_square
-from .queue import _clean, _hash, _names, _where, _wrong, boundary_start, pursue
-from .random_search import square
+from .queue import (_box, _clean, _clip, _hash, _names, _where, _wrong, boundary_start,
+                                     pursue)
+from .random_search import _lead, square
 
 # %% ../../nbs/attacks/70_ensemble.ipynb #47531405
 def _apgd_ce(p, model, x, y, aim, e, names):
@@ -33,10 +34,12 @@ def _apgd_t(p, model, x, y, aim, e, names):
     return apgd_rows(model, x, y, aim, e, boundary_start(x, p.eps, names), eps=p.eps,
                      steps=p.steps, objective='dlr_t')
 
-def _fab_t(p, model, x, y, aim, e, names): return fab_rows(model, x, y, aim, e, eps=p.eps, steps=p.steps)
+def _fab_t(p, model, x, y, aim, e, names): # what is nearest, but too far, is cut to the budget
+    found,hit = fab_rows(model, x, y, aim, e, eps=p.eps, steps=p.steps)
+    return torch.where(_each(hit, x), found, _clip(found, *_box(x, p.eps))),hit
 
 def _square(p, model, x, y, aim, e, names):
-    x_adv = square(model, x, y, eps=p.eps, n_queries=p.n_queries, seed=p.seed)
+    x_adv = square(model, x, y, eps=p.eps, n_queries=p.n_queries, seed=p.seed, best=p.best)
     return x_adv,_wrong(model, x_adv, y)
 
 _OURS = {'apgd-ce':_apgd_ce, 'apgd-t':_apgd_t, 'fab-t':_fab_t, 'square':_square}
@@ -73,6 +76,16 @@ def _component(run, p, name, attack, x, y, jobs, batch_size, save):
     run.component,run.at = number,0
     if save: save(run.state())
 
+# %% ../../nbs/attacks/70_ensemble.ipynb #b9d0dd70
+def _watched(attack, model, run):
+    "The same attack; what it leaves of images that hold comes into the books"
+    def watched(x, y, e, job):
+        found,hit = attack(x, y, e, job)
+        with torch.no_grad(): lead = _lead(model(found), y.to(found.device)).float().cpu()
+        holds = ~hit.cpu(); _come_closer(run, e[holds], found[holds.to(found.device)], lead[holds])
+        return found,hit
+    return watched
+
 # %% ../../nbs/attacks/70_ensemble.ipynb #ff376c90
 def _attack_of(p, model, run, z, names, head, folded):
     "A component's name -> its attack on rows. `z`: clean logits [N,K]; `head`: a batch to fold by"
@@ -80,10 +93,12 @@ def _attack_of(p, model, run, z, names, head, folded):
         theirs = _authors_attack(model, p, _where(model), min(p.n_targets, z.shape[1]-1))
         return lambda name: _theirs(p, name, model, theirs, run.flags)
     order = z.argsort(1)
-    @cache
+    @cache # so it is said once
     def faster():
-        fast,why = fold_if_same(model, head); run.flags.update({why:None} if why else {})
-        return fast
+        try: fast,why = fold_if_same(model, head)
+        except Exception: # a copy asks for more of a model than an attack does
+            fast,why = model,"the model cannot be copied, nor folded: used as it is, which takes longer"
+        run.flags.update({why:None} if why else {}); return fast
     def ours(name):
         fast = faster() if folded and name!='apgd-ce' and (run.breaker<0).any() else model
         return _ours(p, name, model, fast, order, names)
@@ -94,7 +109,7 @@ def _evaluate(p, model, x, y, last, training, batch_size, folded, state, save, q
     "The run itself, on a lent model"
     z,names = _clean(model, x, last, batch_size, _where(model)),_names(x)
     of = _belonging(p, model, names, y, batch_size) if save or state is not None else None
-    run = _Run(x, z, y, of, state)
+    run = _Run(x, z, y, of, state, p.best)
     head = [t[:batch_size].to(_where(model)) for t in (x,y)]; flags = [*_doubts(model, *head, z, p)]
     if training: flags.append("the model was in training mode: it is attacked in evaluation mode")
     run.flags = dict.fromkeys([*flags,*run.flags])
@@ -102,11 +117,27 @@ def _evaluate(p, model, x, y, last, training, batch_size, folded, state, save, q
     n_targets = min(p.n_targets, z.shape[1]-1)
     for name in bar(p.components[run.component:], desc=_label(p), unit='attack', quiet=quiet):
         jobs = 1 if p.reference or name in ('apgd-ce','square') else n_targets
-        _component(run, p, name, attack_of(name), x, y, jobs, batch_size, save)
+        attack = _watched(attack_of(name), model, run) if p.best else attack_of(name)
+        _component(run, p, name, attack, x, y, jobs, batch_size, save)
     if n := _only_square(p, run.breaker):
         run.flags[f"Square broke {n} images that no attack with a gradient did: "
                   "gradients may be masked"] = None
     return Result(run.breaker, run.x_adv, run.survivors, run.seconds, tuple(run.flags), _label(p))
+
+# %% ../../nbs/attacks/70_ensemble.ipynb #8a683f0b
+def _fits(p, x):
+    "A sentence where the images are none, or none for a component"
+    if len(x)==0: raise ValueError("there must be images, got none")
+    if x.ndim!=4 and 'square' in p.components:
+        raise ValueError(f"images must be [B,C,H,W], got {list(x.shape)}: leave 'square' out of components")
+
+def _how(batch_size, folded, state, save, quiet):
+    "The settings that don't change a verdict"
+    if save is not None and not callable(save):
+        raise ValueError(f"save must be a function of the state, got {save!r:.60}: "
+                         "write lambda state: torch.save(state, file)")
+    return dict(batch_size=number('batch_size', batch_size, 1, whole=True), state=state, save=save,
+                folded=choose(folded, (True,False), 'folded'), quiet=choose(quiet, (True,False), 'quiet'))
 
 # %% ../../nbs/attacks/70_ensemble.ipynb #3dd404ae
 def autoattack(
@@ -122,15 +153,13 @@ def autoattack(
     folded:bool=True,                 # after 'apgd-ce', attack with batch norms folded into convolutions
     state:dict|None=None, save:Callable|None=None, # go on from there; called with it after every batch
     quiet:bool=True,                  # no progress bar
+    best:bool|None=None,              # images that hold come as close as an attack brought them, not clean
 )->Result:
     "AutoAttack (Croce & Hein 2020), standard version"
     last = check_attack(x, y, eps, 1., steps, linf if norm=='linf' else l2)
-    p = _Protocol(eps, norm, (components,) if isinstance(components, str) else tuple(components), reference,
-                  seed, steps, n_queries, n_targets)
-    if batch_size<1 or len(x)==0:
-        raise ValueError(
-            f"batch_size must be at least 1 and there must be images, got {batch_size} and {len(x)} images")
-    training = any(m.training for m in model.modules())
+    p = _Protocol(eps, norm, components, reference, seed, steps, n_queries, n_targets, best)
+    _fits(p, x); how = _how(batch_size, folded, state, save, quiet)
+    training = isinstance(model, nn.Module) and any(m.training for m in model.modules())
     with attacking(model), torch.inference_mode(False), torch.enable_grad():
-        return _evaluate(p, model, *(t.clone() if t.is_inference() else t.detach() for t in (x,y)), last,
-                         training, batch_size, folded, state, save, quiet)
+        x,y = (t.clone() if t.is_inference() else t.detach() for t in (x,y))
+        return _evaluate(p, model, x, y, last, training, **how)

@@ -9,10 +9,11 @@ __all__ = ['plane_step', 'fab_rows', 'fab_t']
 import torch
 from torch import Tensor, nn
 
-from .auto_pgd import _classes
-from .lending import attacking, check_attack, must_be_finite
+from ..base import choose, number
+from .auto_pgd import _lent
+from .lending import check_attack, must_be_finite
 from .moves import _each, linf
-from .queue import _clean, pursue
+from .queue import _wide, pursue
 
 # %% ../../nbs/attacks/50_fast_boundary.ipynb #51bff07b
 def plane_step(
@@ -47,7 +48,7 @@ def _gaps(model, x_adv, y, aim):
 
 def _walk(x_adv, x, gap, w, alpha_max, eta):
     "The next iterate [B,C,H,W]"
-    here,home = x_adv.flatten(1),x.flatten(1)
+    here,home,w,gap = (_wide(t) for t in (x_adv.flatten(1),x.flatten(1),w,gap))
     # both at once
     d = plane_step(torch.cat([here,home]), torch.cat([w,w]), torch.cat([gap, gap+(w*(home-here)).sum(1)]))
     far,near = d.abs().amax(1, keepdim=True).clamp_min(1e-8).chunk(2)
@@ -59,11 +60,32 @@ def _walk(x_adv, x, gap, w, alpha_max, eta):
 # %% ../../nbs/attacks/50_fast_boundary.ipynb #6b82fc02
 def _remember(out, best, at, x_adv, x, wrong):
     "Put misclassified iterates that are nearer than `best` [N] into `out`, at rows `at`; how far each is [B]"
-    far = (x_adv-x).abs().flatten(1).amax(1); nearer = wrong & (far<best[at])
+    far = (_wide(x_adv)-_wide(x)).abs().flatten(1).amax(1); nearer = wrong & (far<best[at])
     if nearer.any(): out[at[nearer]],best[at[nearer]] = x_adv[nearer],far[nearer]
     return far
 
 # %% ../../nbs/attacks/50_fast_boundary.ipynb #5bbce396
+def _numbers(eps, steps, alpha_max, eta, beta): # as Python's own
+    part = {k: number(k, v, 0, 1) for k,v in dict(eps=eps, alpha_max=alpha_max, beta=beta).items()}
+    return dict(part, steps=number('steps', steps, 1, whole=True), eta=number('eta', eta, above=0))
+
+def _walked(model, x, y, aim, example, eps, steps, alpha_max, eta, beta, early_stop):
+    "Nearest misclassified images [B,C,H,W], and how far they are [B]: inf where there is none"
+    out,best,x_adv,sound = x.clone(),_wide(torch.full_like(x.flatten(1)[:,0], torch.inf)),x,True
+    at = torch.arange(len(x), device=x.device)
+    for _ in range(steps):
+        gap,w = _gaps(model, x_adv, y, aim); x_adv = _walk(x_adv, x, gap, w, alpha_max, eta)
+        with torch.no_grad(): z = model(x_adv); wrong = z.argmax(1)!=y
+        sound = z.isfinite().all() & w.isfinite().all() & sound
+        far = _remember(out, best, at, x_adv, x, wrong)
+        x_adv = torch.where(_each(wrong, x), x+beta*(x_adv-x), x_adv)
+        if early_stop and (done := wrong & (far<=eps)).any():
+            alive = ~torch.isin(example, example[done])
+            x_adv,x,y,aim,at,example = (t[alive] for t in (x_adv,x,y,aim,at,example))
+            if not len(at): break
+    must_be_finite(sound); return out,best
+
+# %% ../../nbs/attacks/50_fast_boundary.ipynb #d89ed26f
 def fab_rows(
     model:nn.Module, # logits [B,K], already in evaluation mode
     x:Tensor,        # [B,C,H,W], clean images, one a row
@@ -77,18 +99,20 @@ def fab_rows(
 # the nearest misclassified images [B,C,H,W], `x` where there is none; bool [B]: is it within eps
 )->tuple[Tensor,Tensor]:
     "Targeted FAB on rows that share images (Croce & Hein 2020, algorithm 1)"
-    out,best,x_adv,sound = x.clone(),torch.full_like(x[:,0,0,0], torch.inf),x,True
-    at = torch.arange(len(x), device=x.device)
-    for _ in range(steps):
-        x_adv = _walk(x_adv, x, *_gaps(model, x_adv, y, aim), alpha_max, eta)
-        with torch.no_grad(): z = model(x_adv); wrong,sound = z.argmax(1)!=y,z.isfinite().all() & sound
-        far = _remember(out, best, at, x_adv, x, wrong)
-        x_adv = torch.where(_each(wrong, x), x+beta*(x_adv-x), x_adv)
-        if early_stop and (done := wrong & (far<=eps)).any():
-            alive = ~torch.isin(example, example[done])
-            x_adv,x,y,aim,at,example = (t[alive] for t in (x_adv,x,y,aim,at,example))
-            if not len(at): break
-    must_be_finite(sound); return out,best<=eps
+    given = _numbers(eps, steps, alpha_max, eta, beta)
+    out,far = _walked(model, x, y, aim, example, early_stop=early_stop, **given)
+    return out,far<=given['eps']
+
+# %% ../../nbs/attacks/50_fast_boundary.ipynb #0c2e54b3
+def _nearest(model, x, y, order, right, targets, given):
+    "Of images that are `right` [B] the nearest misclassified ones of all targets; the others as they are"
+    at,out = right.nonzero()[:,0].to(x.device),x.clone()
+    x,y,order = x[at],y[at],order[right].to(x.device)
+    nearest = _wide(torch.full_like(x.flatten(1)[:,0], torch.inf))
+    for job in range(targets):
+        found,far = _walked(model, x, y, order[:,-2-job], at, early_stop=False, **given)
+        nearer = far<nearest; out[at[nearer]],nearest[nearer] = found[nearer],far[nearer]
+    return out
 
 # %% ../../nbs/attacks/50_fast_boundary.ipynb #d964a04a
 def fab_t(
@@ -98,19 +122,20 @@ def fab_t(
     *,
     eps:float=8/255, # L-inf budget: a nearer candidate is a success
     steps:int=100,   # iterations for each target
-    n_targets:int=9, # at most K-1
+    n_targets:int=9, # that many, or all classes but the true one
     alpha_max:float=.1, eta:float=1.05, beta:float=.9, early_stop:bool=True, # as in `fab_rows`
+    best:bool|None=None, # give the nearest misclassified images, within eps or not
 )->Tensor:           # [B,C,H,W], detached, in [0,1]; the clean image where the attack failed
     "Targeted FAB, without random start (Croce & Hein 2020; as in AutoAttack)"
     last = check_attack(x, y, eps, 1., steps, linf)
-    if eps==0 or len(x)==0: return x.detach().clone()
-    with attacking(model), torch.inference_mode(False), torch.enable_grad():
-        x,y = (t.clone() if t.is_inference() else t.detach() for t in (x,y))
-        z = _clean(model, x, last, len(x)); _classes('ce', n_targets, z.shape[1])
+    given,n_targets = _numbers(eps, steps, alpha_max, eta, beta),number('n_targets', n_targets, 1, whole=True)
+    early_stop,best = choose(early_stop, (True,False), 'early_stop'),choose(best, (None,True,False), 'best')
+    if len(x)==0 or (given['eps']==0 and not best): return x.detach().clone()
+    with _lent(model, x, y, last, 'ce', n_targets) as (x,y,z,targets):
         order,x_adv,broken = z.argsort(1),x.clone(),z.argmax(1)!=y.cpu()
+        if best: return _nearest(model, x, y, order, ~broken, targets, given)
         def attack(x, y, e, job):
             aim = order[e,-2-job].to(y.device)
-            return fab_rows(model, x, y, aim, e.to(y.device), eps=eps, steps=steps, alpha_max=alpha_max,
-                            eta=eta, beta=beta, early_stop=early_stop)
-        pursue(attack, x, y, broken, x_adv, jobs=n_targets, batch_size=len(x))
+            return fab_rows(model, x, y, aim, e.to(y.device), early_stop=early_stop, **given)
+        pursue(attack, x, y, broken, x_adv, jobs=targets, batch_size=len(x))
     return x_adv

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..base import Robustness, choose
+from ..base import Robustness, choose, number
 
 # %% ../../nbs/attacks/60_protocol.ipynb #20336f12
 # 'apgd-ce', 'apgd-t', 'fab-t', 'square': version='standard' of the authors' code, in its order
@@ -19,26 +19,39 @@ STANDARD = Robustness.components
 _PRINTED = {'apgd-ce':'APGD-CE', 'apgd-t':'APGD-T', 'fab-t':'FAB-T', 'square':'Square'}
 _USUAL = dict(steps=100, n_queries=5000, n_targets=9)
 
+# %% ../../nbs/attacks/60_protocol.ipynb #f99ff59a
+def _chosen(components): # a tuple
+    if not isinstance(components, (tuple,list)):
+        raise ValueError(f"components must be a tuple of names, got {components!r:.60}: write for instance "
+                         f"{STANDARD[:2]}")
+    for c in components: choose(c, STANDARD, 'component')
+    if not components or len(set(components))<len(components):
+        raise ValueError(f"components must be one or more different ones, got {components}")
+    return tuple(components)
+
 # %% ../../nbs/attacks/60_protocol.ipynb #a0f5c162
 @dataclass(frozen=True)
 class _Protocol:
     eps: float; norm: str; components: tuple; reference: bool
-    seed: int; steps: int; n_queries: int; n_targets: int
+    seed: int; steps: int; n_queries: int; n_targets: int; best: bool|None = None
 
     def __post_init__(self):
-        choose(self.norm, ('linf','l2'), 'norm')
-        for c in self.components: choose(c, STANDARD, 'component')
-        if not self.components or len(set(self.components))<len(self.components):
-            raise ValueError(f"components must be one or more different ones, got {self.components}")
+        if isinstance(self.components, str): object.__setattr__(self, 'components', (self.components,))
+        for k,v in self._numbers().items(): object.__setattr__(self, k, v) # Python's own
+        for k,there in dict(norm=('linf','l2'), reference=(True,False), best=(None,True,False)).items():
+            choose(getattr(self, k), there, k)
         if self.norm!='linf' and not self.reference:
             raise ValueError("our fast path knows only norm='linf': say reference=True, "
                              "and the authors' code does norm='l2'")
-        if not self.eps>0:
+        if self.best and self.reference:
+            raise ValueError("the authors' code hands out broken images only: leave best or reference out")
+    def _numbers(self):
+        if not (eps := number('eps', self.eps, 0))>0:
             raise ValueError(
                 f"eps must be above 0, got {self.eps}: without a budget the answer is the clean accuracy")
-        if min(self.n_queries, self.n_targets)<1:
-            raise ValueError(
-                f"n_queries and n_targets must be at least 1, got {self.n_queries} and {self.n_targets}")
+        counts = {k: number(k, getattr(self, k), 1, whole=True) for k in _USUAL}
+        return dict(counts, eps=eps, seed=number('seed', self.seed, 0, 2**63-1, whole=True),
+                    components=_chosen(self.components))
 
 # %% ../../nbs/attacks/60_protocol.ipynb #deb70cf0
 def _label(p):
@@ -56,7 +69,7 @@ class Result:
     # int8 [N] on the CPU: -1 survived, 0 misclassified when clean, i broken by the i-th component
     breaker: Tensor
     # [N,C,H,W]: misclassified images within the budget;
-    # the clean image where it survived or was wrong already
+    # the clean image where it was wrong already or survived, if `best` was not asked for
     x_adv: Tensor
     survivors: dict  # 'clean' and each component -> images that are still right after it
     seconds: dict    # component -> seconds, those of interrupted runs too
@@ -76,6 +89,7 @@ def _refuse(z, p):
     "A sentence where the clean logits `z` [N,K] are none, or do not do for the protocol"
     if z.min()>-1e-5 and z.max()<1+1e-5 and ((z.sum(1)-1).abs()<1e-5).all():
         raise ValueError("the model returns probabilities, but the losses need logits: take off its softmax")
+    if z.shape[1]<2: raise ValueError("the model has one class, and nothing can be misclassified")
     if 'apgd-t' in p.components and z.shape[1]<4:
         raise ValueError(f"apgd-t needs at least 4 classes, the model has {z.shape[1]}: "
                          "leave it out of components, which gives an upper bound")

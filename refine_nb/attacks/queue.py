@@ -7,11 +7,13 @@ __all__ = ['boundary_start', 'pursue']
 
 # %% ../../nbs/attacks/40_queue.ipynb #eb38c4ad
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import chain
 
 import torch
 from torch import Tensor
 
+from ..base import number
 from .lending import logits_of, must_be_finite
 from .moves import _each
 
@@ -42,8 +44,25 @@ def _uniform(names, queries, lanes):
 
 # %% ../../nbs/attacks/40_queue.ipynb #6e5f0d81
 def _seed_of(generator): # None: the global one
+    if not isinstance(generator, torch.Generator|None):
+        raise ValueError(f"generator must be a torch.Generator or None, got {generator!r:.60}: "
+                         "write torch.Generator().manual_seed(3)")
     return int(torch.randint(2**62, (), generator=generator,
                              device='cpu' if generator is None else generator.device))
+
+# %% ../../nbs/attacks/40_queue.ipynb #ce6ee460
+def _wide(t): return t.float() if t.element_size()<4 else t # where sums and distances are taken
+
+def _box(x, eps):
+    "The lowest and the highest images within the L-inf budget and [0,1]"
+    low,high = (_wide(x)-eps).clamp_min(0),(_wide(x)+eps).clamp_max(1)
+    if x.element_size()>=4: return low,high
+    def inwards(end, way): # the next number up (1) or down (-1) where rounding went the other way
+        t = end.to(x.dtype); over = (end-t.float())*way>0
+        return (t.view(torch.int16)+way*over.short()).view(x.dtype)
+    return inwards(low, 1),inwards(high, -1)
+
+def _clip(x_adv, low, high): return torch.minimum(torch.maximum(x_adv, low), high)
 
 # %% ../../nbs/attacks/40_queue.ipynb #2a834d7a
 def boundary_start(
@@ -52,9 +71,27 @@ def boundary_start(
     names:Tensor, # int64 [B], on their device: each draw is a function of it alone
 )->Tensor:        # [B,C,H,W], in [0,1], within eps of x
     "A random start on the border of the L-inf ball, drawn by name"
+    eps = number('eps', eps, 0, 1)
     u = _uniform(names, names.new_zeros(1), x.shape[1:].numel()).view(x.shape)*2-1
     u = u/_each(u.flatten(1).abs().amax(1), u)
-    return (x + eps*torch.empty_like(x).copy_(u)).clamp_(0, 1)
+    return _clip(x + eps*torch.empty_like(x).copy_(u), *_box(x, eps))
+
+# %% ../../nbs/attacks/40_queue.ipynb #53e39b04
+def _starts(x, eps, start, generator):
+    "Where rows begin: (image numbers [B], job numbers [B]) -> [B,C,H,W], within the budget"
+    if start is None:
+        seed,names = _seed_of(generator),_names(x)
+        return lambda e,job: boundary_start(x[e], eps, _hash(names[e], seed, job.to(names.device)))
+    if not callable(start): raise ValueError(f"start must be a function such as uniform, got {start!r:.60}")
+    @lru_cache(1)                            # jobs come one after the other
+    def begun(job):
+        x_adv = start(x, eps, 'linf', generator)
+        if not isinstance(x_adv, Tensor) or x_adv.shape!=x.shape:
+            got = list(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
+            raise ValueError(f"start must return images {list(x.shape)}, got {got}")
+        return _clip(x_adv.detach().to(x), *_box(x, eps))
+    def rows(e, job): return torch.stack([begun(j)[i] for i,j in zip(e.tolist(), job.tolist())])
+    return rows
 
 # %% ../../nbs/attacks/40_queue.ipynb #980835d0
 def _where(model):
@@ -67,17 +104,27 @@ def _clean(model, x, last, batch_size, device=None):
     must_be_finite(z.isfinite().all())
     return z
 
+# %% ../../nbs/attacks/40_queue.ipynb #cc5a925f
+def _targets(objective, n_targets, K):
+    "How many classes to aim at; a sentence where the model has too few for the loss"
+    least = {'ce':2, 'dlr':3, 'dlr_t':4}[objective]
+    if K<least:
+        raise ValueError(f"objective={objective!r} needs at least {least} classes, the model has {K}"
+                         f"{'' if K<2 else ': use objective=' + repr('ce')}")
+    return min(n_targets, K-1)
+
 # %% ../../nbs/attacks/40_queue.ipynb #6db5c2f6
 @torch.no_grad()
 def _wrong(model, x, y): # bool [B]; logits that are not finite decide nothing
     z = model(x); must_be_finite(z.isfinite().all())
     return z.argmax(1)!=y
 
-# %% ../../nbs/attacks/40_queue.ipynb #c39f66b1
+# %% ../../nbs/attacks/40_queue.ipynb #0e1adfc8
 def _firsts(example): # positions of the first row of each image
     order = example.argsort(stable=True)
     return order[torch.cat([torch.ones_like(example[:1]), example[order].diff()])!=0]
 
+# %% ../../nbs/attacks/40_queue.ipynb #c39f66b1
 def pursue(
     attack:Callable,  # (x, y, image numbers [B], job numbers [B]) -> (x_adv [B,C,H,W], bool [B]: broken)
     x:Tensor,         # [N,C,H,W], clean images
@@ -91,6 +138,8 @@ def pursue(
     after:Callable=lambda at: None, # called with the place in the queue after each batch
 )->None:
     "Give each image its jobs, until one breaks it"
+    jobs,batch_size = (number(k, v, 1, whole=True) for k,v in (('jobs',jobs), ('batch_size',batch_size)))
+    at = number('at', at, 0, whole=True)
     example,job = torch.arange(len(x)).repeat(jobs),torch.arange(jobs).repeat_interleave(len(x))
     while len(rows := (~broken[example[at:]]).nonzero()[:batch_size,0]+at):
         at,e = int(rows[-1])+1,example[rows]

@@ -12,9 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..base import choose, number
 from .lending import attacking, check_attack, logits_of
 from .moves import _each, linf
-from .queue import _names, _uniform
+from .queue import _box, _names, _uniform
 
 # %% ../../nbs/attacks/55_random_search.ipynb #4587d369
 # after these queries (counted from 0) the part is halved
@@ -27,6 +28,8 @@ def square_side(
     p_init:float=.8, # part of the image that the first square covers, in (0,1]
 )->int:              # pixels, in 1..min(height, width)
     "The side of the square of a query (Square attack, section 4, without rescaling)"
+    query,p_init = number('query', query, 0, whole=True),number('p_init', p_init, above=0, high=1)
+    height,width = (number(k, v, 1, whole=True) for k,v in (('height',height), ('width',width)))
     p = p_init/2**sum(query>q for q in _HALVED)
     return min(max(round(math.sqrt(p*height*width)), 1), height, width)
 
@@ -85,7 +88,7 @@ def _query(model, s, t):
 # %% ../../nbs/attacks/55_random_search.ipynb #5c1030f5
 def _begin(model, x, y, at, eps, seed):
     "The state of the search: tensors with one row per example; `at` are its places in the whole batch"
-    high,low,name = (x+eps).clamp_(0,1),(x-eps).clamp_(0,1),_names(x, seed)
+    (low,high),name = _box(x, eps),_names(x, seed)
     best = torch.where(_stripes(name, x.shape[1], x.shape[3]), high, low, out=torch.empty_like(high))
     z = model(best)
     return dict(name=name, at=at, y=y, high=high, low=low, best=best, lead=_lead(z, y), fault=(z*0).sum(1))
@@ -158,17 +161,19 @@ def square(
     eps:float=8/255,    # L-inf budget
     n_queries:int=5000, # squares to try, >= 1
     p_init:float=.8,    # part of the image that the first square covers, in (0,1]
-    seed:int=0,         # of the squares; each image has its own
+    seed:int=0,         # of the squares, >= 0; each image has its own
+    best:bool|None=None, # give images that hold as the search left them
 )->Tensor:              # [B,C,H,W], detached, in [0,1]; `x` where the search failed
     "Random squares that lower the lead of the true logit (Andriushchenko et al. 2020, L-inf)"
-    if n_queries<1 or not 0<p_init<=1:
-        raise ValueError(f"n_queries must be at least 1 and p_init in (0,1], got {n_queries} and {p_init}")
-    if x.ndim!=4: raise ValueError(f"images must be [B,C,H,W], got {list(x.shape)}")
     last = check_attack(x, y, eps, eps, 1, linf)
+    if x.ndim!=4: raise ValueError(f"images must be [B,C,H,W], got {list(x.shape)}")
+    n_queries,p_init = number('n_queries', n_queries, 1, whole=True),number('p_init', p_init, above=0, high=1)
+    eps,seed = number('eps', eps, 0, 1),number('seed', seed, 0, 2**63-1, whole=True)
+    best = choose(best, (None,True,False), 'best')
     if eps==0 or len(x)==0: return x.detach().clone()
     with attacking(model), torch.inference_mode(False), torch.no_grad():
         x,y = x.clone(memory_format=torch.channels_last),y.clone()
         z = logits_of(model, x, last); _sound((~z.isfinite().all(1)).sum())
         at,out = (z.argmax(1)==y).nonzero()[:,0],x.clone()
         if len(at): _search(model, _begin(model, x[at], y[at], at, eps, seed), out, n_queries, p_init)
-        return torch.where(_each(model(out).argmax(1)==y, x), x, out)
+        return out if best else torch.where(_each(model(out).argmax(1)==y, x), x, out)
