@@ -9,7 +9,8 @@ __all__ = ['PRESETS', 'Preset', 'preset', 'presets', 'scaled']
 import math, os
 from dataclasses import dataclass, replace
 
-from ..base import Adversarials, Call, Cell, Recipe, Robustness, Worst, choose, rewrite
+from ..base import Adversarials, Call, Cell, Recipe, Robustness, Worst, call, choose, rewrite
+from ..vision import classifier
 from ..refinement import Quantised
 
 # %% ../../nbs/runs/40_scales.ipynb #ece7ed22
@@ -66,7 +67,11 @@ def presets()->list: # of names
 # %% ../../nbs/runs/40_scales.ipynb #ff89eaae
 def _least(a, b): return b if a is None else a if b is None else min(a, b)
 
+def _stood_in(c:Call, p:Preset)->bool: # a wide network, or one for 28x28 images where they are smaller
+    return bool(p.thin) and (c.name == 'wide_resnet' or c.name == 'small_network' and p.size < 28)
+
 def _scaled_call(c:Call, p:Preset)->Call:
+    if _stood_in(c, p): return call(classifier, name=p.thin, stem='cifar', mean=(0.,)*3, std=(1.,)*3)
     has, new = c.all_settings, {}
     if c.name == 'load_data':
         if p.data: new['name'] = p.data

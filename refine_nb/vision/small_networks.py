@@ -8,7 +8,6 @@ __all__ = ['small_names', 'small_network']
 # %% ../../nbs/vision/22_small_networks.ipynb #d1413086
 from collections import OrderedDict
 
-import torch
 from torch import nn
 
 from ..base import choose
