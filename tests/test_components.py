@@ -65,6 +65,18 @@ def test_16_bits_find_what_32_find(task):
 
 # ---- what is attacked --------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize('name', ['apgd', 'apgd_dlr_t', 'apgd_start', 'apgd_best', 'fab_t'])
+def test_features_are_attacked_as_images_are(name):
+    "[B,d] is what [B,d,1,1] is"
+    torch.manual_seed(0); x = torch.rand(32, 12)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5)); y = net(x).argmax(1)
+    flat, tall = (ATTACKS[name](net, t, y, eps=.1, **({} if name == 'fab_t' else dict(
+        generator=torch.Generator().manual_seed(0)))) for t in (x, x[:, :, None, None]))
+    torch.testing.assert_close(flat, tall.flatten(1), atol=1e-6, rtol=0)
+    assert (net(flat).argmax(1) != y).any() and (flat-x).abs().max() <= .1+1e-6
+    r = autoattack(net, x, y, eps=.1, steps=4, components=('apgd-ce', 'apgd-t', 'fab-t'))
+    assert 0 < (r.breaker > 0).sum() and r.x_adv.shape == x.shape
+
 @pytest.mark.parametrize('name', ['square', 'autoattack'])
 def test_square_wants_images(name):
     net, x = nn.Linear(12, 5), torch.rand(8, 12)
@@ -147,7 +159,8 @@ BAD = dict(eps=['8/255', True, [8/255], None, float('nan'), 8, -.1], steps=['9',
            early_stop=['no', None], alpha_max=[float('nan'), 2], eta=[0, float('inf')], beta=[-1, True],
            n_queries=[0, 2.5, True, '9'], p_init=[0, 2, float('nan'), True], seed=[-1, .5, True, None],
            components=[(), ('pgd',), None, 3, ('square', 'square')], norm=['l3', None, 2],
-           reference=['no', 2], batch_size=[0, 2.5, True], folded=['no', 3], save=['x', 3], quiet=['no'], state=['x', {}])
+           reference=['no', 2], batch_size=[0, 2.5, True], folded=['no', 3], save=['x', 3], quiet=['no'],
+           state=['x', {}])
 APGD = {'eps', 'steps', 'objective', 'n_targets', 'restarts', 'rho', 'generator', 'start'}
 HAS = {apgd: APGD | {'early_stop', 'best'}, apgd_best: APGD,
        fab_t: {'eps', 'steps', 'n_targets', 'alpha_max', 'eta', 'beta', 'early_stop', 'best'},

@@ -17,14 +17,14 @@ from .climbing import _climb, _consider, _learn, apgd_checkpoints
 from .lending import attacking, check_attack, must_be_finite
 from .moves import _each, linf
 from .objectives import ce, dlr, dlr_t
-from .queue import _clean, _starts, _targets, pursue
+from .queue import _clean, _layout, _starts, _targets, pursue
 
 # %% ../../nbs/attacks/45_auto_pgd.ipynb #357d3f93
 _LOSSES = {'ce':lambda z, y, aim: ce(z, y), 'dlr':lambda z, y, aim: dlr(z, y), 'dlr_t':dlr_t}
 
 def _look(model, c, loss):
     "Set loss and gradient of each row; which rows are misclassified; is all finite"
-    x_adv = c.x_adv.detach().clone(memory_format=torch.channels_last).requires_grad_()
+    x_adv = c.x_adv.detach().clone(memory_format=_layout(c.x_adv)).requires_grad_()
     z = model(x_adv)
     if not z.requires_grad:
         raise ValueError("the logits do not depend on the images: the model must not detach or use no_grad")

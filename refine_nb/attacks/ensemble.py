@@ -22,8 +22,8 @@ from .fast_boundary import fab_rows
 from .lending import attacking, check_attack
 from .moves import _each, l2, linf
 from .protocol import STANDARD, Result, _Protocol, _doubts, _label, _only_square
-from .queue import (_box, _clean, _clip, _hash, _names, _where, _wrong, boundary_start,
-                                     pursue)
+from .queue import (_box, _clean, _clip, _hash, _layout, _names, _where, _wrong,
+                                     boundary_start, pursue)
 from .random_search import _lead, square
 
 # %% ../../nbs/attacks/70_ensemble.ipynb #47531405
@@ -47,12 +47,12 @@ _OURS = {'apgd-ce':_apgd_ce, 'apgd-t':_apgd_t, 'fab-t':_fab_t, 'square':_square}
 # %% ../../nbs/attacks/70_ensemble.ipynb #7e388632
 def _ours(p, name, model, fast, order, names):
     "An attack on rows, as `pursue` wants it"
-    device,memory = _where(model),torch.channels_last; names = names.to(device)
+    device = _where(model); names = names.to(device)
     def run(model, x, y, aim, e, job):
         return _OURS[name](p, model, x, y, aim, e, _hash(names[e], p.seed, STANDARD.index(name), job))
     def judged(found, hit, y): return hit & _wrong(model, found, y)
     def attack(x, y, e, job):
-        x,y,aim,i = (x.to(device).clone(memory_format=memory),y.to(device),
+        x,y,aim,i = (x.to(device).clone(memory_format=_layout(x)),y.to(device),
                      order[e,-2-job].to(device),e.to(device))
         found,hit = run(fast, x, y, aim, i, job); sure = judged(found, hit, y)
         again = torch.isin(i, i[hit & ~sure]) & ~torch.isin(i, i[sure])

@@ -97,6 +97,8 @@ def _starts(x, eps, start, generator):
 def _where(model):
     return next((t.device for t in chain(model.parameters(), model.buffers())), torch.device('cpu'))
 
+def _layout(x): return torch.channels_last if x.ndim==4 else torch.preserve_format # [B,d] has none
+
 def _clean(model, x, last, batch_size, device=None):
     "Logits [N,K] of the clean images on the CPU, all finite"
     with torch.no_grad():
