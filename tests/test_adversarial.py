@@ -192,7 +192,7 @@ def test_a_network_that_breaks_down(tmp_path):
         quiet(tmp_path).get(r)
 
 def test_a_budget_without_a_step(tmp_path):
-    with pytest.raises(ValueError, match='step_size must be > 0, got 0'):
+    with pytest.raises(ValueError, match='step_size wants a finite number > 0, got 0'):
         quiet(tmp_path).get(replace(RUN, method=RUN.method.but(attack=call(pgd, eps=.1, step_size=0.))))
 
 

@@ -260,7 +260,7 @@ def test_nan_half_way_does_not_count_as_broken(name, trained, batch):
     with pytest.raises(ValueError, match='nan or inf'): run(name, Answer(fragile), x[y != 0], y[y != 0])
 
 @with_budget
-@pytest.mark.parametrize('eps', [-.1, 8, float('nan'), float('inf')])
+@pytest.mark.parametrize('eps', [-.1, 8, float('nan'), float('inf'), '8/255', [.1], True])
 def test_bad_budgets(name, eps, trained, batch):
     if name in SIZES and eps == 8: return          # an L2 budget or a sum may exceed 1
     with pytest.raises(ValueError, match='write 8/255, not 8'): BUDGET[name](trained, *batch, eps=eps)
@@ -268,12 +268,12 @@ def test_bad_budgets(name, eps, trained, batch):
 @pytest.mark.parametrize('attack', [bim, pgd, mim, kl_pgd, cw_linf, apgd, fab_t, bi, bih, vbi, ll,
                                     ddn, salt_and_pepper, dra])
 def test_bad_steps(attack, trained, batch):
-    with pytest.raises(ValueError, match='steps must be at least 1, got 0'): attack(trained, *batch, steps=0)
+    with pytest.raises(ValueError, match='steps wants a whole number >= 1, got 0'): attack(trained, *batch, steps=0)
 
 @pytest.mark.parametrize('attack', [bim, pgd, mim, kl_pgd, cw_linf, bi, bih, vbi, ll])
 def test_bad_step_size(attack, trained, batch):
-    for bad in (0, -1/255, float('nan')):
-        with pytest.raises(ValueError, match='step_size must be > 0'): attack(trained, *batch, step_size=bad)
+    for bad in (0, -1/255, float('nan'), float('inf'), '1/255', True):
+        with pytest.raises(ValueError, match='step_size wants a finite number > 0'): attack(trained, *batch, step_size=bad)
 
 @pytest.mark.parametrize('name', sorted(set(ALL)-{'salt_and_pepper', 'square'}))
 def test_a_model_without_gradient_is_named(name, trained, batch):

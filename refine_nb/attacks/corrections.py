@@ -6,16 +6,22 @@
 __all__ = ['bi', 'bih', 'vbi', 'll']
 
 # %% ../../nbs/attacks/25_corrections.ipynb #b5f4f40c
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from .gradient import kurakin_steps
+from .lending import _switches
 from .loop import iterate
+from .moves import zero
 from .objectives import ce
 
 # %% ../../nbs/attacks/25_corrections.ipynb #8ce49cee
-def _correct(model, x, y, eps, step_size, steps, **parts):
-    steps = kurakin_steps(eps) if steps is None else steps
-    return iterate(model, x, y, eps=eps, step_size=step_size, steps=steps, **parts)
+def _correct(model, x, y, eps, step_size, steps, start=None, generator=None, **parts):
+    steps,start = kurakin_steps(eps) if steps is None else steps,zero if start is None else start
+    return iterate(model, x, y, eps=eps, step_size=step_size, steps=steps, start=start, generator=generator,
+                   **parts)
 
 # %% ../../nbs/attacks/25_corrections.ipynb #ff8f3f6f
 def bi(
@@ -26,9 +32,11 @@ def bi(
     eps:float=2/255,       # L-inf budget
     step_size:float=1/255, # one grey level
     steps:int|None=None,   # None: `kurakin_steps(eps)`
+    start:Callable|None=None, # the first iterate, see `attacks/05_moves`; None: zero
+    generator:torch.Generator|None=None, # of the start
 )->Tensor:                 # [B,C,H,W], detached, in [0,1]
     "Away from the true class (AdCorDA eq. 1)"
-    return _correct(model, x, y, eps, step_size, steps)
+    return _correct(model, x, y, eps, step_size, steps, start, generator)
 
 # %% ../../nbs/attacks/25_corrections.ipynb #6f44791f
 def _top(z_adv, z): return ce(z_adv, z.argmax(1))
@@ -43,9 +51,13 @@ def bih(
     step_size:float=1/255, # one grey level
     steps:int|None=None,   # None: `kurakin_steps(eps)`
     recompute:bool=False,  # y_H of the current iterate, not of x
+    start:Callable|None=None, # the first iterate, see `attacks/05_moves`; None: zero
+    generator:torch.Generator|None=None, # of the start
 )->Tensor:                 # [B,C,H,W], detached, in [0,1]
     "Away from the most likely class (AdCorDA eq. 2)"
-    return _correct(model, x, y, eps, step_size, steps, objective=_top_now if recompute else _top)
+    _switches(recompute=recompute)
+    return _correct(model, x, y, eps, step_size, steps, start, generator,
+                    objective=_top_now if recompute else _top)
 
 # %% ../../nbs/attacks/25_corrections.ipynb #ee95d3c7
 def vbi(
@@ -56,9 +68,11 @@ def vbi(
     eps:float=2/255,       # L-inf budget
     step_size:float=1/255, # one grey level
     steps:int|None=None,   # None: `kurakin_steps(eps)`
+    start:Callable|None=None, # the first iterate, see `attacks/05_moves`; None: zero
+    generator:torch.Generator|None=None, # of the start
 )->Tensor:                 # [B,C,H,W], detached, in [0,1]
     "Towards the true class (AdCorDA eq. 3)"
-    return _correct(model, x, y, eps, step_size, steps, targeted=True)
+    return _correct(model, x, y, eps, step_size, steps, start, generator, targeted=True)
 
 # %% ../../nbs/attacks/25_corrections.ipynb #9d8cc20e
 def _bottom(z_adv, z): return ce(z_adv, z.argmin(1))
@@ -73,7 +87,10 @@ def ll(
     step_size:float=1/255, # one grey level
     steps:int|None=None,   # None: `kurakin_steps(eps)`
     recompute:bool=False,  # y_LL of the current iterate, not of x
+    start:Callable|None=None, # the first iterate, see `attacks/05_moves`; None: zero
+    generator:torch.Generator|None=None, # of the start
 )->Tensor:                 # [B,C,H,W], detached, in [0,1]
     "Towards the least likely class (AdCorDA eq. 4)"
-    return _correct(model, x, y, eps, step_size, steps, targeted=True,
+    _switches(recompute=recompute)
+    return _correct(model, x, y, eps, step_size, steps, start, generator, targeted=True,
                     objective=_bottom_now if recompute else _bottom)

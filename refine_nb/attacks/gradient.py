@@ -12,9 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .lending import attacking
+from ..base import choose, number
+from .lending import _budget, _steps, attacking
 from .loop import iterate, worst
-from .moves import gaussian, l2, linf, momentum, signed, uniform, unit_l2
+from .moves import gaussian, l2, linf, momentum, signed, uniform, unit_l2, zero
 from .objectives import ce, kl, margin
 
 # %% ../../nbs/attacks/20_gradient.ipynb #a13df883
@@ -34,7 +35,7 @@ def kurakin_steps(
     eps:float, # budget, as a part of the range [0,1]
 )->int:        # at least 1
     "Steps of 1/255 for a budget: int(min(eps+4, 1.25 eps)) in grey levels (Kurakin et al. 2017)"
-    grey = round(eps*255, 6)  # 8/255*255 may be 7.999...
+    grey = round(_budget(eps, 1)*255, 6)  # 8/255*255 may be 7.999...
     return max(1, int(min(grey+4, 1.25*grey)))
 
 # %% ../../nbs/attacks/20_gradient.ipynb #0606cf56
@@ -48,11 +49,13 @@ def bim(
     steps:int|None=None,   # None: `kurakin_steps(eps)`
     targeted:bool=False,   # go towards `y`
     early_stop:bool=False, # leave an example as soon as it is there
+    start:Callable|None=None, # the first iterate, see `attacks/05_moves`; None: zero
+    generator:torch.Generator|None=None, # of the start
 )->Tensor:                 # [B,C,H,W], detached, in [0,1]
     "Basic iterative method (Kurakin et al. 2017)"
     steps = kurakin_steps(eps) if steps is None else steps
     return iterate(model, x, y, eps=eps, step_size=step_size, steps=steps, targeted=targeted,
-                   early_stop=early_stop)
+                   early_stop=early_stop, start=zero if start is None else start, generator=generator)
 
 # %% ../../nbs/attacks/20_gradient.ipynb #f43fe586
 _balls = dict(linf=dict(project=linf, direction=signed), l2=dict(project=l2, direction=unit_l2))
@@ -78,24 +81,23 @@ def pgd(
     x:Tensor,              # [B,C,H,W], float in [0,1]
     y:Tensor,              # [B], labels, or targets
     *,
-    eps:float=8/255,       # budget, in `norm`
-    step_size:float|None=None, # length of a step, in `norm`; None: eps/4
+    eps:float=8/255, step_size:float|None=None, # budget and length of a step, in `norm`; None: eps/4
     steps:int=10,          # at least 1
     norm:str='linf',       # 'linf' or 'l2'
     objective:Callable=ce, # what to climb: asks for any of z_adv, y, z
-    start:Callable=uniform,    # zero, uniform or gaussian
-    clamp_start:bool=True,     # project the start before the first gradient
+    start:Callable=uniform, clamp_start:bool=True, # see `attacks/05_moves`; project it before the first step
     restarts:int=1,            # starts to choose the worst of
     targeted:bool=False, early_stop:bool=False, # go towards `y`; leave an example as soon as it is there
     generator:torch.Generator|None=None, # of the random starts
+    observe:Callable|None=None, # sees each step, of the last start; see `iterate`
 )->Tensor:                     # [B,C,H,W], detached, in [0,1]
     "Projected gradient descent (Madry et al. 2018)"
-    if norm not in _balls or restarts<1:
-        raise ValueError(f"norm is one of {list(_balls)} and restarts at least 1, got {norm!r}, {restarts}")
+    ball = _balls[choose(norm, _balls, 'norm')]
+    step_size = _budget(eps)/4 if step_size is None else step_size
     kind = dict(objective=objective, targeted=targeted, early_stop=early_stop)
-    run = partial(iterate, model, eps=eps, step_size=eps/4 if step_size is None else step_size, steps=steps,
-                  start=start, clamp_start=clamp_start, generator=generator, **kind, **_balls[norm])
-    return _worst_of(run, restarts, model, x, y, **kind)
+    run = partial(iterate, model, eps=eps, step_size=step_size, steps=steps, start=start,
+                  clamp_start=clamp_start, generator=generator, observe=observe, **kind, **ball)
+    return _worst_of(run, number('restarts', restarts, 1, whole=True), model, x, y, **kind)
 
 # %% ../../nbs/attacks/20_gradient.ipynb #4c1a0cf6
 def mim(
@@ -109,11 +111,13 @@ def mim(
     decay:float=1.,        # how much of the sum survives a step
     targeted:bool=False,   # go towards `y`
     early_stop:bool=False, # leave an example as soon as it is there
+    start:Callable|None=None, # the first iterate, see `attacks/05_moves`; None: zero
+    generator:torch.Generator|None=None, # of the start
 )->Tensor:                 # [B,C,H,W], detached, in [0,1]
     "Momentum iterative method (Dong et al. 2018)"
-    step_size = eps/max(steps,1) if step_size is None else step_size
+    step_size = _budget(eps, 1)/_steps(steps) if step_size is None else step_size
     return iterate(model, x, y, eps=eps, step_size=step_size, steps=steps, direction=momentum(decay),
-        targeted=targeted, early_stop=early_stop)
+        targeted=targeted, early_stop=early_stop, start=zero if start is None else start, generator=generator)
 
 # %% ../../nbs/attacks/20_gradient.ipynb #aceaa0d2
 def kl_pgd(
@@ -125,10 +129,11 @@ def kl_pgd(
     step_size:float=2/255, # per step
     steps:int=10,          # at least 1
     generator:torch.Generator|None=None, # of the start
+    start:Callable|None=None, # the first iterate, see `attacks/05_moves`; None: gaussian
 )->Tensor:                 # [B,C,H,W], detached, in [0,1]
     "The inner attack of TRADES: PGD on KL(p_clean || p_adv)"
     return iterate(model, x, y, eps=eps, step_size=step_size, steps=steps, objective=kl,
-        start=gaussian, clamp_start=False, generator=generator)
+        start=gaussian if start is None else start, clamp_start=False, generator=generator)
 
 # %% ../../nbs/attacks/20_gradient.ipynb #158be74d
 def cw_linf(
@@ -143,8 +148,10 @@ def cw_linf(
     restarts:int=1,       # starts to choose the worst of
     targeted:bool=False,  # go towards `y`
     generator:torch.Generator|None=None, # of the starts
+    start:Callable|None=None, # the first iterate, see `attacks/05_moves`; None: uniform
 )->Tensor:                # [B,C,H,W], detached, in [0,1]
     "PGD on the Carlini-Wagner margin (settings of MAIL's evaluation code)"
+    kappa = number('kappa', kappa, 0)
     def objective(z_adv, y): return margin(z_adv, y, kappa, targeted)
     return pgd(model, x, y, eps=eps, step_size=step_size, steps=steps, objective=objective, clamp_start=False,
-        restarts=restarts, targeted=targeted, generator=generator)
+        start=uniform if start is None else start, restarts=restarts, targeted=targeted, generator=generator)

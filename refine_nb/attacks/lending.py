@@ -8,17 +8,23 @@ __all__ = ['attacking', 'check_attack', 'logits_of', 'NotFinite', 'must_be_finit
 # %% ../../nbs/attacks/10_lending.ipynb #2608e4f3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from numbers import Integral, Real
+from functools import partial
+from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..base import Call, choose
+from ..base import Call, choose, number
 from ..vision import suiting
 from .moves import linf, uniform, zero
 from .objectives import ce, kl
 
 # %% ../../nbs/attacks/10_lending.ipynb #a51c666b
+def _to_eval(model):
+    try: model.eval()
+    except NotImplementedError: pass # a module of torch.export: its mode is a part of its graph
+
 @contextmanager
 def attacking(
     model:nn.Module, # any module; its sub-modules may be in different modes
@@ -34,7 +40,7 @@ def attacking(
     grads = [(p,p.requires_grad) for p in model.parameters()]
     buffers = [(b,b.clone()) for b in model.buffers()] if mode=='train_untouched' else []
     try:
-        if mode=='eval': model.eval()
+        if mode=='eval': _to_eval(model)
         for p,_ in grads: p.requires_grad_(False)
         with suiting(model): yield model
     finally:
@@ -43,32 +49,50 @@ def attacking(
         for b,was in buffers: b.copy_(was)
 
 # %% ../../nbs/attacks/10_lending.ipynb #7d2530f4
-def _right_kinds(x, y, eps, steps):
-    "A sentence where one of them is no tensor, or no number"
-    for name,v,kind,write in (('images',x,Tensor,'torch.as_tensor'), ('labels',y,Tensor,'torch.as_tensor'),
-                              ('eps',eps,Real,'a number such as 8/255'),
-                              ('steps',steps,Integral,'a whole number')):
-        if not isinstance(v, kind):
-            raise ValueError(f"{name} must be {'a tensor' if kind is Tensor else 'a number'}, "
-                             f"got {v!r:.60} ({type(v).__name__}): write {write}")
+def _tensors(x, y):
+    "A sentence where images or labels are no tensors"
+    for name,v in (('images',x),('labels',y)):
+        if not isinstance(v, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {v!r:.60} ({type(v).__name__}): "
+                             "write torch.as_tensor")
+
+def _budget(eps, high=float('inf')): # Python's own number
+    try: return number('eps', eps, 0, high)
+    except ValueError as e: raise ValueError(f"{e}; images are in [0,1]: write 8/255, not 8") from None
+
+def _steps(steps): # what `range` takes
+    n = number('steps', steps, 1, whole=True)
+    if isinstance(steps, Integral): return n
+    raise ValueError(f"steps wants a whole number, got {steps!r} ({type(steps).__name__}): write {n}")
+
+def _switches(**given):
+    "A sentence where one of them is neither True nor False"
+    for name,v in given.items():
+        if not isinstance(v, (bool, np.bool_)):
+            raise ValueError(f"{name} wants True or False, got {v!r:.60} ({type(v).__name__})")
 
 # %% ../../nbs/attacks/10_lending.ipynb #00a838d1
+_SLIP = 1e-6 # a pixel may be so far out, as resizing in float32 leaves it; an attack clips it
+
 def _last_label(x, y):
     "The largest label, -1 where there is none; or a sentence that says what is wrong with images or labels"
-    if not x.is_floating_point() or x.ndim<2:
+    if not x.is_floating_point() or x.ndim<2 or len(x) and not x.numel():
         raise ValueError(f"images must be float [B,C,H,W], got {x.dtype} {list(x.shape)}")
     if y.dtype!=torch.int64 or y.shape!=x.shape[:1]:
         raise ValueError(
             f"labels must be int64 [{len(x)}], got {y.dtype} {list(y.shape)} beside images {list(x.shape)}")
     if len(x)==0: return -1
-    low,high,first,last = torch.stack([t.float() for t in (x.amin(),x.amax(),y.amin(),y.amax())]).tolist()
-    if not (low>=0 and high<=1):
-        raise ValueError(f"images must lie in [0,1], got {low:.4g}..{high:.4g}: normalise inside the model")
+    if x.device!=y.device: raise ValueError(f"images are on {x.device} and labels on {y.device}: move one")
+    low,high,first,last = torch.stack([t.double() for t in (x.amin(),x.amax(),y.amin(),y.amax())]).tolist()
+    if not (low>=-_SLIP and high<=1+_SLIP):
+        raise ValueError(f"images must lie in [0,1], got {low:.9g}..{high:.9g}: normalise inside the model")
     if first<0: raise ValueError(f"labels must be >= 0, got {first:.0f}")
     return int(last)
 
 # %% ../../nbs/attacks/10_lending.ipynb #1147f056
-def _is(part, function): return part is function or (isinstance(part, Call) and part.name==function.__name__)
+def _is(part, function): # as it is, as a partial, or as a `Call`
+    part = part.func if isinstance(part, partial) else part
+    return part is function or (isinstance(part, Call) and part.name==function.__name__)
 
 def check_attack(
     x:Tensor,         # [B,C,H,W], images, float in [0,1]
@@ -81,13 +105,13 @@ def check_attack(
     start:Callable=uniform, # the first iterate: not `zero` for `kl`
 )->int:               # the largest label, or -1 where there are no images
     "Say in a sentence what is wrong with the inputs of an attack, before its first step"
-    _right_kinds(x, y, eps, steps)
-    if not 0<=eps<float('inf') or (_is(project, linf) and eps>1):
-        raise ValueError(f"eps is a part of the range [0,1], got {eps}: write 8/255, not 8")
-    if steps<1: raise ValueError(f"steps must be at least 1, got {steps}")
+    _tensors(x, y); _steps(steps)
+    eps = _budget(eps, 1) if _is(project, linf) else _budget(eps)
+    number('step_size', step_size, *([] if eps else [0]), above=0 if eps else None)
+    for name,part in (('project',project),('objective',objective),('start',start)):
+        if not callable(part): raise ValueError(f"{name} wants a function, got {part!r:.60}")
     if _is(objective, kl) and _is(start, zero):
         raise ValueError("the KL has no gradient at the image itself: use start=gaussian")
-    if eps>0 and not step_size>0: raise ValueError(f"step_size must be > 0, got {step_size}")
     return _last_label(x, y)
 
 # %% ../../nbs/attacks/10_lending.ipynb #1f201c6b
@@ -99,7 +123,10 @@ def logits_of(
     "Logits of a model, or a sentence that says what is wrong with them"
     try: z = model(x)
     except RuntimeError as e:
-        kinds = {p.dtype for p in model.parameters()} if isinstance(model, nn.Module) else {x.dtype}
+        weights = list(model.parameters()) if isinstance(model, nn.Module) else [x]
+        kinds,places = {p.dtype for p in weights},{p.device for p in weights}
+        if places and x.device not in places:
+            raise ValueError(f"the model is on {places.pop()} and the images on {x.device}: move one") from e
         if x.dtype in kinds or not kinds: raise
         raise ValueError(f"the model does not take {x.dtype} images: "
                          f"its weights are {', '.join(map(str, kinds))}, cast one or the other") from e

@@ -11,23 +11,22 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..vision import check_images
-from .lending import attacking, must_be_finite
+from ..base import number
+from .lending import (_last_label, _steps, _switches, _tensors, attacking, logits_of,
+                                      must_be_finite)
+from .moves import _single
 
 # %% ../../nbs/attacks/30_minimal.ipynb #b5ba76a2
-def _first_answer(model, x, y, steps):
-    "Logits [B,K] of the clean images, or a sentence that says what is wrong"
-    if steps<1: raise ValueError(f"steps must be at least 1, got {steps}")
-    check_images(x, y, torch.inf)
-    where = {t.device for t in (x,y,*model.parameters())}
-    if len(where)>1:
-        raise ValueError(f"model, images and labels must be on one device, got {sorted(map(str, where))}")
-    z = model(x)
-    if not isinstance(z, Tensor) or z.ndim!=2 or len(z)!=len(x):
-        raise ValueError(f"the model must return logits [{len(x)},K], "
-                         f"got {list(z.shape) if isinstance(z, Tensor) else type(z).__name__}")
-    must_be_finite(z.isfinite().all())
-    check_images(x, y, z.shape[1])
+def _given(x, y, steps, **switches):
+    "Images in [0,1] and labels, ordinary tensors of their own, and the last label; or a sentence"
+    _tensors(x, y); _steps(steps); _switches(**switches)
+    last = _last_label(x, y)
+    if x.ndim!=4: raise ValueError(f"images must be [B,C,H,W], got {list(x.shape)}")
+    return x.detach().clamp(0, 1),y.clone(),last
+
+def _first_answer(model, x, last):
+    "Finite logits [B,K] of the clean images"
+    z = logits_of(model, x, last); must_be_finite(z.isfinite().all())
     return z
 
 # %% ../../nbs/attacks/30_minimal.ipynb #22386556
@@ -42,12 +41,18 @@ def _seeded(generator, device):
         yield
 
 # %% ../../nbs/attacks/30_minimal.ipynb #97a0af75
+class _OwnKind(nn.Module): # shown float32, asked in the kind of its weights
+    def __init__(self, model, dtype):
+        super().__init__(); self.model,self.dtype,self.training = model,dtype,False
+    def forward(self, x): return self.model(x.to(self.dtype)).float()
+
 def _run_ddn(model, x, y, targeted, **settings):
     "foolbox's DDN on a lent model, towards the answer `y` or away from it"
     import foolbox # here, as an import of the package shall be quick
     goal = (foolbox.criteria.TargetedMisclassification if targeted else foolbox.criteria.Misclassification)(y)
     attack = foolbox.attacks.DDNAttack(**settings)
-    return attack.run(foolbox.PyTorchModel(model, bounds=(0,1), device=x.device), x, goal)
+    wide = _single(x); lent = model if wide is x else _OwnKind(model, x.dtype)
+    return attack.run(foolbox.PyTorchModel(lent, bounds=(0,1), device=x.device), wide, goal).to(x.dtype)
 
 # %% ../../nbs/attacks/30_minimal.ipynb #5be0f152
 def ddn(
@@ -62,17 +67,16 @@ def ddn(
     generator:torch.Generator|None=None, # only drawn where a gradient is zero
 )->Tensor:                  # [B,C,H,W], detached, in [0,1]; `x` where the goal was not reached
     "Small L2 change by decoupled direction and norm (Rony et al. 2019, run by foolbox)"
-    if not (init_epsilon>0 and 0<gamma<1):
-        raise ValueError(f"init_epsilon must be > 0 and gamma in (0,1), got {init_epsilon} and {gamma}")
+    first,gamma = number('init_epsilon', init_epsilon, above=0),number('gamma', gamma, above=0, below=1)
+    with torch.inference_mode(False): x,y,last = _given(x, y, steps, targeted=targeted)
     with attacking(model), torch.inference_mode(False), torch.enable_grad(), _seeded(generator, x.device):
-        x,y = x.detach().clone(),y.clone()
-        z = _first_answer(model, x.requires_grad_() if x.is_floating_point() else x, y, steps); x = x.detach()
+        z = _first_answer(model, x.requires_grad_(), last); x = x.detach()
         if not z.requires_grad:
             raise ValueError(
                 "the logits do not depend on the images: the model must not detach or use no_grad")
         todo = (z.argmax(1)==y)!=targeted
         if not todo.any(): return x
-        x[todo] = _run_ddn(model, x[todo], y[todo], targeted, steps=steps, init_epsilon=init_epsilon,
+        x[todo] = _run_ddn(model, x[todo], y[todo], targeted, steps=int(steps), init_epsilon=first,
                            gamma=gamma)
         return x
 
@@ -87,7 +91,8 @@ def _uniform(x, across_channels, generator):
     "Draws [B,1 or C,H,W] in [0,1)"
     shape = (len(x), 1 if across_channels else x.shape[1], *x.shape[2:])
     device = x.device if generator is None else generator.device
-    return torch.rand(shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+    kind = torch.promote_types(x.dtype, torch.float32) # a share of 1/1000 is no number of 16 bits
+    return torch.rand(shape, generator=generator, device=device, dtype=kind).to(x.device)
 
 # %% ../../nbs/attacks/30_minimal.ipynb #8c3ba080
 def _narrow(hit, p, low, high, size, left):
@@ -108,14 +113,16 @@ def salt_and_pepper(
     generator:torch.Generator|None=None, # of the noise; None: the global one
 )->Tensor:                      # [B,C,H,W], detached, in [0,1]; `x` where the goal was not reached
     "Least salt-and-pepper noise that reaches the goal (foolbox's search, fewer forward passes)"
-    with attacking(model), torch.no_grad():
+    _switches(across_channels=across_channels)
+    with attacking(model), torch.inference_mode(False), torch.no_grad():
+        x,y,last = _given(x, y, steps, targeted=targeted)
         reached = lambda z, y: (z.argmax(1)==y)==targeted
-        there,x = reached(_first_answer(model, x, y, steps), y),x.detach()
-        best,norm = x.clone(),torch.where(there, 0., torch.inf).to(x.dtype)
+        there = reached(_first_answer(model, x, last), y)
+        best,norm = x.clone(),torch.where(there, 0., torch.inf).to(_single(x).dtype)
         low,high,p = torch.zeros_like(norm),torch.ones_like(norm),torch.full_like(norm, 1/steps); size = p
         for left in range(steps, 0, -1):
             x_adv = _noisy(x, p, _uniform(x, across_channels, generator))
-            length = (x_adv-x).flatten(1).square().sum(1).sqrt()
+            length = (_single(x_adv)-_single(x)).flatten(1).square().sum(1).sqrt()
             hit = length<norm; at = hit.nonzero()[:,0]
             if len(at): hit[at] = reached(model(x_adv[at]), y[at])
             best,norm = torch.where(hit.reshape(-1,1,1,1), x_adv, best),torch.where(hit, length, norm)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..base import number
+
 # %% ../../nbs/attacks/05_moves.ipynb #3832f87e
 def signed(
     grad:Tensor,             # [B,...], gradient of the objective
@@ -21,13 +23,14 @@ def signed(
 
 # %% ../../nbs/attacks/05_moves.ipynb #d21aad51
 def _each(t, like): return t.reshape(-1, *[1]*(like.ndim-1))
+def _single(t): return t.to(torch.promote_types(t.dtype, torch.float32)) # 16-bit sums overflow and round
 
 def unit_l2(
     grad:Tensor,             # [B,...], gradient of the objective
     memory:Tensor|None=None, # unused
 )->tuple[Tensor,Tensor|None]: # step [B,...] of L2 norm 1 (0 where the gradient is 0), memory
     "The gradient over its L2 norm, per example (L2-PGD)"
-    norm = grad.flatten(1).norm(dim=1).clamp_min(torch.finfo(grad.dtype).tiny)
+    grad = _single(grad); norm = grad.flatten(1).norm(dim=1).clamp_min(torch.finfo(grad.dtype).tiny)
     return grad/_each(norm, grad), memory
 
 # %% ../../nbs/attacks/05_moves.ipynb #852d6320
@@ -35,22 +38,29 @@ def momentum(
     decay:float=1., # mu of the paper, >= 0; 0 forgets at once
 )->Callable:        # a direction: (grad, memory) -> (sign of the sum, the sum)
     "Sign of a decaying sum of L1-normalised gradients (Dong et al. 2018, eqs. 6-7)"
-    if decay<0: raise ValueError(f"decay must be >= 0, got {decay}")
+    decay = number('decay', decay, 0)
     def direction(grad, memory=None):
-        norm = grad.flatten(1).abs().sum(1).clamp_min(torch.finfo(grad.dtype).tiny)
+        grad = _single(grad); norm = grad.flatten(1).abs().sum(1).clamp_min(torch.finfo(grad.dtype).tiny)
         grad = grad/_each(norm, grad)
         memory = grad if memory is None else decay*memory+grad
         return memory.sign(), memory
     return direction
 
 # %% ../../nbs/attacks/05_moves.ipynb #88b4d69c
+def _rounded(wide, x, low, high): # to the kind of `x`, not beyond `low` and `high`
+    out = wide.to(x.dtype)
+    if out.dtype==wide.dtype: return out
+    step = (out<low).short()-(out>high).short() # numbers >= 0 are in the order of their bits
+    return (out.view(torch.int16)+step).view(x.dtype)
+
 def linf(
     x_adv:Tensor, # [B,...], any image
     x:Tensor,     # [B,...], the clean images, in [0,1]
     eps:float,    # the largest change of a pixel
 )->Tensor:        # [B,...], in [0,1], within eps of x
     "Clip to the L-inf ball around `x`, then to [0,1] (Clip_{X,eps} of Kurakin et al. 2017)"
-    return torch.minimum(torch.maximum(x_adv, x-eps), x+eps).clamp_(0, 1)
+    clean = _single(x); low,high = clean-eps,clean+eps
+    return _rounded(torch.minimum(torch.maximum(_single(x_adv), low), high).clamp_(0, 1), x, low, high)
 
 # %% ../../nbs/attacks/05_moves.ipynb #9623db71
 def l2(
@@ -59,9 +69,14 @@ def l2(
     eps:float,    # the largest L2 norm of the change, per example
 )->Tensor:        # [B,...], in [0,1], within eps of x
     "Scale the change down to L2 norm `eps`, then clip to [0,1]"
-    delta = x_adv-x
-    norm = delta.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
-    return (x + delta*_each((eps/norm).clamp_max(1), x)).clamp_(0, 1)
+    clean = _single(x); delta = _single(x_adv)-clean
+    norm = delta.flatten(1).norm(dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
+    wide = (clean + delta*_each((eps/norm).clamp_max(1), x)).clamp_(0, 1)
+    out = wide.to(x.dtype)
+    if out.dtype==wide.dtype: return out
+    far = (out-clean).flatten(1).norm(dim=1)>eps # rounding made it so: then every pixel towards `x`
+    inward = _rounded(wide, x, torch.minimum(wide, clean), torch.maximum(wide, clean))
+    return torch.where(_each(far, x), inward, out)
 
 # %% ../../nbs/attacks/05_moves.ipynb #a16e48a6
 def zero(

@@ -38,12 +38,16 @@ def margin(
     return -lead.clamp_max(kappa) if targeted else -(lead+kappa).clamp_min(0)
 
 # %% ../../nbs/attacks/00_objectives.ipynb #ef4f31e5
+def _highest(z, n, loss): # the n highest logits [B,n]
+    if z.shape[1]>=n: return z.topk(n, dim=1).values
+    raise ValueError(f"{loss} wants at least {n} classes, the model has {z.shape[1]}: use ce")
+
 def dlr(
     z_adv:Tensor, # [B,K], logits at the iterate, K >= 3
     y:Tensor,     # [B], labels in 0..K-1
-)->Tensor:        # [B], > 0 iff misclassified, at most 1
+)->Tensor:        # [B], >= -1; > 0 iff misclassified, and then without a bound
     "Difference of logits ratio (Croce & Hein 2020, eq. 6)"
-    top = z_adv.topk(3, dim=1).values
+    top = _highest(z_adv, 3, 'dlr')
     true = z_adv.gather(1, y[:,None])[:,0]
     other = z_adv.scatter(1, y[:,None], -torch.inf).amax(1)
     return -(true-other)/(top[:,0]-top[:,2]+1e-12)  # the authors' floor: three equal logits give no nan
@@ -55,6 +59,6 @@ def dlr_t(
     aim:Tensor,   # [B], the class to reach
 )->Tensor:        # [B], > 0 iff the class aimed at leads the true one
     "Targeted difference of logits ratio (Croce & Hein 2020, eq. 7)"
-    top = z_adv.topk(4, dim=1).values
+    top = _highest(z_adv, 4, 'dlr_t')
     true,there = (z_adv.gather(1, k[:,None])[:,0] for k in (y,aim))
     return -(true-there)/(top[:,0]-.5*(top[:,2]+top[:,3])+1e-12)

@@ -11,6 +11,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
+from torch.nn.utils.parametrize import is_parametrized
 from .intake import suiting
 
 # %% ../../nbs/vision/25_folding.ipynb #d8e63a36
@@ -29,7 +30,8 @@ def foldable(
     "The pairs of convolution and batch norm that can be one convolution at evaluation"
     graph,modules = Leaves().trace(model), dict(model.named_modules())
     calls = [n for n in graph.nodes if n.op=='call_module']
-    once = {n.target for n in calls if sum(c.target==n.target for c in calls)==1}
+    once = {n.target for n in calls if sum(c.target==n.target for c in calls)==1
+            and not modules[n.target]._forward_pre_hooks and not is_parametrized(modules[n.target])}
     for n in calls:
         before = n.args[0] if n.args else None
         if (isinstance(modules[n.target], nn.BatchNorm2d) and modules[n.target].running_mean is not None
@@ -42,7 +44,10 @@ def fold(
     model:nn.Module, # with batch norms after convolutions; not changed
 )->nn.Module:        # a frozen copy in eval mode, channels-last; gradients to the input still flow
     "An inference copy of `model` with batch norms folded into convolutions"
-    out = deepcopy(model).eval()
+    try: out = deepcopy(model).eval()
+    except Exception as e:
+        raise ValueError(f"{type(model).__name__} cannot be copied, so it cannot be folded "
+                         f"({str(e).splitlines()[0]}): use it as it is") from e
     try: pairs = list(foldable(out))
     except Exception as e:
         raise ValueError(f"{type(model).__name__} cannot be traced, so it cannot be folded ({e}): "
