@@ -13,42 +13,53 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Call, bar, seeded
-from ..vision import Split, to_input
-from ..attacks import attacking, must_be_finite
+from ..vision import Split, clipped, to_input
+from ..attacks import attacking, logits_of, must_be_finite
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #a66afb8a
 EVAL_BATCH = 500 # images of an evaluation batch, fixed: float sums depend on it in the last bits
 
-def _inputs(x:Tensor, size:int|None, device)->Tensor:
-    "Model input of stored images: 8-bit ones are scaled and resized, float ones are taken as they are"
-    x = x.to(device)
-    x = to_input(x, size) if x.dtype==torch.uint8 else x
+def _inputs(x:Tensor, size:int|None, device, model)->Tensor:
+    "Model input of stored images, as in training; float ones have to be in [0,1]"
+    x = to_input(clipped(x) if x.is_floating_point() else x.to(device), size, model).to(device)
     return x.contiguous(memory_format=torch.channels_last)
 
 def _class(z): return torch.where(z.isfinite().all(1), z.argmax(1), -1) # nan has an argmax too
 
+def _logits(model, x, last=-1)->Tensor: # [B,K], or a sentence that says what is wrong with them
+    z = logits_of(model, x, -1)
+    if z.shape[1] < 2:
+        raise ValueError(f"the model must return logits of at least two classes, got {list(z.shape)}: give "
+                         "an only logit z a partner, by a module that returns "
+                         "torch.cat([torch.zeros_like(z), z], 1)")
+    return z if last < z.shape[1] else logits_of(lambda x: z, x, last)
+
+# %% ../../nbs/evaluation/00_evaluate.ipynb #10a9b639
 @torch.no_grad()
+def _classes(model, x, last, size, device, quiet)->Tensor: # int64 [N] on the CPU
+    with attacking(model):
+        found = [_class(_logits(model, _inputs(b, size, device, model), last))
+                 for b in bar(x.split(EVAL_BATCH), desc='predict', quiet=quiet)]
+    z = torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.int64)
+    must_be_finite((z>=0).all())
+    return z
+
 def predict(
     model:nn.Module, # images in [0,1] -> logits [B,K]
-    x:Tensor,        # [N,C,H,W], uint8 (resized to `size`) or float in [0,1]
+    x:Tensor,        # [N,C,H,W], uint8 or float in [0,1]; resized to `size`
     *,
     size:int|None=None, # model input size; None is the images' own
     device='cpu', quiet=True,
 )->Tensor:           # int64 [N] on the CPU
     "The class that the model, in evaluation mode, gives each image"
-    with attacking(model):
-        found = [_class(model(_inputs(b, size, device)))
-                 for b in bar(x.split(EVAL_BATCH), desc='predict', quiet=quiet)]
-    z = torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.int64)
-    must_be_finite((z>=0).all())
-    return z
+    return _classes(model, x, -1, size, device, quiet)
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #25dfeed5
 def _attacked(model, split:Split, attack:Call, size, seed, device, quiet): # yields x_adv, batch by batch
     pairs = list(zip(split.x.split(EVAL_BATCH), split.y.split(EVAL_BATCH)))
     for i,(x,y) in enumerate(bar(pairs, desc=attack.name, quiet=quiet)):
         draws = {'generator': seeded(seed, i, 'attack')} if 'generator' in attack.accepts else {}
-        yield attack(model, _inputs(x, size, device), y.to(device), **draws)
+        yield attack(model, _inputs(x, size, device, model), y.to(device), **draws)
 
 def adversarial_images(
     model:nn.Module,    # images in [0,1] -> logits [B,K]
@@ -64,6 +75,11 @@ def adversarial_images(
     return torch.cat(made) if made else to_input(split.x, size)
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #7817a398
+def _last(split)->int: # the largest label, -1 where there is none
+    if len(split) and split.y.min() < 0:
+        raise ValueError(f"labels must be >= 0, got {split.y.min()}: classes are counted from 0")
+    return int(split.y.max()) if len(split) else -1
+
 def classify(
     model:nn.Module,    # images in [0,1] -> logits [B,K]
     split:Split,        # images, as stored or as `adversarial_images` made them, and labels
@@ -74,7 +90,8 @@ def classify(
     device='cpu', quiet=True,
 )->Tensor:              # int64 [N] on the CPU
     "The class that the model gives each image, after the attack where one is given"
-    if attack is None: return predict(model, split.x, size=size, device=device, quiet=quiet)
+    last = _last(split)
+    if attack is None: return _classes(model, split.x, last, size, device, quiet)
     found = [predict(model, x, device=device)
              for x in _attacked(model, split, attack, size, seed, device, quiet)]
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)

@@ -14,9 +14,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..base import Call, call, seeded
-from ..attacks import attacking, ce, check_attack, linf, logits_of, must_be_finite, pgd, zero
-from .evaluate import EVAL_BATCH, predict
+from ..base import Call, call, number, seeded
+from ..attacks import attacking, ce, check_attack, linf, must_be_finite, pgd, zero
+from .evaluate import EVAL_BATCH, _logits, predict
 
 # %% ../../nbs/evaluation/20_gathering.ipynb #2b385a1a
 @dataclass(frozen=True)
@@ -101,21 +101,21 @@ class Evidence:
 # %% ../../nbs/evaluation/20_gathering.ipynb #57ad6d5e
 def _border(model, x, y, eps, n, effort, tolerance, surrogate):
     "Images [N,C,H,W] and labels [N] to look at, clean logits [N,K]; or a sentence that says what is wrong"
-    for name,v in (('n',n),('effort',effort)):
-        if type(v) is not int or v<1: raise ValueError(f"{name} wants a whole number >= 1, got {v!r}")
-    if not 0<=tolerance<1: raise ValueError(f"tolerance is a share of the images in [0,1), got {tolerance}")
-    if not eps>0: raise ValueError(f"eps must be > 0, got {eps}: there is no attack to audit")
+    number('n', n, 1, whole=True); number('effort', effort, 1, whole=True)
+    number('tolerance', tolerance, 0, below=1) # a share of the images
+    number('eps', eps, 0)
+    if eps==0: raise ValueError("eps must be > 0, got 0: there is no attack to audit")
     last = check_attack(x, y, eps, eps, 1, linf)
     x,y = x[:n].clone(memory_format=torch.channels_last).detach(),y[:n].clone()
     if not len(x): raise ValueError("there are no images: give at least one")
     with attacking(model), torch.no_grad():
-        z = torch.cat([logits_of(model, a, last) for a in x.split(EVAL_BATCH)]).cpu()
+        z = torch.cat([_logits(model, a, last) for a in x.split(EVAL_BATCH)]).cpu()
     must_be_finite(z.isfinite().all())
     if not (z.argmax(1)==y.cpu()).any():
         raise ValueError(f"the model gets none of the {len(y)} images right: compare labels, "
                          "range and normalisation with its training")
     if surrogate is not None:
-        with attacking(surrogate), torch.no_grad(): k = logits_of(surrogate, x[:1], last).shape[1]
+        with attacking(surrogate), torch.no_grad(): k = _logits(surrogate, x[:1], last).shape[1]
         if k!=z.shape[1]:
             raise ValueError(f"the surrogate must tell the model's {z.shape[1]} classes apart, it has {k}")
     return x,y,z
@@ -135,10 +135,12 @@ def evidence(
     generator:torch.Generator|None=None, # one draw seeds all others; None: the global one
 )->Evidence:
     "Run the reported attack, a stronger one and growing budgets, for the checks to look at"
+    if attack is not None and not callable(attack):
+        raise ValueError(f"attack wants a Call, a function or None, got {attack!r}: write call(pgd, eps=8/255)")
     x,y,z = _border(model, x, y, eps, n, effort, tolerance, surrogate)
     where = 'cpu' if generator is None else generator.device
     seed = torch.randint(2**53, (), generator=generator, device=where).item()
-    x_adv = _attacked(attack or _usual(eps), model, x, y, seed, 'reported')
+    x_adv = _attacked(_usual(eps) if attack is None else attack, model, x, y, seed, 'reported')
     right = z.argmax(1)==y.cpu()
     strong = right & _right(model, _attacked(_stronger(eps, effort), model, x, y, seed, 'stronger'), y)
     held = right & _right(model, x_adv, y)

@@ -13,6 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..base import number
+
 # %% ../../nbs/evaluation/10_statistics.ipynb #ecf55cea
 def wilson(
     correct:int,      # images that are right, 0..n
@@ -21,10 +23,9 @@ def wilson(
 )->tuple[float,float]: # (low, high), fractions in [0,1]
     "Wilson's score interval for a share (Wilson 1927)"
     from scipy.stats import binomtest
-    if n < 1 or not 0 <= correct <= n:
-        raise ValueError(f'wilson wants 0 <= correct <= n and n >= 1, got {correct} of {n}')
-    if not 0 < level < 1: raise ValueError(f'level wants a number in (0,1), got {level}')
-    ci = binomtest(int(correct), int(n)).proportion_ci(level, method='wilson')
+    n = number('n', n, 1, whole=True); correct = number('correct', correct, 0, n, whole=True)
+    level = number('level', level, above=0, below=1)
+    ci = binomtest(correct, n).proportion_ci(level, method='wilson')
     return ci.low, ci.high
 
 # %% ../../nbs/evaluation/10_statistics.ipynb #0466b22b
@@ -52,7 +53,9 @@ def newcombe(
     level:float=.95, # coverage, in (0,1)
 )->tuple[float,float]: # (low, high), fractions in [-1,1]
     "Interval for the difference of two paired shares (Newcombe 1998, method 10)"
-    n, k1, k2 = both+b+c+neither, both+b, both+c
+    both, b, c, neither = (number(name, v, 0, whole=True) for name,v in
+                           (('both', both), ('b', b), ('c', c), ('neither', neither)))
+    n, k1, k2 = number('images', both+b+c+neither, 1, whole=True), both+b, both+c
     p1, p2, (l1, u1), (l2, u2) = k1/n, k2/n, wilson(k1, n, level), wilson(k2, n, level)
     top, under = both*neither - b*c, math.sqrt(k1*(n-k1)*k2*(n-k2))
     phi = (max(top-n/2, 0) if top > 0 else top)/under if under else 0.
@@ -83,6 +86,7 @@ def robustness_curve(
 )->pd.DataFrame: # eps, then as from `proportion`; by increasing eps
     "Accuracy against budget, with n and intervals"
     if not verdicts: raise ValueError('robustness_curve wants verdicts at one eps at least, got none')
+    for e in verdicts: number('eps', e, 0)
     if len(lengths := {len(v) for v in verdicts.values()}) > 1:
         raise ValueError(f'a curve wants the same images at each eps, got {sorted(lengths)} of them')
     return pd.DataFrame([{'eps': float(e), **proportion(v, level)} for e,v in sorted(verdicts.items())])
@@ -97,6 +101,11 @@ def confusion(
     if predicted is None:
         raise ValueError('predicted is None: the result was stored before classes were kept; '
                          'remove its folder from the store to have it made again')
+    num_classes = number('num_classes', num_classes, 1, whole=True)
+    for t in (y, predicted):
+        if not isinstance(t, Tensor) or t.is_floating_point() or t.dtype==torch.bool:
+            raise ValueError('labels and classes must be whole numbers [N], '
+                             f'got {getattr(t, "dtype", type(t).__name__)}')
     if y.shape != predicted.shape or y.ndim != 1:
         raise ValueError('labels and classes must both be [N], '
                          f'got {list(y.shape)} and {list(predicted.shape)}')
@@ -117,6 +126,8 @@ def pushes(
     if counts.shape != (len(classes),)*2:
         raise ValueError(f'{len(classes)} names want counts of shape {[len(classes)]*2}, '
                          f'got {list(counts.shape)}')
+    if counts.is_floating_point() or len(counts) and counts.min() < 0:
+        raise ValueError(f'counts must be whole numbers >= 0, got {counts.dtype} from {counts.min()}')
     for k,row in enumerate(counts.tolist()):
         if not (n := sum(row)): continue
         away = [c if j != k else -1 for j,c in enumerate(row)]; to = away.index(max(away))

@@ -19,7 +19,7 @@ from torch.ao.quantization import (HistogramObserver, MinMaxObserver, QConfig, g
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-from ..base import choose
+from ..base import choose, number
 from ..vision import Data, Normalise, to_input
 
 # %% ../../nbs/refinement/20_int8.ipynb #29c75bc2
@@ -108,13 +108,13 @@ def calibrate(
     n:int=1000,      # images, at least one batch
 )->nn.Module:        # `model`
     "Show the first training images to the observers"
-    if n < CALIBRATION_BATCH:
+    if number('n_calibrate', n, whole=True) < CALIBRATION_BATCH:
         raise ValueError(f"n_calibrate must be at least {CALIBRATION_BATCH}, the images of a batch, got {n}: "
                          "ranges of so few images are chance")
     if n > len(data.train):
         raise ValueError(f"n_calibrate {n} is more than the {len(data.train)} training images of {data.name}")
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
-    for x in data.train.x[:n].split(CALIBRATION_BATCH): model(to_input(x, data.size).to(device))
+    for x in data.train.x[:n].split(CALIBRATION_BATCH): model(to_input(x, data.size, model).to(device))
     return model
 
 # %% ../../nbs/refinement/20_int8.ipynb #cf600cd3

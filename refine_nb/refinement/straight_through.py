@@ -140,7 +140,9 @@ def through_int8(
         if norm=='frozen': [m.eval() for m in _norms(bare).values()]
         if not now: watch(bare)
         return inner.step(StraightThrough(now[0].follow(bare), model), batch, progress)
-    return replace(inner, step=step, deploy=lambda model: Int8(watch(model), backend=backend))
+    about = dict(backend=backend, observer=observer, n_calibrate=n_calibrate, norm=norm)
+    return replace(inner, step=step, deploy=lambda model: Int8(watch(model), backend=backend),
+                   about={**inner.about, **about})
 
 # %% ../../nbs/refinement/30_straight_through.ipynb #a678bf71
 @dataclass(frozen=True)

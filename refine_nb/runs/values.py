@@ -92,7 +92,8 @@ def value(self:Store, spec:Spec):
     if isinstance(spec, Share): return share_of(self.value(spec.full), spec.rate, spec.seed)
     t, r = self.tensors(spec), self.get(spec).result
     if isinstance(spec, Correction):
-        return Corrected(unpack(t['right'], r['n']), t['index'], t['x'], t['linf'], t['l2'], r['seconds'])
+        return Corrected(unpack(t['right'], r['n']), t['index'], t['x'], t['linf'], t['l2'], r['seconds'],
+                         r['data'])
     if isinstance(spec, Adversarials): return t['x']
     if not isinstance(spec, (Cell, Robustness, Worst)): return r
     return Outcome(unpack(t['right'], r['n']),

@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from ..base import number
+
 # %% ../../nbs/training/32_optimisers.ipynb #a55f7c15
 def sgd(
     params,                   # what `model.parameters()` gives
@@ -19,13 +21,13 @@ def sgd(
     weight_decay:float=1e-4,  # L2, on all parameters, >= 0
 )->torch.optim.Optimizer:
     "SGD with momentum; defaults of AdCorDA's fine-tuning (section 4)"
-    if not lr>0: raise ValueError(f"lr wants a number > 0, got {lr}")
+    number('lr', lr, above=0); number('momentum', momentum, 0, below=1); number('weight_decay', weight_decay, 0)
     return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 # %% ../../nbs/training/32_optimisers.ipynb #a204bcc3
 def _risen(progress:float, warmup:float)->tuple[float,float]:
     "Factor of the rise, and progress of what follows it"
-    if not 0<=warmup<1: raise ValueError(f"warmup is a share of the run in [0,1), got {warmup}")
+    number('warmup', warmup, 0, below=1) # a share of the run
     if progress<warmup: return progress/warmup, 0.
     return 1., (progress-warmup)/(1-warmup)
 
@@ -37,9 +39,9 @@ def piecewise(
     warmup:float=0., # share of the run, in [0,1)
 )->float:            # > 0
     "The rate drops by a factor at some points (robust_overfitting: .5, .75; TRADES' code, 76 epochs: 74/76)"
-    if list(at)!=sorted(set(at)) or not all(0<a<1 for a in at):
+    if list(at)!=sorted({number('at', a, above=0, below=1) for a in at}):
         raise ValueError(f"at wants increasing shares of the run in (0,1), got {at}")
-    if not factor>0: raise ValueError(f"factor wants a number > 0, got {factor}")
+    number('factor', factor, above=0)
     return _risen(progress, warmup)[0] * factor**sum(progress>=a for a in at)
 
 # %% ../../nbs/training/32_optimisers.ipynb #dbe48b8f
@@ -68,4 +70,5 @@ def set_rate(
     factor:float, # of what the rate of each group was at first, >= 0
 )->None:
     "Set the learning rate to a share of the first one"
+    number('factor of the learning rate', factor, 0)
     for g in optimiser.param_groups: g['lr'] = g.setdefault('initial_lr', g['lr'])*factor

@@ -17,7 +17,7 @@ from ..vision import fold_if_same, logits_and_cosines, refold
 from ..attacks import attacking
 
 # %% ../../nbs/training/38_step_parts.ipynb #985df3f7
-STEP_GIVES = ('z', 'z_adv', 'y', 'progress')
+STEP_GIVES = ('z', 'z_adv', 'y', 'progress', 'z_again')
 
 def asks_for(
     f:Callable, # an objective or a weight: a function or a `Call`

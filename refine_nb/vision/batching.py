@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from ..base import choose, seeded
+from ..base import choose, number, seeded
 from .images import Split, to_input
 
 # %% ../../nbs/vision/15_batching.ipynb #622137ac
@@ -72,7 +72,8 @@ def batches(
 )->Iterator[tuple[Tensor,Tensor,Tensor]]: # x [B,C,H,W] float32 in [0,1], y [B], index in `split` [B]
     "One epoch of batches, the same on every device"
     n = len(split)
-    if batch_size<1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = number('batch_size', batch_size, 1, whole=True)
+    if size is not None: size = number('size', size, 1, whole=True) # pixels
     if drop_last and n<batch_size:
         raise ValueError(f"{n} images do not fill a batch of {batch_size}: "
                          "lower batch_size or set drop_last=False")

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 import torch
 from torch import Tensor
-from ..base import choose, seeded
+from ..base import choose, number, seeded
 from .images import Data, Split, fingerprint
 from .reading import cache_file, class_files, data_root, read_tree
 
@@ -85,7 +85,8 @@ def split_indices(
     seed:int=1,      # the papers use 1, 2 and 5
 )->tuple[Tensor,Tensor]: # int64 indices of the training and of the validation part
     "Split `n` images at random into train and valid (AdCorDA, section 4)"
-    if not 0<valid<1: raise ValueError(f"valid must be a fraction in (0,1), got {valid}")
+    valid = number('valid', valid, above=0, below=1); n = number('n', n, 1, whole=True)
+    number('seed', seed, whole=True)
     i,k = torch.randperm(n, generator=seeded('split', seed)), round(n*valid)
     if not 0<k<n: raise ValueError(f"valid={valid} of {n} images leaves one part empty")
     return i[k:], i[:k]
@@ -106,7 +107,8 @@ def load_data(
     download:bool=False,     # let torchvision fetch what is missing
 )->Data:                     # three parts, on the CPU
     "Load a data set, split it, and take its fingerprint"
-    if size is not None and size<1: raise ValueError(f"size must be at least 1 pixel, got {size}")
+    if size is not None: size = number('size', size, 1, whole=True) # pixels
+    if n_train is not None: number('n_train', n_train, whole=True)
     parts,classes = _readers[choose(name, data_names, 'data set')](name, data_root(root), download)
     pool = parts['train']
     i,j = split_indices(len(pool), valid, split_seed)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from ..base import choose
+from ..base import choose, number
 from .reading import data_root
 
 # %% ../../nbs/vision/20_models.ipynb #1a38258a
@@ -28,8 +28,9 @@ class Normalise(nn.Module):
         std:tuple[float,...]=IMAGENET_STD,   # per channel, > 0
     ):
         super().__init__()
-        if len(mean)!=3 or len(std)!=3 or min(std)<=0:
-            raise ValueError(f"mean and std need three values, std above 0, got {mean} and {std}")
+        if not all(hasattr(v, '__len__') and len(v)==3 for v in (mean, std)):
+            raise ValueError(f"mean and std need three values each, got {mean} and {std}")
+        mean,std = [number('mean', v) for v in mean],[number('std', v, above=0) for v in std]
         self.register_buffer('mean', torch.tensor(mean).view(1,3,1,1))
         self.register_buffer('std', torch.tensor(std).view(1,3,1,1))
     def forward(self, x):
@@ -44,7 +45,7 @@ model_names = ('resnet18','resnet34','resnet50','resnet101','resnet152','efficie
 
 def _network(name, num_classes, stem): # torchvision's network with fresh weights
     choose(name, model_names, 'model'); choose(stem, ('imagenet','cifar'), 'stem')
-    if num_classes<2: raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    num_classes = number('num_classes', num_classes, 2, whole=True)
     if name=='resnet20': return _thin(num_classes, stem)
     if stem=='cifar' and not name.startswith('resnet'):
         raise ValueError(f"stem='cifar' is for ResNets, {name} has only its own: use stem='imagenet'")
@@ -93,6 +94,12 @@ def _published(name, weights): # torchvision's entry for these weights
     return there[_editions[weights]]
 
 # %% ../../nbs/vision/20_models.ipynb #c75b5ebc
+_WRAPPED = ('module.', '_orig_mod.') # what DataParallel and torch.compile put before a name
+
+def _bare(name): # without what wrappers put before it, in whatever order
+    while rest := next((name.removeprefix(p) for p in _WRAPPED if name.startswith(p)), None): name = rest
+    return name
+
 def _read(file): # -> tensors by name, from a safetensors file or a checkpoint
     try:
         state = (load_file(file) if file.suffix=='.safetensors'
@@ -105,7 +112,7 @@ def _read(file): # -> tensors by name, from a safetensors file or a checkpoint
             "st.save_file({k: v.contiguous() for k,v in s['state_dict'].items()}, 'weights.safetensors'); "
             "then give that as weights_file.") from e
     state = state.get('state_dict', state) if isinstance(state, dict) else {}
-    state = {k.removeprefix('module.'): v for k,v in state.items() if isinstance(v, Tensor)}
+    state = {_bare(k): v for k,v in state.items() if isinstance(v, Tensor)}
     if not state:
         raise ValueError(f"{file} holds no tensors by name: a state dict, "
                          "or a dict with one under 'state_dict', is needed")
@@ -147,7 +154,7 @@ def _start(net, state, source): # load all but the head, which stays new
     if gone or extra or wrong:
         raise ValueError(f"{source} is not for this network: {len(gone)} tensors missing, "
                          f"{len(extra)} unknown, {len(wrong)} of another shape, "
-                         f"such as {(gone+extra+wrong)[0]}")
+                         f"such as {(gone+extra+wrong)[0]} (names without {' or '.join(_WRAPPED)} before them)")
     net.load_state_dict(body, strict=False)
 
 # %% ../../nbs/vision/20_models.ipynb #6309d918

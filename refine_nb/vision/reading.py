@@ -30,17 +30,17 @@ def data_root(
 _endings = ('.png','.jpg','.jpeg')
 
 def class_files(
-    folder:str|Path,        # holds one folder per class, and no other
+    folder:str|Path,        # holds one folder per class, and no other but those that begin with a dot
     classes:tuple[str,...], # class folders, in the order of the labels
 )->list[tuple[str,int,int,int]]: # path, label, size in bytes, time of change in ns; by class, then by name
     "The image files of a folder with a folder per class"
-    found = sorted(d.name for d in os.scandir(folder) if d.is_dir())
+    found = sorted(d.name for d in os.scandir(folder) if d.is_dir() and not d.name.startswith('.'))
     if found!=sorted(classes):
         raise ValueError(f"{folder} must hold {len(classes)} class folders ({', '.join(classes)}), "
                          f"found {len(found)}: {', '.join(found)}")
     out = []
     for k,c in enumerate(classes):
-        files = sorted((f for f in os.scandir(Path(folder)/c) if f.name.lower().endswith(_endings)),
+        files = sorted((f for f in os.scandir(Path(folder)/c) if f.name.lower().endswith(_endings) and f.name[0]!='.'),
                        key=lambda f: f.name)
         if not files:
             raise ValueError(f"class folder {Path(folder)/c} holds no image ({', '.join(_endings)})")
