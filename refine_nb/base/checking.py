@@ -17,7 +17,7 @@ def choose(
 ):                 # `value`, unchanged
     "Return `value` if it is one of `choices`; otherwise a `ValueError` that lists them"
     choices = list(choices)
-    if value in choices: return value
+    if any(type(value) is type(c) and value == c for c in choices): return value # `1` is not `True`
     raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(map(repr, choices))}")
 
 # %% ../../nbs/base/00_checking.ipynb #fe78bac0

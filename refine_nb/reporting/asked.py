@@ -6,6 +6,7 @@
 __all__ = ['whole_numbers', 'one_whole', 'between', 'parameters']
 
 # %% ../../nbs/reporting/00_asked.ipynb #b27abe85
+import math, re
 from types import SimpleNamespace
 from typing import Callable, Iterable
 
@@ -18,8 +19,7 @@ def whole_numbers(
     "A list of whole numbers, however it was written; `ValueError` for anything else"
     parts = (value.strip('[]() ').split(',') if isinstance(value, str)
              else value if isinstance(value, (list, tuple)) else [value])
-    try: found = tuple(int(p) for p in parts if not isinstance(p, (bool, float)) and str(p).strip())
-    except (TypeError, ValueError): found = ()
+    found = tuple(int(p) for p in parts if not isinstance(p, bool) and re.fullmatch(r'\s*[0-9]+\s*', str(p)))
     if not found or len(found) != len(parts) or len(set(found)) < len(found) or min(found) < 0:
         raise ValueError(f"wants whole numbers >= 0, each once, such as 1 or '1,2,5', got {value!r}")
     return found
@@ -32,7 +32,7 @@ def one_whole(
     "Checks a single whole number, also as text"
     ends = f'>= {low}' if high is None else f'in {low}..{high}'
     def check(value):
-        v = int(value) if isinstance(value, str) and value.strip().lstrip('-').isdigit() else value
+        v = int(value) if isinstance(value, str) and re.fullmatch(r'\s*-?[0-9]+\s*', value) else value
         if type(v) is not int or v < low or high is not None and v > high:
             raise ValueError(f"wants a whole number {ends}, got {value!r}")
         return v
@@ -41,13 +41,15 @@ def one_whole(
 # %% ../../nbs/reporting/00_asked.ipynb #a82ca82c
 def between(
     low:float, high:float, # ends of the range, which belong to it
+    below:float=math.inf,  # an upper end which does not
 )->Callable:               # a check for `parameters`
     "Checks a single finite number, also as text"
+    ends = f'{low:g}..{high:g}' + (f', below {below:g}' if below < math.inf else '')
     def check(value):
-        try: v = float(value) if not isinstance(value, bool) else None
-        except (TypeError, ValueError): v = None
-        if v is None or not low <= v <= high:
-            raise ValueError(f"wants a number in {low:g}..{high:g}, got {value!r}")
+        try: v = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+        except (ValueError, OverflowError): v = None
+        if v is None or not low <= v <= high or v >= below:
+            raise ValueError(f"wants a number in {ends}, got {value!r}")
         return v
     return check
 
@@ -67,6 +69,8 @@ def parameters(
     return SimpleNamespace(**{name: _checked(name, namespace[name], kind) for name,kind in kinds.items()})
 
 def _checked(name:str, value, kind:Callable|Iterable):
-    if not callable(kind): return choose(value, kind, name)
+    if not callable(kind):
+        word = {None: 'None', 'None': None}.get(value, value) if isinstance(value, (str, type(None))) else value
+        return choose(word if word in kind and value not in kind else value, kind, name) # papermill's None
     try: return kind(value)
     except ValueError as e: raise ValueError(f"{name} {e}") from None

@@ -56,7 +56,7 @@ def preset(
     name:str|None=None, # None: the environment's REFINE_PRESET, else 'demo'
 )->Preset:
     "A preset by name; `ValueError` lists the names"
-    name = name or os.environ.get('REFINE_PRESET') or 'demo'
+    if name is None: name = os.environ.get('REFINE_PRESET') or 'demo'
     return PRESETS[choose(name, PRESETS, 'preset')]
 
 # %% ../../nbs/runs/40_scales.ipynb #f8ddac90

@@ -6,7 +6,7 @@
 __all__ = ['Engine', 'engine']
 
 # %% ../../nbs/training/30_engines.ipynb #ac14ccec
-import contextlib, os
+import contextlib, os, re
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ class Engine:
 
     def __post_init__(self):
         choose(self.precision, ('float32','bfloat16'), 'precision')
-        if not isinstance(self.device, str) or self.device.partition(':')[0] not in ('cpu', 'cuda'):
+        if not isinstance(self.device, str) or not re.fullmatch(r'cpu|cuda(:[0-9]+)?', self.device):
             raise ValueError(f"unknown device {self.device!r}: choose 'cpu', 'cuda', "
                              "or a GPU by number such as 'cuda:1'")
         if torch.device(self.device).type=='cuda' and not torch.cuda.is_available():
