@@ -2,7 +2,8 @@
 
 A matrix, attack x network, holds the contract of attacks with a verdict for each cell: 'ok', or the sentence
 with which the pair is refused. Two kinds of network are shown to more: one that flattens with `view` can't
-take channels-last images, one that normalises in place changes what it is given. Both must answer as their well-behaved twins do, and nothing they do may reach anybody.
+take channels-last images, one that normalises in place changes what it is given. Both must answer as their
+well-behaved twins do, and nothing they do may reach anybody.
 """
 from functools import partial
 

@@ -20,11 +20,17 @@ from ..vision import suiting
 from .moves import linf, uniform, zero
 from .objectives import ce, kl
 
-# %% ../../nbs/attacks/10_lending.ipynb #a51c666b
+# %% ../../nbs/attacks/10_lending.ipynb #a51c6600
+def _module(model):
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}: wrap it in one, "
+                         "whose mode and weights can be lent")
+
 def _to_eval(model):
     try: model.eval()
     except NotImplementedError: pass # a module of torch.export: its mode is a part of its graph
 
+# %% ../../nbs/attacks/10_lending.ipynb #a51c666b
 @contextmanager
 def attacking(
     model:nn.Module, # any module; its sub-modules may be in different modes
@@ -33,9 +39,7 @@ def attacking(
 )->Iterator[nn.Module]: # the same model, no parameter asks for a gradient
     "Lend `model` to an attack and give it back as it was, also on an error; only 'train' lets buffers move"
     choose(mode, ('eval','train','train_untouched'), 'mode')
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}: wrap it in one, "
-                         "whose mode and weights can be lent")
+    _module(model)
     training = [(m,m.training) for m in model.modules()]
     grads = [(p,p.requires_grad) for p in model.parameters()]
     buffers = [(b,b.clone()) for b in model.buffers()] if mode=='train_untouched' else []

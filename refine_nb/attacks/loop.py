@@ -39,6 +39,7 @@ def _value(objective, **given):
                          f"got {got if isinstance(got, str) else list(got)}")
     return loss
 
+# %% ../../nbs/attacks/15_loop.ipynb #57bab4b1
 def _gradient(model, objective, x_adv, y, z, last):
     "Gradient [B,...], logits [B,K] and whether all was finite (a tensor: nobody waits for it)"
     x_adv = x_adv.detach().requires_grad_()

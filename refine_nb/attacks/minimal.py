@@ -113,9 +113,8 @@ def salt_and_pepper(
     generator:torch.Generator|None=None, # of the noise; None: the global one
 )->Tensor:                      # [B,C,H,W], detached, in [0,1]; `x` where the goal was not reached
     "Least salt-and-pepper noise that reaches the goal (foolbox's search, fewer forward passes)"
-    _switches(across_channels=across_channels)
     with attacking(model), torch.inference_mode(False), torch.no_grad():
-        x,y,last = _given(x, y, steps, targeted=targeted)
+        x,y,last = _given(x, y, steps, targeted=targeted, across_channels=across_channels)
         reached = lambda z, y: (z.argmax(1)==y)==targeted
         there = reached(_first_answer(model, x, last), y)
         best,norm = x.clone(),torch.where(there, 0., torch.inf).to(_single(x).dtype)
