@@ -39,10 +39,11 @@ class CosineHead(nn.Module):
         return unit.detach() + (self.weight-self.weight.detach())   # a gradient of the weight, as it is
     def cosines(self, f, bias): return F.linear(F.normalize(f, dim=1), self.directions(), bias)
     def forward(self, f):
-        if self.scale is not None: z = self.scale*(cos := self.cosines(f, self.bias))
-        else: z,cos = F.linear(f, self.weight, self.bias),self.both and self.cosines(f, None)
-        return torch.cat([z,cos], 1) if self.both else z
-    def extra_repr(self): return f"scale={self.scale}, projection={self.projection!r}"
+        with torch.autocast(f.device.type, enabled=False): # bf16 would leave two digits of a cosine
+            f = f.to(self.weight.dtype)
+            if self.scale is not None: z = self.scale*(cos := self.cosines(f, self.bias))
+            else: z,cos = F.linear(f, self.weight, self.bias),self.both and self.cosines(f, None)
+            return torch.cat([z,cos], 1) if self.both else z
 
 # %% ../../nbs/vision/40_cosine_heads.ipynb #2f643103
 def last_layer(
