@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'momentum', 'signed', 'uniform', 'unit_l2', 'zero',
-           'NotFinite', 'attacking', 'check_attack', 'logits_of', 'must_be_finite', 'iterate', 'worst', 'bim',
-           'cw_linf', 'fgsm', 'kl_pgd', 'kurakin_steps', 'mim', 'pgd', 'bi', 'bih', 'll', 'vbi', 'ddn',
-           'salt_and_pepper', 'DRA_CHOICES', 'dra', 'significant', 'unit_l1', 'boundary_start', 'pursue', 'apgd',
-           'apgd_checkpoints', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step', 'square', 'square_side', 'Result',
-           'STANDARD', 'OtherRun', 'autoattack']
+           'NotFinite', 'attacking', 'check_attack', 'logits_of', 'must_be_finite', 'StepsToFlip', 'iterate', 'worst',
+           'bim', 'cw_linf', 'fgsm', 'kl_pgd', 'kurakin_steps', 'mim', 'pgd', 'bi', 'bih', 'll', 'vbi', 'ddn',
+           'salt_and_pepper', 'DRA_CHOICES', 'dra', 'significant', 'unit_l1', 'boundary_start', 'pursue',
+           'apgd_checkpoints', 'apgd', 'apgd_best', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step', 'square',
+           'square_side', 'Result', 'STANDARD', 'OtherRun', 'autoattack']
 
 # %% ../../nbs/attacks/99_attacks.ipynb #92c54b6b
 from .objectives import ce, dlr, dlr_t, kl, margin
 from .moves import gaussian, l2, linf, momentum, signed, uniform, unit_l2, zero
 from .lending import NotFinite, attacking, check_attack, logits_of, must_be_finite
-from .loop import iterate, worst
+from .loop import StepsToFlip, iterate, worst
 from .gradient import bim, cw_linf, fgsm, kl_pgd, kurakin_steps, mim, pgd
 from .corrections import bi, bih, ll, vbi
 from .minimal import ddn, salt_and_pepper
 from .dynamic import DRA_CHOICES, dra, significant, unit_l1
 from .queue import boundary_start, pursue
-from .auto_pgd import apgd, apgd_checkpoints, apgd_rows
+from .climbing import apgd_checkpoints
+from .auto_pgd import apgd, apgd_best, apgd_rows
 from .fast_boundary import fab_rows, fab_t, plane_step
 from .random_search import square, square_side
 from .protocol import Result, STANDARD
@@ -30,8 +31,8 @@ from .ensemble import autoattack
 # %% ../../nbs/attacks/99_attacks.ipynb #01222a7d
 _all_ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'momentum', 'signed',
          'uniform', 'unit_l2', 'zero', 'NotFinite', 'attacking', 'check_attack', 'logits_of',
-         'must_be_finite', 'iterate', 'worst', 'bim', 'cw_linf', 'fgsm', 'kl_pgd', 'kurakin_steps',
-         'mim', 'pgd', 'bi', 'bih', 'll', 'vbi', 'ddn', 'salt_and_pepper', 'DRA_CHOICES', 'dra',
-         'significant', 'unit_l1', 'boundary_start', 'pursue', 'apgd', 'apgd_checkpoints', 'apgd_rows',
-         'fab_rows', 'fab_t', 'plane_step', 'square', 'square_side', 'Result', 'STANDARD', 'OtherRun',
-         'autoattack']
+         'must_be_finite', 'StepsToFlip', 'iterate', 'worst', 'bim', 'cw_linf', 'fgsm', 'kl_pgd',
+         'kurakin_steps', 'mim', 'pgd', 'bi', 'bih', 'll', 'vbi', 'ddn', 'salt_and_pepper',
+         'DRA_CHOICES', 'dra', 'significant', 'unit_l1', 'boundary_start', 'pursue',
+         'apgd_checkpoints', 'apgd', 'apgd_best', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step',
+         'square', 'square_side', 'Result', 'STANDARD', 'OtherRun', 'autoattack']

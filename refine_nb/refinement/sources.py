@@ -17,7 +17,7 @@ from ..vision import Data, to_input
 from ..attacks import attacking
 from ..evaluation import EVAL_BATCH
 from ..training import Method
-from .refine import Corrected, Correction, adapt, paired_batches
+from .refine import Corrected, Correction, adapt, of_this, paired_batches
 
 # %% ../../nbs/refinement/10_sources.ipynb #fc1de6b2
 def share_of(
@@ -26,9 +26,7 @@ def share_of(
     seed:int=0,     # of the draw
 )->Corrected:       # the same T_c, and part of T_a
     "T' at a lower correction rate (AdCorDA, section 5.3, Figure 2b)"
-    if not 0 <= rate <= 1:
-        raise ValueError(f"a correction rate wants a number in 0..1, got {rate}: "
-                         "1 corrects all that the attack can, 0 is the case None")
+    rate = number('rate', rate, 0, 1) # 1 corrects all that the attack can, 0 is the case None
     wrong = (~full.right).nonzero()[:,0]
     chosen = wrong[torch.randperm(len(wrong), generator=seeded(seed, 'share'))[:round(rate*len(wrong))]]
     kept = torch.isin(full.index, chosen)
@@ -46,7 +44,7 @@ class Share(Spec):
         if not isinstance(self.full, Correction):
             raise ValueError(f"full wants a Correction, got {self.full!r}")
         number('seed', self.seed, 0, whole=True)
-        if not isinstance(self.rate, float) or not 0 < self.rate < 1:
+        if not 0 < number('rate', self.rate) < 1:
             raise ValueError(f"a share wants a correction rate between 0 and 1, got {self.rate}: "
                              "for 1 take the correction itself, for 0 one with attack=None")
     @property
@@ -76,7 +74,7 @@ def part_of(
     seed:int=0,        # of the exchange
 )->Corrected:          # what serves as the source
     "A source that keeps some of what T' has and lacks the rest"
-    choose(part, PARTS, 'part')
+    choose(part, PARTS, 'part'); of_this(data, source)
     none = dict(index=source.index[:0], x=source.x[:0], linf=source.linf[:0], l2=source.l2[:0])
     if part=='T': return replace(source, right=torch.ones_like(source.right), **none)
     if part=='T_c': return replace(source, **none)
@@ -102,7 +100,8 @@ def equal_steps(
         return paired_batches(data, source, batch_size=batch_size, seed=seed, epoch=epoch, augment=augment,
                               fill=True, device=device)
     def plain(model, batch, progress): return cross_entropy(model(batch[0]), batch[1]), {}
-    return Method(filled, method.step if coral_weight else plain, n, (2 if coral_weight else 1)*n*batch_size)
+    return Method(filled, method.step if coral_weight else plain, n, (2 if coral_weight else 1)*n*batch_size,
+                  about={**method.about, 'part': part, 'steps': 'equal'})
 
 # %% ../../nbs/refinement/10_sources.ipynb #e0d67dc3
 @torch.no_grad()
@@ -110,7 +109,7 @@ def _scores(model, x, y, size, device): # per-example cross-entropy and verdict,
     found = []
     for a,b in zip(x.split(EVAL_BATCH), y.split(EVAL_BATCH)):
         a, b = a.to(device), b.to(device)
-        a = (to_input(a, size) if a.dtype==torch.uint8 else a).contiguous(memory_format=torch.channels_last)
+        a = to_input(a, size, model).contiguous(memory_format=torch.channels_last)
         z = model(a).float()
         found.append((cross_entropy(z, b, reduction='none').cpu(), (z.argmax(1)==b).cpu()))
     return ([torch.cat(f) for f in zip(*found)] if found
@@ -120,7 +119,7 @@ def on_source(
     model:nn.Module, data:Data, source:Corrected, *, device='cpu',
 )->dict[str,dict]: # 'T', 'T_c', 'kept', "T'" -> {'n', 'loss', 'accuracy'}
     "Mean cross-entropy and accuracy on T, on T_c, on the images of T that T' keeps, and on T'"
-    T, members = data.train, source.members
+    T, members = data.train, of_this(data, source).members
     with attacking(model):
         loss, right = _scores(model, T.x, T.y, data.size, device)
         new_loss, new_right = _scores(model, source.x, T.y[source.index], source.x.shape[-1], device)

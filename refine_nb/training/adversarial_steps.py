@@ -32,6 +32,11 @@ def _slots(attack, objective, weight)->tuple[set,set]:
                          "attack: give one, such as call(pgd)")
     return asks, weighs
 
+def _each(w, y): # [B], what a weight gives, or a sentence
+    if getattr(w, 'shape', None)==y.shape: return w
+    raise ValueError(f"a weight must return one number per example {list(y.shape)}, "
+                     f"got {list(w.shape) if hasattr(w, 'shape') else type(w).__name__}")
+
 # %% ../../nbs/training/40_adversarial_steps.ipynb #5f0a11d3
 def _forwards(model, images:dict, needs:set)->dict: # what is asked for of each, from one forward
     given = {}
@@ -43,11 +48,12 @@ def _forwards(model, images:dict, needs:set)->dict: # what is asked for of each,
 # %% ../../nbs/training/40_adversarial_steps.ipynb #c1c33457
 def adversarial(
     attack:Callable|None,      # (model, x, y, perhaps generator) -> x_adv; None: nothing asks for z_adv
-    objective:Callable,        # asks for any of z, z_adv, y, w, progress, cos, cos_adv -> [B], minimised
+    objective:Callable,        # asks for any of z, z_adv, z_again, y, w, progress, cos, cos_adv -> [B], minimised
     weight:Callable|None=None, # asks for the same, or steps_to_flip -> [B]: the objective's w, a constant
     *,
     mode:str='eval',   # of the model while it is attacked: 'eval', 'train' or 'train_untouched'
     folded:bool=False, # attack a folded copy: for a step that always gets the same network, in mode 'eval'
+    see:Callable|None=None, # is shown each x_adv [B,C,H,W], such as `deque(maxlen=1).append`
 )->Callable:           # (model, batch, progress) -> mean loss, accuracies; a batch is (x, y, generator)
     "The step of adversarial training, from an attack, an objective and a weight"
     asks,weighs = _slots(attack, objective, weight); needs = asks|weighs
@@ -58,8 +64,9 @@ def adversarial(
         if needs & {*_ATTACKED}:
             made = attacked(model, x, y, generator)
             images['_adv'],given['steps_to_flip'] = made if counts else (made,None)
-        given |= _forwards(model, images, needs)
-        with torch.no_grad(): w = {'w': weight(**{n: given[n] for n in weighs})} if weight else {}
+            if see: see(images['_adv'].detach())
+        given |= _forwards(model, {**images, '_again': x}, needs)
+        with torch.no_grad(): w = {'w': _each(weight(**{n: given[n] for n in weighs}), y)} if weight else {}
         return mean_loss(objective(**{n: (given|w)[n] for n in asks}), y), train_accuracies(given)
     return step
 
@@ -74,10 +81,11 @@ def adversarial_training(
     weight:Callable|None=None, # as for `adversarial`
     mode:str='eval',           # of the model while it is attacked
     augment:str='crop_flip',   # 'none', 'flip' or 'crop_flip'
+    see:Callable|None=None,    # as for `adversarial`
     device='cpu',              # of the batches
 )->Method:
     "Training on attacked images: `adversarial` with the batches of `fine_tune`"
-    step = adversarial(attack, objective, weight, mode=mode, folded=mode=='eval')
+    step = adversarial(attack, objective, weight, mode=mode, folded=mode=='eval', see=see)
     plain = fine_tune(data, batch_size=batch_size, seed=seed, device=device, augment=augment)
     on_gpu = str(device).startswith('cuda')
     layout = torch.channels_last if on_gpu else torch.contiguous_format # that of `Engine.place`
@@ -85,4 +93,5 @@ def adversarial_training(
         for i,(x,y,_) in enumerate(plain.batches(epoch)):
             own = torch.Generator(device).manual_seed(seeded(seed, epoch, i, 'attack').initial_seed())
             yield x.contiguous(memory_format=layout), y, own
-    return replace(plain, batches=epoch_batches, step=step)
+    about = dict(attack=attack, objective=objective, weight=weight, mode=mode)
+    return replace(plain, batches=epoch_batches, step=step, about={**plain.about, **about})

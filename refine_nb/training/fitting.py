@@ -6,20 +6,20 @@
 __all__ = ['Method', 'fine_tune', 'Diverged', 'train_epoch', 'fit']
 
 # %% ../../nbs/training/36_fitting.ipynb #c514e436
-import contextlib, time
+import contextlib, math, time, warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..base import bar, choose, seeded
-from ..vision import Data, batches, suiting
+from ..base import bar, choose, number, seeded
+from ..vision import Data, batches, suiting, to_input
 from ..attacks import NotFinite
 from .engines import Engine
 from .optimisers import set_rate
-from .snapshots import Snapshots, cloned, resume
+from .snapshots import Snapshots, cloned, resume, run_identity
 
 # %% ../../nbs/training/36_fitting.ipynb #fa70cc35
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Method:
     n_steps: int                                                     # batches of an epoch
     n_images: int                                                    # images that an epoch shows the model
     deploy: Callable[[nn.Module], nn.Module] = lambda model: model # what is validated: its int8 form, say
+    about: dict = field(default_factory=dict) # what its batches and steps depend on, by name: for snapshots
 
 # %% ../../nbs/training/36_fitting.ipynb #6fde7ed8
 def fine_tune(
@@ -42,6 +43,7 @@ def fine_tune(
 )->Method:
     "Ordinary training: mean cross-entropy on labelled images"
     choose(augment, ('none','flip','crop_flip'), 'augmentation')
+    batch_size = number('batch_size', batch_size, 1, whole=True)
     if batch_size > len(data.train):
         raise ValueError(f"batch_size {batch_size} is more than the {len(data.train)} training images: "
                          "lower it or raise n_train")
@@ -50,7 +52,8 @@ def fine_tune(
                        augment=augment, device=device)
     def step(model, batch, progress): return cross_entropy(model(batch[0]), batch[1]), {}
     n = len(data.train)//batch_size
-    return Method(epoch_batches, step, n, n*batch_size)
+    about = {'data': data.fingerprint[:12], 'size': data.size, 'augment': augment, 'order': seed}
+    return Method(epoch_batches, step, n, n*batch_size, about=about)
 
 # %% ../../nbs/training/36_fitting.ipynb #ba048513
 class Diverged(RuntimeError):
@@ -75,10 +78,13 @@ def _attacked_in_time(losses:list[Tensor], epoch:int, n:int): # an attack may me
         raise Diverged(f"{e}, at epoch {epoch+1}, step {len(losses)+1} of {n}") from None
 
 # %% ../../nbs/training/36_fitting.ipynb #cba3d4b1
+def _as_weights(batch:tuple, model)->tuple: # images in the network's own precision: float64, say
+    return tuple(to_input(t, model=model) if isinstance(t, Tensor) and t.ndim==4 else t for t in batch)
+
 def _update(model, method, optimiser, batch, progress, engine, clip)->tuple[Tensor,dict]:
     "Loss and logs of one update, without their graph"
     optimiser.zero_grad(set_to_none=True)
-    with engine.autocast(): loss,logs = method.step(model, batch, progress)
+    with engine.autocast(): loss,logs = method.step(model, _as_weights(batch, model), progress)
     loss.backward()
     if clip: nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimiser.step()
@@ -128,14 +134,20 @@ def _next(runner, epoch, snapshots, **about)->dict: # an epoch; `Diverged` also 
         raise Diverged(f"{e}; {kept}. A smaller learning rate usually helps") from None
 
 def _seen(model, validate, robust)->dict:
-    return {'valid_accuracy': validate(model), **({'robust_valid_accuracy': robust(model)} if robust else {})}
+    seen = {'valid_accuracy': validate(model), **({'robust_valid_accuracy': robust(model)} if robust else {})}
+    for k,v in seen.items():
+        if not math.isnan(v): number(k, v, 0, 1)
+    return seen
+
+def _better(now:float, best:float)->bool: # where there is none (-1) or no number (nan) the later epoch stays
+    return now > best or not best >= 0
 
 def _go_on(state:dict, model, runner, snapshots, by, validate, robust, **about)->None:
     "Train an epoch, measure it, and write both into `state`"
     start,epoch = time.monotonic(),state['epoch']
     row = _next(runner, epoch, snapshots, **about)
     seen = _seen(model, validate, robust)
-    if seen[by] > state['best_accuracy']:
+    if _better(seen[by], state['best_accuracy']):
         state.update(best=cloned(model.state_dict()), best_accuracy=seen[by], best_epoch=epoch+1)
     state.update(epoch=epoch+1, seconds=state['seconds']+time.monotonic()-start)
     state['history'].append({'epoch': epoch+1, **seen, **row})
@@ -147,17 +159,20 @@ def _judge(select, robust)->str: # what says which epoch is best
     return 'robust_valid_accuracy' if robust and select!='valid' else 'valid_accuracy'
 
 def _handed_back(state:dict, model, select, epochs)->dict:
+    if select!='last' and math.isnan(state['best_accuracy']):
+        warnings.warn("no epoch can be chosen: the validation accuracy is nan (are there validation images?), "
+                      "so the weights are those of the last epoch", stacklevel=3)
     both = {'best': state['best'], 'last': cloned(model.state_dict())}
     model.load_state_dict(both.pop('last' if select=='last' else 'best'))
     return {**{k: state[k] for k in ('history','best_epoch','best_accuracy','seconds')},
             'other': both if state['best_epoch']!=epochs else {}}
 
-# %% ../../nbs/training/36_fitting.ipynb #5435b3b6
-def _set_up(method, optimiser, seed)->dict:
-    groups = optimiser.param_groups
-    return {'lr': [g.get('initial_lr', g['lr']) for g in groups],
-            **{k: [g.get(k) for g in groups] for k in ('momentum','weight_decay')},
-            'seed': seed, 'batches an epoch': method.n_steps, 'images an epoch': method.n_images}
+# %% ../../nbs/training/36_fitting.ipynb #338654f5
+def _run(method, optimiser, *, epochs, seed, clip, **settings)->dict: # what `resume` compares
+    number('epochs', epochs, 0, whole=True); number('seed', seed, whole=True)
+    if clip is not None: number('clip', clip, above=0)
+    return run_identity(optimiser, epochs=epochs, seed=seed, clip=clip, **settings, **method.about,
+                        batches_an_epoch=method.n_steps, images_an_epoch=method.n_images)
 
 # %% ../../nbs/training/36_fitting.ipynb #8b975229
 def fit(
@@ -171,10 +186,13 @@ def fit(
     select:str='valid',            # whose weights: of the best by 'valid' or 'robust', or of the 'last' epoch
     schedule:Callable[[float], float]|None=None, clip:float|None=None, # as for `train_epoch`
     snapshots:Snapshots|None=None, # where to go on from and to write to
+    owner:str|None=None,           # whose snapshots these are, such as the key of a recipe
     engine:Engine=Engine(), quiet:bool=False,
 )->dict: # history (a dict an epoch), best_epoch (from 1), best_accuracy, seconds; other: weights not left
     "Train for `epochs` epochs and select one; `Diverged` keeps the last good snapshot"
-    by,run = _judge(select, robust),_set_up(method, optimiser, seed)
+    by = _judge(select, robust)
+    run = _run(method, optimiser, epochs=epochs, seed=seed, select=select, schedule=schedule, clip=clip,
+               judged_by=by, robust=robust, owner=owner, precision=engine.precision, compiled=engine.compiled)
     state = resume(snapshots, model, optimiser, run, epochs=epochs, device=engine.device)
     about = dict(by=by, validate=validate, robust=robust, method=method, optimiser=optimiser, epochs=epochs,
                  seed=seed, engine=engine, schedule=schedule, clip=clip, quiet=quiet)

@@ -28,7 +28,7 @@ def advprop_step(
     folded:bool=False,         # attack a folded copy of that stream, as for `adversarial`
 )->Callable:  # (model, batch, progress) -> mean loss, accuracies; a batch is (x, y, generator)
     "AdvProp: clean images by the main norms, attacked ones by the auxiliary (mixture document, Algorithm 1)"
-    asks = asks_for(objective, STEP_GIVES, 'objective')
+    asks = asks_for(objective, STEP_GIVES[:-1], 'objective') # each image once
     if not {'z','z_adv'} <= asks:
         raise ValueError(f"AdvProp trains on both halves, so the objective must ask for z and z_adv, "
                          f"got one of {', '.join(sorted(asks))}: such as halves")
@@ -59,4 +59,4 @@ def advprop(
     step = advprop_step(attack, objective, attacked=attacked, mode=mode, folded=mode=='eval')
     plain = adversarial_training(data, batch_size=batch_size, seed=seed, attack=attack, objective=objective,
                                  mode=mode, augment=augment, device=device)
-    return replace(plain, step=step)
+    return replace(plain, step=step, about={**plain.about, 'attacked': attacked})
