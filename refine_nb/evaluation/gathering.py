@@ -121,6 +121,12 @@ def _border(model, x, y, eps, n, effort, tolerance, surrogate):
     return x,y,z
 
 # %% ../../nbs/evaluation/20_gathering.ipynb #9762afe4
+def _reported(attack, eps):
+    if attack is None: return _usual(eps)
+    if callable(attack): return attack
+    raise ValueError(f"attack wants a Call, a function or None, got {attack!r}: write call(pgd, eps=eps)")
+
+# %% ../../nbs/evaluation/20_gathering.ipynb #12089ab4
 def evidence(
     model:nn.Module,            # logits [B,K] from images in [0,1], in the mode in which it is used
     x:Tensor,                   # [N,C,H,W], float in [0,1]
@@ -135,12 +141,10 @@ def evidence(
     generator:torch.Generator|None=None, # one draw seeds all others; None: the global one
 )->Evidence:
     "Run the reported attack, a stronger one and growing budgets, for the checks to look at"
-    if attack is not None and not callable(attack):
-        raise ValueError(f"attack wants a Call, a function or None, got {attack!r}: write call(pgd, eps=8/255)")
     x,y,z = _border(model, x, y, eps, n, effort, tolerance, surrogate)
     where = 'cpu' if generator is None else generator.device
     seed = torch.randint(2**53, (), generator=generator, device=where).item()
-    x_adv = _attacked(_usual(eps) if attack is None else attack, model, x, y, seed, 'reported')
+    x_adv = _attacked(_reported(attack, eps), model, x, y, seed, 'reported')
     right = z.argmax(1)==y.cpu()
     strong = right & _right(model, _attacked(_stronger(eps, effort), model, x, y, seed, 'stronger'), y)
     held = right & _right(model, x_adv, y)

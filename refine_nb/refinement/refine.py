@@ -62,7 +62,8 @@ def _attack_wrong(
     "Step 3 of AdCorDA: attack each image of T_w, whether it succeeds or not"
     made = []
     for i,rows in enumerate(bar(wrong.split(batch_size), desc=f'correct: {attack.name}', quiet=quiet)):
-        x = to_input(data.train.x[rows].to(device), data.size, model).contiguous(memory_format=torch.channels_last)
+        x = to_input(data.train.x[rows].to(device), data.size, model)
+        x = x.contiguous(memory_format=torch.channels_last)
         own = {'generator': seeded(seed, i, 'correct')} if 'generator' in attack.accepts else {}
         made.append(_stored(attack(model, x, data.train.y[rows].to(device), **own), storage).contiguous())
     return torch.cat(made)
@@ -92,21 +93,20 @@ def correct(
     "Steps 2 to 4 of AdCorDA (section 3.1); warns where there is nothing to correct or nothing was corrected"
     _accept(data, attack, storage)
     right = verdicts(model, data.train, size=data.size, device=device)
-    wrong, start = (~right).nonzero()[:,0], time.monotonic()
+    wrong, none, start = (~right).nonzero()[:,0], torch.empty(0), time.monotonic()
     if attack and not len(wrong):
         warnings.warn(f"all {len(right)} training images are classified correctly: "
                       f"{attack.name} has nothing to correct, T' = T as for None", stacklevel=2)
     if not attack or not len(wrong):
-        return Corrected(right, wrong[:0], torch.empty(0, *data.shape), torch.empty(0), torch.empty(0),
-                         data=data.fingerprint)
+        return Corrected(right, wrong[:0], torch.empty(0, *data.shape), none, none, 0., data.fingerprint)
     x = _attack_wrong(model, data, wrong, attack, storage=storage, seed=seed, device=device, quiet=quiet)
     seconds, ok = time.monotonic()-start, predict(model, _plain(x), device=device) == data.train.y[wrong]
     if not ok.any():
         warnings.warn(f"{attack.name} corrected none of {len(wrong)} misclassified images: "
                       f"T' = T_c as for None{_hint(attack)}", stacklevel=2)
     delta = (_plain(x[ok]) - to_input(data.train.x[wrong[ok]], data.size)).flatten(1)
-    return Corrected(right, wrong[ok], x[ok], delta.abs().amax(1), delta.norm(dim=1), seconds,
-                     data.fingerprint)
+    changes = delta.abs().amax(1), delta.norm(dim=1)
+    return Corrected(right, wrong[ok], x[ok], *changes, seconds, data.fingerprint)
 
 # %% ../../nbs/refinement/00_refine.ipynb #060dc95a
 def show_corrections(
@@ -202,7 +202,7 @@ def _coral_step(coral_weight:float, joint:bool): # equation 5 on a batch (x_sour
         return loss_class + coral_weight*loss_coral, {'class_loss': loss_class, 'coral_loss': loss_coral}
     return step
 
-def _n_batches(data, source, batch_size, coral_weight)->int: # of an epoch, or a sentence that says what is wrong
+def _n_batches(data, source, batch_size, coral_weight)->int: # of an epoch, or a sentence
     of_this(data, source); number('coral_weight', coral_weight, 0)
     batch_size = number('batch_size', batch_size, whole=True)
     if (n := len(source.members)//max(batch_size, 1)) and batch_size >= 2: return n

@@ -131,18 +131,17 @@ def through_int8(
     "Train with the quantised forward and the full-precision counterpart's gradient (AdCorDA, section 4)"
     choose(norm, ('frozen','batch'), 'norm')
     inner, now = method(data, batch_size=batch_size, seed=seed, device=device), []
-    def watch(model):
-        watched = calibrate(prepared(model, backend=backend, observer=observer), data, n_calibrate)
-        now[:] = [Simulation(model, watched, backend=backend)]
+    def watch(m):
+        watched = calibrate(prepared(m, backend=backend, observer=observer), data, n_calibrate)
+        now[:] = [Simulation(m, watched, backend=backend)]
         return watched
     def step(model, batch, progress):
         bare = getattr(model, '_orig_mod', model)                    # behind torch.compile
         if norm=='frozen': [m.eval() for m in _norms(bare).values()]
-        if not now: watch(bare)
+        now or watch(bare)
         return inner.step(StraightThrough(now[0].follow(bare), model), batch, progress)
-    about = dict(backend=backend, observer=observer, n_calibrate=n_calibrate, norm=norm)
-    return replace(inner, step=step, deploy=lambda model: Int8(watch(model), backend=backend),
-                   about={**inner.about, **about})
+    about = dict(inner.about, backend=backend, observer=observer, n_calibrate=n_calibrate, norm=norm)
+    return replace(inner, step=step, about=about, deploy=lambda m: Int8(watch(m), backend=backend))
 
 # %% ../../nbs/refinement/30_straight_through.ipynb #a678bf71
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def _judge(select, robust)->str: # what says which epoch is best
 
 def _handed_back(state:dict, model, select, epochs)->dict:
     if select!='last' and math.isnan(state['best_accuracy']):
-        warnings.warn("no epoch can be chosen: the validation accuracy is nan (are there validation images?), "
+        warnings.warn("no epoch can be chosen: the validation accuracy is nan (are there any images?), "
                       "so the weights are those of the last epoch", stacklevel=3)
     both = {'best': state['best'], 'last': cloned(model.state_dict())}
     model.load_state_dict(both.pop('last' if select=='last' else 'best'))
@@ -168,10 +168,11 @@ def _handed_back(state:dict, model, select, epochs)->dict:
             'other': both if state['best_epoch']!=epochs else {}}
 
 # %% ../../nbs/training/36_fitting.ipynb #338654f5
-def _run(method, optimiser, *, epochs, seed, clip, **settings)->dict: # what `resume` compares
+def _run(method, optimiser, engine, *, epochs, seed, clip, **settings)->dict: # what `resume` compares
     number('epochs', epochs, 0, whole=True); number('seed', seed, whole=True)
     if clip is not None: number('clip', clip, above=0)
-    return run_identity(optimiser, epochs=epochs, seed=seed, clip=clip, **settings, **method.about,
+    settings |= {'precision': engine.precision, 'compiled': engine.compiled, **method.about}
+    return run_identity(optimiser, epochs=epochs, seed=seed, clip=clip, **settings,
                         batches_an_epoch=method.n_steps, images_an_epoch=method.n_images)
 
 # %% ../../nbs/training/36_fitting.ipynb #8b975229
@@ -179,26 +180,24 @@ def fit(
     model:nn.Module,  # trained in place, on the engine's device; ends with the selected epoch's weights
     method:Method,
     optimiser:torch.optim.Optimizer, *,
-    epochs:int,
-    seed:int,
+    epochs:int, seed:int,
     validate:Callable[[nn.Module], float],         # model -> accuracy in [0,1]
     robust:Callable[[nn.Module], float]|None=None, # the same under an attack
     select:str='valid',            # whose weights: of the best by 'valid' or 'robust', or of the 'last' epoch
     schedule:Callable[[float], float]|None=None, clip:float|None=None, # as for `train_epoch`
     snapshots:Snapshots|None=None, # where to go on from and to write to
-    owner:str|None=None,           # whose snapshots these are, such as the key of a recipe
+    owner:str|None=None, # whose snapshots these are, such as the key of a recipe
     engine:Engine=Engine(), quiet:bool=False,
 )->dict: # history (a dict an epoch), best_epoch (from 1), best_accuracy, seconds; other: weights not left
     "Train for `epochs` epochs and select one; `Diverged` keeps the last good snapshot"
-    by = _judge(select, robust)
-    run = _run(method, optimiser, epochs=epochs, seed=seed, select=select, schedule=schedule, clip=clip,
-               judged_by=by, robust=robust, owner=owner, precision=engine.precision, compiled=engine.compiled)
+    both = dict(epochs=epochs, seed=seed, schedule=schedule, clip=clip, robust=robust)
+    about = dict(by=_judge(select, robust), validate=validate, method=method, optimiser=optimiser,
+                 engine=engine, quiet=quiet, **both)
+    run = _run(method, optimiser, engine, select=select, owner=owner, **both)
     state = resume(snapshots, model, optimiser, run, epochs=epochs, device=engine.device)
-    about = dict(by=by, validate=validate, robust=robust, method=method, optimiser=optimiser, epochs=epochs,
-                 seed=seed, engine=engine, schedule=schedule, clip=clip, quiet=quiet)
     runner = engine.runner(model)
     while state['epoch'] < epochs:
         _go_on(state, model, runner, snapshots, **about)
-        if snapshots:
-            snapshots.save({**state, 'model': model.state_dict(), 'optimiser': optimiser.state_dict()})
+        now = {**state, 'model': model.state_dict(), 'optimiser': optimiser.state_dict()}
+        if snapshots: snapshots.save(now)
     return _handed_back(state, model, select, epochs)

@@ -70,5 +70,5 @@ def trades_as_coded(
     *,
     beta:float=6.,  # weight of robustness, >= 0
 )->Tensor:          # [B], >= 0
-    "TRADES with the batch-norm traffic of the authors' code: three forwards that train (trades.py, trades_loss)"
+    "TRADES with the batch-norm traffic of the authors' code: three forwards (trades.py, trades_loss)"
     return ce(z, y) + _robust_term(z_again, z_adv, y, w, beta)

@@ -21,7 +21,8 @@ def sgd(
     weight_decay:float=1e-4,  # L2, on all parameters, >= 0
 )->torch.optim.Optimizer:
     "SGD with momentum; defaults of AdCorDA's fine-tuning (section 4)"
-    number('lr', lr, above=0); number('momentum', momentum, 0, below=1); number('weight_decay', weight_decay, 0)
+    number('lr', lr, above=0); number('weight_decay', weight_decay, 0)
+    number('momentum', momentum, 0, below=1)
     return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 # %% ../../nbs/training/32_optimisers.ipynb #a204bcc3

@@ -154,7 +154,7 @@ def _start(net, state, source): # load all but the head, which stays new
     if gone or extra or wrong:
         raise ValueError(f"{source} is not for this network: {len(gone)} tensors missing, "
                          f"{len(extra)} unknown, {len(wrong)} of another shape, "
-                         f"such as {(gone+extra+wrong)[0]} (names without {' or '.join(_WRAPPED)} before them)")
+                         f"such as {(gone+extra+wrong)[0]} (without {' or '.join(_WRAPPED)} before names)")
     net.load_state_dict(body, strict=False)
 
 # %% ../../nbs/vision/20_models.ipynb #6309d918

@@ -40,8 +40,8 @@ def class_files(
                          f"found {len(found)}: {', '.join(found)}")
     out = []
     for k,c in enumerate(classes):
-        files = sorted((f for f in os.scandir(Path(folder)/c) if f.name.lower().endswith(_endings) and f.name[0]!='.'),
-                       key=lambda f: f.name)
+        files = sorted((f for f in os.scandir(Path(folder)/c)
+                        if f.name.lower().endswith(_endings) and f.name[0]!='.'), key=lambda f: f.name)
         if not files:
             raise ValueError(f"class folder {Path(folder)/c} holds no image ({', '.join(_endings)})")
         out += [(f.path, k, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
