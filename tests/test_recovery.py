@@ -442,8 +442,8 @@ def test_what_another_made_again_stays(peace, kept, file, harm):
 def test_leftovers_of_the_killed_are_cleared(peace, kept):
     "Who opens a store next removes what a kill left beside finished results, and nothing else"
     unfinished = kept/'running'/key(replace(RUN, seed=9))
-    for p in (kept/'running'/key(RUN), unfinished, kept/'recipe'/f'.{key(RUN)}.abcdefgh', kept/'.store.json.abcdefgh',
-              kept/'.hidden'):
+    for p in (kept/'running'/key(RUN), unfinished, kept/'recipe'/f'.{key(RUN)}.abcdefgh',
+              kept/'.store.json.abcdefgh', kept/'.hidden'):
         p.mkdir(parents=True); (p/'x').write_text('')
     quiet(kept)
     assert [p.name for p in (kept/'running').iterdir()] == [unfinished.name]
@@ -500,7 +500,8 @@ def test_a_network_with_tied_layers(root, monkeypatch):
     "It is stored once, found again with its tie, and a rerun trains nothing"
     store, tied = quiet(root), recipe(model=call(tied_net))
     made = store.get(tied); model = store.model(tied)
-    assert made.record['tied'] == {'6.weight': '4.weight', '6.bias': '4.bias'} and model[4].weight is model[6].weight
+    assert made.record['tied'] == {'6.weight': '4.weight', '6.bias': '4.bias'}
+    assert model[4].weight is model[6].weight
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('refine_nb.runs.makers.fit', None)
         assert torch.equal(quiet(root).model(tied)[6].weight, model[4].weight)
@@ -508,7 +509,7 @@ def test_a_network_with_tied_layers(root, monkeypatch):
 
 def test_what_cannot_be_stored_is_refused_before_training(root, tmp_path, monkeypatch):
     monkeypatch.setenv('TOY_LOG', str(tmp_path/'log'))
-    with pytest.raises(ValueError, match='nothing was trained: this network could not be stored and found again '
-                       r'afterwards \(RuntimeError: .*grown'):
+    with pytest.raises(ValueError, match='nothing was trained: this network could not be stored and found '
+                       r'again afterwards \(RuntimeError: .*grown'):
         quiet(root).get(recipe(model=call(growing_net)))
     assert not (tmp_path/'log').exists() and entries(root) == []

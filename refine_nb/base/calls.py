@@ -49,6 +49,7 @@ def _plain(name:str, value):
         raise ValueError(f"{name} wants a finite value, got {value!r}")
     return value
 
+# %% ../../nbs/base/05_calls.ipynb #9d8f493c
 def _coerce(name:str, value, default):
     "Bring a setting to the type of its default, so that `1` and `1.0` are one value"
     value = _plain(name, value)
@@ -122,11 +123,11 @@ def _holds(value)->bool: # something that has to be made first, such as a correc
 
 def _try(fn:Callable, settings:dict)->None:
     "Run `fn` as far as its border, where it is ours and all its inputs have toys"
-    inputs = {p.name for p in inspect.signature(fn).parameters.values()
-              if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - settings.keys()
+    inputs = {p.name for p in inspect.signature(fn).parameters.values() if p.default is p.empty
+              and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - settings.keys()
     ours = public_name(f'{fn.__module__}.{fn.__name__}') == fn.__name__
     if not ours or inputs <= {'model'} or not inputs <= _toys().keys(): return
-    if 'model' in inputs and 'attack' in settings: return # it asks much of its model, and its attack was tried
+    if 'model' in inputs and 'attack' in settings: return # it asks more of a model
     given = {k: _Nothing() if _holds(v) else v for k,v in settings.items()}
     with torch.random.fork_rng(devices=[]):
         try: fn(**{k: _toys()[k] for k in inputs}, **given)

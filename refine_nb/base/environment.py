@@ -108,6 +108,7 @@ def whole(
                                     'move it away', str(path))
         _placed(new, path, half)
 
+# %% ../../nbs/base/20_environment.ipynb #bf3e174f
 _RACE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR) # another one did the same just now
 
 def _placed(new:Path, path:Path, half:Path)->None:

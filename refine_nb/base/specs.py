@@ -20,10 +20,10 @@ class Spec:
     "Something that a store can make once and find again by its key"
 
 # %% ../../nbs/base/10_specs.ipynb #9c556d43
-def _whole(spec, name, low): # a whole number, NumPy's too, as Python's own
+def _whole(spec, name, low, also=''): # a whole number, NumPy's too, as Python's own
     v = getattr(spec, name)
     if not isinstance(v, Integral) or isinstance(v, bool) or v < low:
-        raise ValueError(f"{name} wants a whole number >= {low}, got {v!r}")
+        raise ValueError(f"{name} wants a whole number >= {low}{also}, got {v!r}")
     object.__setattr__(spec, name, int(v))
 
 def _a_call(spec, name, example='function, setting=value', none=False):
@@ -83,9 +83,7 @@ class Recipe(Spec):
 def _check_images(spec): # the part of a split that a spec looks at
     choose(spec.split, ('train','valid','test'), 'split')
     _a_network(spec, 'recipe')
-    if spec.n_eval is not None and (not isinstance(spec.n_eval, Integral) or spec.n_eval < 1 or spec.n_eval is True):
-        raise ValueError(f"n_eval wants a whole number >= 1 or None, got {spec.n_eval!r}")
-    if spec.n_eval is not None: object.__setattr__(spec, 'n_eval', int(spec.n_eval))
+    if spec.n_eval is not None: _whole(spec, 'n_eval', 1, ' or None')
 
 @dataclass(frozen=True)
 class Adversarials(Spec):

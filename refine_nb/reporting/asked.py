@@ -46,7 +46,8 @@ def between(
     "Checks a single finite number, also as text"
     ends = f'{low:g}..{high:g}' + (f', below {below:g}' if below < math.inf else '')
     def check(value):
-        try: v = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+        fit = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+        try: v = float(value) if fit else None
         except (ValueError, OverflowError): v = None
         if v is None or not low <= v <= high or v >= below:
             raise ValueError(f"wants a number in {ends}, got {value!r}")
@@ -70,7 +71,8 @@ def parameters(
 
 def _checked(name:str, value, kind:Callable|Iterable):
     if not callable(kind):
-        word = {None: 'None', 'None': None}.get(value, value) if isinstance(value, (str, type(None))) else value
-        return choose(word if word in kind and value not in kind else value, kind, name) # papermill's None
+        if value is None and 'None' in kind and None not in kind: value = 'None'   # papermill's None
+        if value == 'None' and None in kind and 'None' not in kind: value = None
+        return choose(value, kind, name)
     try: return kind(value)
     except ValueError as e: raise ValueError(f"{name} {e}") from None

@@ -99,6 +99,7 @@ def _unpacked(raw:bytes, tied:dict)->dict[str,Tensor]:
     found = load(raw)
     return {**found, **{k: found[name] for k,name in tied.items()}}
 
+# %% ../../nbs/runs/00_entry.ipynb #6bec8a2f
 def write_entry(
     folder:Path,              # where it shall appear
     record:dict,              # JSON-ready; has a key

@@ -44,11 +44,13 @@ class _Shown(Snapshots):
         with writing(self.root): return super().save({**state, 'owner': self.owner})
     def load(self, device='cpu'):
         with reading(self.folder): state = super().load(device)
-        if state and (owner := state.get('owner', self.owner)) != self.owner: # one of an older version says nothing
+        owner = state and state.get('owner') # one of an older version says nothing
+        if owner and owner != self.owner:
             raise ValueError(f"the snapshot in {self.folder} is of another run, {owner}: "
                              "move it to where it belongs, or remove it to begin anew")
         return state
 
+# %% ../../nbs/runs/10_makers.ipynb #3a425408
 def _judges(recipe, data, method, store,
 ): # for `fit`: accuracy of a model on the validation images, and robust accuracy where the recipe asks for it
     attack, n = recipe.robust and store.resolved(recipe.robust), recipe.n_robust

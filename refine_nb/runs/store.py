@@ -13,8 +13,8 @@ from itertools import count
 import filelock
 from fastcore.basics import patch
 
-from ..base import (Recipe, Spec, bar, canonical, clear, commit, device_name, key, nested, public_name,
-                            versions)
+from ..base import (Recipe, Spec, bar, canonical, clear, commit, device_name, key, nested,
+                            public_name, versions)
 from ..training import Engine, engine
 from .entry import Damaged, Entry, home_folder, read_entry, write_entry, writing
 from .makers import make
