@@ -6,7 +6,7 @@
 __all__ = ['RUNTIME', 'Call', 'public_name', 'call', 'canonical', 'key', 'seeded']
 
 # %% ../../nbs/base/05_calls.ipynb #16b6fa29
-import contextlib, hashlib, importlib, inspect, json, math
+import hashlib, importlib, inspect, json, math
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, Callable

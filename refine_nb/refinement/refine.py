@@ -247,4 +247,5 @@ class Correction(Spec):
         if not (isinstance(self.recipe, Spec) and hasattr(self.recipe, 'model')):
             raise ValueError(f"recipe wants a Recipe, whose weights are asked, got {self.recipe!r}")
         if not isinstance(self.attack, (Call, type(None))):
-            raise ValueError(f"attack wants a Call or None, got {self.attack!r}: write call(ddn, targeted=True)")
+            raise ValueError(f"attack wants a Call or None, got {self.attack!r}: "
+                             "write call(ddn, targeted=True)")
