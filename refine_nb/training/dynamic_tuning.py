@@ -8,7 +8,6 @@ __all__ = ['TOTALS', 'fading', 'regulated', 'regulated_training']
 # %% ../../nbs/training/45_dynamic_tuning.ipynb #4d3f08ec
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 
