@@ -268,12 +268,14 @@ def test_bad_budgets(name, eps, trained, batch):
 @pytest.mark.parametrize('attack', [bim, pgd, mim, kl_pgd, cw_linf, apgd, fab_t, bi, bih, vbi, ll,
                                     ddn, salt_and_pepper, dra])
 def test_bad_steps(attack, trained, batch):
-    with pytest.raises(ValueError, match='steps wants a whole number >= 1, got 0'): attack(trained, *batch, steps=0)
+    with pytest.raises(ValueError, match='steps wants a whole number >= 1, got 0'):
+        attack(trained, *batch, steps=0)
 
 @pytest.mark.parametrize('attack', [bim, pgd, mim, kl_pgd, cw_linf, bi, bih, vbi, ll])
 def test_bad_step_size(attack, trained, batch):
     for bad in (0, -1/255, float('nan'), float('inf'), '1/255', True):
-        with pytest.raises(ValueError, match='step_size wants a finite number > 0'): attack(trained, *batch, step_size=bad)
+        with pytest.raises(ValueError, match='step_size wants a finite number > 0'):
+            attack(trained, *batch, step_size=bad)
 
 @pytest.mark.parametrize('name', sorted(set(ALL)-{'salt_and_pepper', 'square'}))
 def test_a_model_without_gradient_is_named(name, trained, batch):

@@ -134,7 +134,8 @@ def test_a_run_in_two_parts_ends_with_the_same_bits(total, tmp_path):
     def run(folder, fails=()):
         torch.manual_seed(0); net = toys.net(num_classes=10)
         def validate(m):
-            if (found := Snapshots(folder, every=0).load()) and found['epoch'] in fails: raise KeyError('power')
+            if (found := Snapshots(folder, every=0).load()) and found['epoch'] in fails:
+                raise KeyError('power')
             return 0.
         fit(net, method, sgd(net.parameters(), lr=.05), epochs=4, seed=1, validate=validate, quiet=True,
             select='last', snapshots=Snapshots(folder, every=0))

@@ -90,7 +90,8 @@ class Scaled(nn.Module):
         self.by = nn.Parameter(torch.ones(1, 4, 1, 1))
     def forward(self, x): return self.last((self.conv(x)*self.by).relu().flatten(1))
 
-def behind(*parts): return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *parts, nn.Flatten(), nn.Linear(256, 10))
+def behind(*parts):
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *parts, nn.Flatten(), nn.Linear(256, 10))
 
 KINDS = {'prelu': lambda: behind(nn.PReLU()), 'prelu a channel': lambda: behind(nn.PReLU(4)),
          'elu': lambda: behind(nn.ELU()), 'hard swish': lambda: behind(nn.Hardswish()),
@@ -176,7 +177,8 @@ def test_statistics_stay_only_where_they_are_frozen(norm):
 
 def test_mistakes():
     model, data = trained()
-    with pytest.raises(ValueError, match="cannot be traced for the backend 'onednn', so it cannot be quantised"):
+    with pytest.raises(ValueError,
+                       match="cannot be traced for the backend 'onednn', so it cannot be quantised"):
         if 'onednn' not in HERE: pytest.skip('no such kernels here')
         quantise(KINDS['transposed'](), data, backend='onednn', n_calibrate=100)
     with pytest.raises(ValueError, match="no int8 kernels here: choose one of "):

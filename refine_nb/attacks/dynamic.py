@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import choose, number
-from .lending import _right_kinds
+from .lending import _budget, _steps, _tensors
 from .loop import iterate
 from .moves import _each
 from .objectives import ce
@@ -70,11 +70,8 @@ def _recorded(direction:Callable, steps:int, seen:list)->Callable:
 # %% ../../nbs/attacks/35_dynamic.ipynb #1f9408fa
 def _check_dra(x, y, eps, steps, norm, ranked):
     "A sentence for what `iterate` and `significant` do not see by themselves"
-    _right_kinds(x, y, eps, steps)
-    _chosen(norm=norm, ranked=ranked)
-    if steps<1: raise ValueError(f"steps must be at least 1, got {steps}")
-    if norm=='mean' and eps>1:
-        raise ValueError(f"eps is a part of the range [0,1], got {eps}: write 8/255, not 8")
+    _tensors(x, y); _chosen(norm=norm, ranked=ranked); _steps(steps)
+    _budget(eps, *([1] if norm=='mean' else []))
 
 # %% ../../nbs/attacks/35_dynamic.ipynb #4a883d39
 def dra(

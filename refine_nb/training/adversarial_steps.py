@@ -48,7 +48,7 @@ def _forwards(model, images:dict, needs:set)->dict: # what is asked for of each,
 # %% ../../nbs/training/40_adversarial_steps.ipynb #c1c33457
 def adversarial(
     attack:Callable|None,      # (model, x, y, perhaps generator) -> x_adv; None: nothing asks for z_adv
-    objective:Callable,        # asks for any of z, z_adv, z_again, y, w, progress, cos, cos_adv -> [B], minimised
+    objective:Callable,        # asks for any of z, z_adv, z_again, y, w, progress, cos, cos_adv -> [B]
     weight:Callable|None=None, # asks for the same, or steps_to_flip -> [B]: the objective's w, a constant
     *,
     mode:str='eval',   # of the model while it is attacked: 'eval', 'train' or 'train_untouched'
@@ -66,7 +66,8 @@ def adversarial(
             images['_adv'],given['steps_to_flip'] = made if counts else (made,None)
             if see: see(images['_adv'].detach())
         given |= _forwards(model, {**images, '_again': x}, needs)
-        with torch.no_grad(): w = {'w': _each(weight(**{n: given[n] for n in weighs}), y)} if weight else {}
+        with torch.no_grad():
+            w = {'w': _each(weight(**{n: given[n] for n in weighs}), y)} if weight else {}
         return mean_loss(objective(**{n: (given|w)[n] for n in asks}), y), train_accuracies(given)
     return step
 
