@@ -21,7 +21,7 @@ LINES = 25                                       # of an export cell, without di
 CELLS, EXPORTED = 45, 250                        # of a notebook in a room: cells, exported lines
 PAGE, CODE = 20, 100                             # of an artefact: cells, lines of code
 COLUMNS = 110                                    # of a line of code
-MEGABYTES = 5                                    # of all notebooks together
+MEGABYTES, KILOBYTES = 10, 400                   # of all notebooks together, and of one of them
 MACHINE_PATH = re.compile(r'(?<![\w.~])/(?:home|root|tmp|work|Users|var/folders)/|[A-Z]:\\\\?Users')
 
 
@@ -405,7 +405,10 @@ def test_there_are_notebooks():
     assert not empty, f'rooms without notebooks, whose checks pass for nothing: {empty}'
 
 def test_notebooks_are_small():
-    size = sum(p.stat().st_size for p in (ROOT/'nbs').rglob('*.ipynb'))/1e6
+    each = {p.name: p.stat().st_size for p in (ROOT/'nbs').rglob('*.ipynb')}
+    large = [n for n,size in each.items() if size > 1e3*KILOBYTES]
+    assert not large, f'{large} take over {KILOBYTES} kB each: show smaller figures, or fewer'
+    size = sum(each.values())/1e6
     assert size < MEGABYTES, (f'the notebooks take {size:.1f} MB, at most {MEGABYTES}: '
                               'keep outputs only for small figures and tables')
 

@@ -13,6 +13,9 @@ def test_outputs_are_of_this_code():
     assert not gone, (f'outputs of {", ".join(gone)} were made by other code: make notebooks, '
                       'or tools/run_notebooks.py with their names')
 
+def test_what_made_outputs_is_noted_of_every_notebook():
+    assert not (new := unmarked()), f'{", ".join(new)} were not run in place: make notebooks'
+
 def test_nothing_is_recorded_that_is_not_there():
     assert set(recorded()) <= {p.relative_to(ROOT/'nbs').as_posix() for p in notebooks()}
 
