@@ -143,7 +143,7 @@ def test_inside_inference_mode(digits, nets):
 
 @pytest.mark.parametrize('settings, says', [
     (dict(n=0), 'n wants a whole number'), (dict(effort=.5), 'effort wants a whole number'),
-    (dict(tolerance=5), 'share of the images'), (dict(eps=8), 'write 8/255, not 8'),
+    (dict(tolerance=5), 'tolerance wants a finite number'), (dict(eps=8), 'write 8/255, not 8'),
     (dict(eps=0.), 'no attack to audit'), (dict(attack=lambda model, x, y: x[:3]), 'must return images'),
     (dict(attack=lambda model, x, y: x*torch.nan), 'nan or inf')])
 def test_bad_input_is_said(settings, says, digits, nets):

@@ -148,7 +148,8 @@ def test_a_model_without_copies_is_attacked_as_it_is(of, task):
     plain = autoattack(net, x, y, eps=.02, steps=4, n_queries=20)
     r = autoattack(of(net), x, y, eps=.02, steps=4, n_queries=20)
     assert torch.equal(r.breaker, plain.breaker) and 0 < r.robust < 1
-    assert sum('takes longer' in f for f in r.flags) == 1, r.flags
+    # where nothing could be folded, such as a weight-normed layer, nothing is said
+    assert sum('takes longer' in f for f in r.flags) == (of is Locked), r.flags
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
