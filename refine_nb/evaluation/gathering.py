@@ -50,7 +50,7 @@ def _attacked(attack, model, x, y, *key):
         made.append(_checked(attack(model, a, b, **own), a))
     return torch.cat(made).detach()
 
-def _right(model, x, y): # bool [N] on the CPU; images as they are: one that leaves [0,1] is a finding, no error
+def _right(model, x, y): # bool [N] on the CPU; an image that leaves [0,1] is a finding, no error
     with torch.no_grad(), attacking(model): z = torch.cat([model(b) for b in x.split(EVAL_BATCH)])
     must_be_finite(z.isfinite().all())
     return (z.argmax(1)==y).cpu()
