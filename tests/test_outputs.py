@@ -32,7 +32,8 @@ def house(tmp_path):
                        'refine_nb/vision/__init__.py': 'from .eye import g',
                        'refine_nb/vision/eye.py': 'from ..base import f\ndef g(): return f()',
                        'refine_nb/vision/other.py': '',
-                       'refine_nb/published/tab1_x.csv': 'a', 'reports/tab1_x/small/v/tidy.csv': '1',
+                       'refine_nb/published/tab1_x.csv': 'a', 'refine_nb/published/tab1_y.csv': 'a',
+                       'reports/tab1_x/small/v/tidy.csv': '1',
                        'reports/tab1_x/demo/v/tidy.csv': '1', 'reports/tab1_y/small/v/tidy.csv': '1'}.items():
         (tmp_path/path).parent.mkdir(parents=True, exist_ok=True); (tmp_path/path).write_text(text)
     notebook(tmp_path/'nbs'/'base'/'00_core.ipynb', 'x = 1')
@@ -49,7 +50,8 @@ def house(tmp_path):
     ('refine_nb/base/core.py', '# a comment\ndef f():\n    "One line"\n    return 1', []),
     ('refine_nb/vision/eye.py', 'def g(): return 3', ['tab1_x.ipynb']),
     ('reports/tab1_x/small/v/tidy.csv', '2', ['tab1_x.ipynb']), ('reports/tab1_x/demo/v/tidy.csv', '2', []),
-    ('reports/tab1_y/small/v/tidy.csv', '2', []), ('refine_nb/published/tab1_x.csv', 'b', ['tab1_x.ipynb'])])
+    ('reports/tab1_y/small/v/tidy.csv', '2', []), ('refine_nb/published/tab1_x.csv', 'b', ['tab1_x.ipynb']),
+    ('refine_nb/published/tab1_y.csv', 'b', [])])
 def test_what_makes_outputs_stale(house, path, text, gone):
     (house/path).write_text(text)
     assert stale(house) == gone

@@ -69,12 +69,13 @@ def behind(names, root):
     return sorted(seen)
 
 def shown(notebook, root):
-    "The numbers that a page shows: what is printed, and the reports of its document; a component shows none"
+    "The numbers that a page shows: what its document prints, and its reports; a component shows none"
     if notebook.parent.name != 'nbs': return []
     paper = notebook.stem.rpartition('_')[2]
     mine = '*' if notebook.stem in ('index', 'scoreboard', 'matrix', 'errata') else f'*_{paper}'
     kept = [*root.glob(f'reports/{mine}/**/tidy.csv'), *root.glob(f'reports/{mine}/**/run.json')]
-    return sorted(root.glob('refine_nb/published/*.csv')) + sorted(f for f in kept if 'demo' not in f.parts)
+    printed = root.glob(f'refine_nb/published/{mine}.csv')
+    return sorted(printed) + sorted(f for f in kept if 'demo' not in f.parts)
 
 def made_by(notebook, root=ROOT):
     "Hash of all that decides what a notebook's outputs are"
