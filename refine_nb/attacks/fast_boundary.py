@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..base import choose, number
 from .auto_pgd import _lent
 from .lending import check_attack, must_be_finite
-from .moves import _each, linf
-from .queue import _layout, _wide, pursue
+from .moves import _each, _single, linf
+from .queue import _layout, pursue
 
 # %% ../../nbs/attacks/50_fast_boundary.ipynb #51bff07b
 def plane_step(
@@ -48,7 +48,7 @@ def _gaps(model, x_adv, y, aim):
 
 def _walk(x_adv, x, gap, w, alpha_max, eta):
     "The next iterate [B,C,H,W]"
-    here,home,w,gap = (_wide(t) for t in (x_adv.flatten(1),x.flatten(1),w,gap))
+    here,home,w,gap = (_single(t) for t in (x_adv.flatten(1),x.flatten(1),w,gap))
     # both at once
     d = plane_step(torch.cat([here,home]), torch.cat([w,w]), torch.cat([gap, gap+(w*(home-here)).sum(1)]))
     far,near = d.abs().amax(1, keepdim=True).clamp_min(1e-8).chunk(2)
@@ -60,7 +60,7 @@ def _walk(x_adv, x, gap, w, alpha_max, eta):
 # %% ../../nbs/attacks/50_fast_boundary.ipynb #6b82fc02
 def _remember(out, best, at, x_adv, x, wrong):
     "Put misclassified iterates that are nearer than `best` [N] into `out`, at rows `at`; how far each is [B]"
-    far = (_wide(x_adv)-_wide(x)).abs().flatten(1).amax(1); nearer = wrong & (far<best[at])
+    far = (_single(x_adv)-_single(x)).abs().flatten(1).amax(1); nearer = wrong & (far<best[at])
     if nearer.any(): out[at[nearer]],best[at[nearer]] = x_adv[nearer],far[nearer]
     return far
 
@@ -71,7 +71,7 @@ def _numbers(eps, steps, alpha_max, eta, beta): # as Python's own
 
 def _walked(model, x, y, aim, example, eps, steps, alpha_max, eta, beta, early_stop):
     "Nearest misclassified images [B,C,H,W], and how far they are [B]: inf where there is none"
-    out,best,x_adv,sound = x.clone(),_wide(torch.full_like(x.flatten(1)[:,0], torch.inf)),x,True
+    out,best,x_adv,sound = x.clone(),_single(torch.full_like(x.flatten(1)[:,0], torch.inf)),x,True
     at = torch.arange(len(x), device=x.device)
     for _ in range(steps):
         gap,w = _gaps(model, x_adv, y, aim); x_adv = _walk(x_adv, x, gap, w, alpha_max, eta)
@@ -108,7 +108,7 @@ def _nearest(model, x, y, order, right, targets, given):
     "Of images that are `right` [B] the nearest misclassified ones of all targets; the others as they are"
     at,out = right.nonzero()[:,0].to(x.device),x.clone()
     x,y,order = x[at],y[at],order[right].to(x.device)
-    nearest = _wide(torch.full_like(x.flatten(1)[:,0], torch.inf))
+    nearest = _single(torch.full_like(x.flatten(1)[:,0], torch.inf))
     for job in range(targets):
         found,far = _walked(model, x, y, order[:,-2-job], at, early_stop=False, **given)
         nearer = far<nearest; out[at[nearer]],nearest[nearer] = found[nearer],far[nearer]

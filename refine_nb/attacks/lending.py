@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Call, choose, number
-from ..vision import suiting
+from ..vision import SLIP, suiting
 from .moves import linf, uniform, zero
 from .objectives import ce, kl
 
@@ -76,8 +76,6 @@ def _switches(**given):
             raise ValueError(f"{name} wants True or False, got {v!r:.60} ({type(v).__name__})")
 
 # %% ../../nbs/attacks/10_lending.ipynb #00a838d1
-_SLIP = 1e-6 # a pixel may be so far out, as resizing in float32 leaves it; an attack clips it
-
 def _last_label(x, y):
     "The largest label, -1 where there is none; or a sentence that says what is wrong with images or labels"
     if not x.is_floating_point() or x.ndim<2 or len(x) and not x.numel():
@@ -88,7 +86,7 @@ def _last_label(x, y):
     if len(x)==0: return -1
     if x.device!=y.device: raise ValueError(f"images are on {x.device} and labels on {y.device}: move one")
     low,high,first,last = torch.stack([t.double() for t in (x.amin(),x.amax(),y.amin(),y.amax())]).tolist()
-    if not (low>=-_SLIP and high<=1+_SLIP):
+    if not (low>=-SLIP and high<=1+SLIP):
         raise ValueError(f"images must lie in [0,1], got {low:.9g}..{high:.9g}: normalise inside the model")
     if first<0: raise ValueError(f"labels must be >= 0, got {first:.0f}")
     return int(last)

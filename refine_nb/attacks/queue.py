@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base import number
 from .lending import logits_of, must_be_finite
-from .moves import _each
+from .moves import _each, linf
 
 # %% ../../nbs/attacks/40_queue.ipynb #f4851529
 def _mixed(h):
@@ -51,16 +51,9 @@ def _seed_of(generator): # None: the global one
                              device='cpu' if generator is None else generator.device))
 
 # %% ../../nbs/attacks/40_queue.ipynb #ce6ee460
-def _wide(t): return t.float() if t.element_size()<4 else t # where sums and distances are taken
-
 def _box(x, eps):
     "The lowest and the highest images within the L-inf budget and [0,1]"
-    low,high = (_wide(x)-eps).clamp_min(0),(_wide(x)+eps).clamp_max(1)
-    if x.element_size()>=4: return low,high
-    def inwards(end, way): # the next number up (1) or down (-1) where rounding went the other way
-        t = end.to(x.dtype); over = (end-t.float())*way>0
-        return (t.view(torch.int16)+way*over.short()).view(x.dtype)
-    return inwards(low, 1),inwards(high, -1)
+    return tuple(linf(end(x), x, eps) for end in (torch.zeros_like,torch.ones_like))
 
 def _clip(x_adv, low, high): return torch.minimum(torch.maximum(x_adv, low), high)
 

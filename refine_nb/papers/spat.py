@@ -39,7 +39,8 @@ def network(
 )->Call:
     "The network of a defence"
     if model=='wide_resnet': base = call(wide_resnet)
-    elif model in MODELS: base = call(classifier, name=model, stem='cifar', mean=(0.,)*3, std=(1.,)*3)
+    elif model in (*MODELS, 'resnet101'): # the last one is the surrogate's
+        base = call(classifier, name=model, stem='cifar', mean=(0.,)*3, std=(1.,)*3)
     else: base = call(small_network, name=model, zero_head=False if cosines else None)
     if not cosines: return base
     return call(cosine_classifier, base=base, scale=scale, projection=projection, bias=bias)
@@ -121,9 +122,7 @@ def surrogate(
     "The naturally trained network on which black-box images are made (section 3.5.1)"
     mnist = dataset=='mnist'
     name = model or ('lenet5' if mnist else 'resnet101')
-    net = (network(False, name) if name!='resnet101' else
-           call(classifier, name=name, stem='cifar', mean=(0.,)*3, std=(1.,)*3))
-    return _whole(dataset, seed, net, call(fine_tune, augment='none' if mnist else 'crop_flip'))
+    return _whole(dataset, seed, network(False, name), call(fine_tune, augment='none' if mnist else 'crop_flip'))
 
 # %% ../../nbs/papers/70_spat.ipynb #0049be7a
 def judged(

@@ -16,7 +16,7 @@ def boosted_ce(
     z_adv:Tensor, # [B,K], logits of the attacked images
     y:Tensor,     # [B], labels in 0..K-1
     *,
-    floor:float=1e-4, # added to 1-q, > 0: the code's 1.0001; the paper has none
+    floor:float=1e-4, # added to 1-q, >= 0: the code's 1.0001; the paper has none
 )->Tensor:        # [B], > -2 floor
     "Cross-entropy minus log(1 - the likeliest wrong class) (MART, eq. 6; `mart.py`)"
     floor = number('floor', floor, 0)

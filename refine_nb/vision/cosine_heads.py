@@ -132,7 +132,7 @@ def scaled_attack(
     scale:float|None,      # that it sees, > 0; None: features and weights as they are
     generator:torch.Generator|None=None, # handed on to an attack that draws
 )->Tensor:                 # [B,C,H,W], what the attack returns
-    "An attack that sees the cosines at a scale of its own (T-27)"
+    "An attack that sees the cosines at a scale of its own (open-T27)"
     accepts = attack.accepts if isinstance(attack, Call) else inspect.signature(attack).parameters
     with at_scale(model, scale):
         return attack(model, x, y, **({'generator': generator} if 'generator' in accepts else {}))

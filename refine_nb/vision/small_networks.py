@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from ..base import choose
+from ..base import choose, number
 
 # %% ../../nbs/vision/22_small_networks.ipynb #0e5337fb
 small_names = ('small_cnn', 'two_convs', 'lenet5')
@@ -43,6 +43,7 @@ def small_network(
 )->nn.Module:              # [B,1,28,28] in [0,1] -> logits [B,K]
     "A network for MNIST with fresh weights (TRADES' code; LeCun et al. 1998)"
     made = {'small_cnn': _small_cnn, 'two_convs': _two_convs, 'lenet5': _lenet5}
+    num_classes = number('num_classes', num_classes, whole=True)
     if num_classes<2: raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     net = made[choose(name, small_names, 'small network')](num_classes)
     for m in net.modules():

@@ -10,6 +10,8 @@ from collections import OrderedDict
 
 from torch import nn
 
+from ..base import number
+
 # %% ../../nbs/vision/27_wide_resnets.ipynb #7db3f9cb
 class WideBlock(nn.Module):
     "Two pre-activated convolutions and a shortcut (TRADES, `models/wideresnet.py`, `BasicBlock`)"
@@ -35,17 +37,19 @@ def wide_resnet(
     width:int=10,       # k, how many times the channels of an ordinary network
 )->nn.Module:           # [B,3,32,32] in [0,1] -> logits [B,K]
     "A wide residual network with fresh weights (TRADES, `models/wideresnet.py`)"
+    K,depth,width = (number(k, v, whole=True) for k,v in
+                     (('num_classes',num_classes), ('depth',depth), ('width',width)))
     n,rest = divmod(depth-4, 6)
-    if rest or n<1 or width<1 or num_classes<2:
+    if rest or n<1 or width<1 or K<2:
         raise ValueError("a wide ResNet wants depth 6n+4 with n >= 1, width >= 1 and at least 2 classes, "
-                         f"got depth {depth}, width {width} and {num_classes} classes")
+                         f"got depth {depth}, width {width} and {K} classes")
     w = [16, 16*width, 32*width, 64*width]
     def group(a, b, stride):
         return nn.Sequential(WideBlock(a, b, stride), *(WideBlock(b, b) for _ in range(n-1)))
     net = nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 16, 3, padding=1, bias=False),
         block1=group(w[0], w[1], 1), block2=group(w[1], w[2], 2), block3=group(w[2], w[3], 2),
         bn=nn.BatchNorm2d(w[3]), relu=nn.ReLU(), avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
-        fc=nn.Linear(w[3], num_classes)))
+        fc=nn.Linear(w[3], K)))
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.normal_(m.weight, 0, (2/(m.kernel_size[0]*m.kernel_size[1]*m.out_channels))**.5)
