@@ -48,7 +48,7 @@ bench: $(READY) ## our speed beside that of other codes, into reports/bench/; AR
 lab: $(READY) ## Jupyter Lab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir nbs
 
-report: $(READY) ## one artefact into reports/: ARTEFACT=tab1_adcorda PRESET=small ARGS="-p model resnet18 -p dataset cifar10_jpeg"
+report: $(READY) ## one artefact into reports/: ARTEFACT=tab1_adcorda PRESET=small ARGS="-p model resnet18 -p dataset cifar10_resplit"
 	@test -f nbs/$(ARTEFACT).ipynb || { echo "there is no nbs/$(ARTEFACT).ipynb: choose one of $(basename $(notdir $(wildcard nbs/tab*.ipynb nbs/fig*.ipynb)))" >&2; exit 1; }
 	$(BIN)/papermill nbs/$(ARTEFACT).ipynb $(OUT) -p preset $(PRESET) $(ARGS)
 
