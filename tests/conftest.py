@@ -7,10 +7,11 @@ import torch
 
 @pytest.fixture(autouse=True)
 def refine_home(tmp_path, monkeypatch):
-    "REFINE_HOME is an empty folder: no test sees the user's checkpoints, none leaves one behind"
+    """REFINE_HOME is an empty folder: no test sees the user's checkpoints, none leaves one behind.
+    Reports are those of the checkout: a test that writes some names a folder of its own"""
     home = tmp_path/'refine_home'
     monkeypatch.setenv('REFINE_HOME', str(home))
-    for name in ('REFINE_PRESET', 'REFINE_PRECISION'): monkeypatch.delenv(name, raising=False)
+    for name in ('REFINE_PRESET', 'REFINE_PRECISION', 'REFINE_REPORTS'): monkeypatch.delenv(name, raising=False)
     return home
 
 

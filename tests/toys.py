@@ -131,8 +131,9 @@ class Worker:
     def text(self): return self.said.read_text() if self.said.exists() else ''
 
 def _processes():
-    "Processes forked from one that has torch imported: a start takes a tenth of a second, not ten"
-    made = multiprocessing.get_context('forkserver'); made.set_forkserver_preload(['toys', 'pytest'])
+    "Forked from one that has imported what a run imports: a start takes a tenth of a second, not ten"
+    made = multiprocessing.get_context('forkserver')
+    made.set_forkserver_preload(['toys', 'pytest', 'sklearn.datasets', 'torch._dynamo'])
     here, old = str(Path(__file__).parent), os.environ.get('PYTHONPATH')
     os.environ['PYTHONPATH'] = here + (os.pathsep+old if old else '')
     try: multiprocessing.forkserver.ensure_running()
