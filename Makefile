@@ -18,6 +18,7 @@ PRESET   ?= small
 ARGS     ?=
 GPU      ?=
 OUT      ?= out.ipynb
+STORE    ?=
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,9 +37,9 @@ $(READY): settings.ini setup.py
 demo: $(READY) ## Table 1 of AdCorDA on 8x8 digits, in about two minutes on a CPU: out.ipynb
 	$(BIN)/papermill nbs/tab1_adcorda.ipynb out.ipynb -p model resnet34
 
-test: $(READY) ## every test: the notebooks' own, then tests/; GPU=0 shows them the first GPU
+test: $(READY) ## every test: the notebooks' own, then tests/; GPU=0 shows them the first GPU, STORE=... what demos made before
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
-	REFINE_HOME="$$scratch/home" REFINE_REPORTS="$$scratch/reports" REFINE_PRESET=demo REFINE_PRECISION= CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$(THREADS) \
+	REFINE_HOME="$(or $(STORE),$$scratch/home)" REFINE_REPORTS="$$scratch/reports" REFINE_PRESET=demo REFINE_PRECISION= CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$(THREADS) \
 	  $(LIMIT) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing
 	CUDA_VISIBLE_DEVICES=$(GPU) $(BIN)/python -m pytest tests -rs --timeout 600 -n $(WORKERS)
 

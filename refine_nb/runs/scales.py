@@ -35,13 +35,13 @@ class Preset:
     # of AutoAttack; fewer than four give an upper bound, and are named so
     components: tuple[str,...]|None = None
     thin: str|None = None       # in place of a network with a CIFAR stem
-    stem: str|None = None       # of a ResNet that starts fresh in place of a pretrained one
+    stem: str|None = None       # of a ResNet that starts fresh in place of a pretrained one; thin, too
     says: str = ''              # one sentence on what it is
 
 # %% ../../nbs/runs/40_scales.ipynb #6065985a
 PRESETS = {p.name: p for p in (
     Preset('demo', epochs=.1, data='digits', size=8, n_train=500, n_eval=360, n_attacked=100, seeds=1,
-           steps=100, batch_size=32, scratch_lr=.005, components=('apgd-ce',), thin='resnet20',
+           steps=100, batch_size=32, scratch_lr=.0007, components=('apgd-ce',), stem='cifar', thin='resnet20',
            says="a demonstration on 8x8 digits, in minutes on a CPU: it shows how the table is made, "
            "not what the paper found"),
     Preset('small', epochs=.2, size=32, n_train=5_000, n_attacked=1_000, n_autoattack=100,
@@ -80,7 +80,7 @@ def _scaled_call(c:Call, p:Preset)->Call:
     if c.name == 'classifier' and p.scratch_lr and has['weights']:
         new['weights'] = None
         if p.stem and has['name'].startswith('resnet'): new['stem'] = p.stem
-    if c.name == 'classifier' and p.thin and has['stem'] == 'cifar': new['name'] = p.thin
+    if c.name == 'classifier' and p.thin and (has|new)['stem'] == 'cifar': new['name'] = p.thin
     if p.n_train and has.get('n_calibrate'): new['n_calibrate'] = min(has['n_calibrate'], p.n_train)
     if p.steps and has.get('steps') is not None: new['steps'] = min(has['steps'], p.steps)
     return c.but(**new) if new else c
