@@ -100,7 +100,7 @@ _TITLES |= {
     'claims_mixture': 'every numeric claim of the text'}
 _READY = {'tab2_mixture', 'fig4_mixture', 'claims_mixture', 'tab4_adcorda', 'tab1_mixture', 'fig1_adcorda',
           'claims_adcorda', 'tab1_adcorda', 'tab3_adcorda', 'fig2_adcorda', 'tab2_adcorda', 'study_adcorda',
-          'fig3_mixture', 'fig2_mixture', 'fig1_mixture', 'study_mixture'}
+          'fig3_mixture', 'fig2_mixture', 'fig1_mixture', 'study_mixture', 'tab2_dra'}
 ARTEFACTS = {i: Artefact(i, t, i in _READY) for i,t in _TITLES.items()}
 
 # %% ../../nbs/reporting/40_listing.ipynb #78eb8439

@@ -107,10 +107,12 @@ def _fitting(picture): # as wide as it needs: several panels take the page
 # %% ../../nbs/reporting/70_sheet.ipynb #19a70142
 @patch
 def ask(self:Sheet,
-    wanted, # a grid at published scale, as `leaves` takes it
-):          # the same grid at this preset's scale
+    wanted,       # a grid at published scale, as `leaves` takes it
+    instead=None, # what this run takes in its place, where the grid is too large for it, or lacks a network
+):                # the grid at this preset's scale
     "What this page needs, at the scale that is run"
-    self.wanted, cells = leaves(wanted), _at(wanted, self.p.preset)
+    self.wanted = leaves(wanted)
+    cells = _at(wanted if instead is None else instead, self.p.preset)
     self.cells, self.title = leaves(cells), announce(self.about.id, self.p, self.store, self.wanted)
     return cells
 

@@ -75,7 +75,8 @@ def _scaled_call(c:Call, p:Preset)->Call:
     has, new = c.all_settings, {}
     if c.name == 'load_data':
         if p.data: new['name'] = p.data
-        if p.size: new['size'] = _least(has['size'], p.size)
+        native = 28 if has['name']=='mnist' else None # a cap makes no image larger
+        if p.size: new['size'] = _least(_least(has['size'], p.size), native)
         if p.n_train: new['n_train'] = _least(has['n_train'], p.n_train)
     if c.name == 'classifier' and p.scratch_lr and has['weights']:
         new['weights'] = None
