@@ -45,8 +45,8 @@ def _effnet(table):
 def _none(table):
     return [(g[m,'None'], max(g.values())) for m,d in _blocks(table) for g in [gains(table, (m,), d)]]
 def _below(table):
-    return [g < gains(table, (m,), d)[m,'None'] for m,d in _blocks(table)
-            for (_,a),g in gains(table, (m,), d).items() if a != 'None']
+    return [g < its[m,'None'] for m,d in _blocks(table) for its in [gains(table, (m,), d)]
+            for (_,a),g in its.items() if a != 'None']
 def _control(table):
     return [(max(g.values()), gains(table, (m,), d, ('Control',))[m,'Control']) for m,d in _blocks(table)
             for g in [gains(table, (m,), d)]]

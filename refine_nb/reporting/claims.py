@@ -8,6 +8,7 @@ __all__ = ['Missing', 'cell', 'Claim', 'on_its_own', 'judge']
 # %% ../../nbs/reporting/20_claims.ipynb #88bccac8
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+import numpy as np
 import pandas as pd
 from .figures import named
 
@@ -33,12 +34,12 @@ def cell(
 def _words(where): return ', '.join(f'{k} {named([v])[0]}' for k,v in where.items())
 
 def _rows(table, where): # those with these values, at least one
-    rows = table
+    hits = np.ones(len(table), dtype=bool)
     for k,v in where.items():
         if k not in table: raise Missing(f'a column {k!r}')
-        rows = rows[rows[k]==v]
-    if len(rows) == 0: raise Missing(_words(where))
-    return rows
+        hits &= (table[k]==v).to_numpy(dtype=bool, na_value=False)
+    if not hits.any(): raise Missing(_words(where))
+    return table[hits]
 
 # %% ../../nbs/reporting/20_claims.ipynb #1dbc0131
 @dataclass(frozen=True)
