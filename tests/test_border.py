@@ -57,10 +57,16 @@ KINDS = {                              # by the names that arguments have in thi
     'momentum': unsure(number(0)), 'weight_decay': unsure(number(0)), 'valid': unsure(SHARE),
     'size': number(1, 64, whole=True, none=True), 'split_seed': unsure(number(whole=True)),
     'epochs': WHOLE, 'n_eval': number(1, whole=True, none=True), 'clip': number(above=0, none=True),
+    'progress': number(0, 1), 's': number(above=0), 'lam': number(0), 'floor': number(0),
+    'slope': number(above=0), 'smoothing': number(0, below=1), 'burn_in': number(0, 1), 'shift': ANY,
+    'bias': ANY, 'on': one_of('both', 'adversarial', 'clean'), 'pairing': one_of('mean', 'sum', 'norm'),
+    'kind': one_of(*T.GAIRAT_KINDS), 'form': one_of('released', 'paper'), 'accuracy': one_of('sp', 'nce'),
+    'robustness': one_of('sp', 'kl'),
     'split': one_of('train', 'valid', 'test'), 'select': one_of('valid', 'last', none=True)}
-NAMED = {'x': 'image', 'y': 'label', 'z': 'logits', 'z_adv': 'logits', 'right': 'verdict', 'images': 'image',
-         'right_a': 'verdict', 'right_b': 'verdict', 'split_seed': 'seed', 'recipe': 'Recipe',
-         'correct': 'correct', 'split': 'split|image|label', 'w': 'weight|w '}
+ROWS = ('z', 'z_adv', 'z_again', 'cos', 'cos_adv') # what is a table of logits
+NAMED = {'x': 'image', 'y': 'label', **dict.fromkeys(ROWS, 'logits'), 'f_s': 'features', 'f_t': 'features',
+         'shift': 'shift|weights', 'right': 'verdict', 'images': 'image', 'right_a': 'verdict', 'right_b': 'verdict', 'split_seed': 'seed', 'recipe': 'Recipe',
+         'correct': 'correct', 'split': 'split|image|label', 'w': 'weight|w ', 'name': 'data set'}
 
 
 # ---- what is put in its place ------------------------------------------------------------------------------
@@ -73,8 +79,9 @@ SPECIAL = [None, True, False, '', '8/255', 'x', math.nan, math.inf, -math.inf, -
            {}, np.nan, np.float32(.25), np.int64(2), np.bool_(True), np.array([1.,2.]), torch.ones(3),
            object(), b'1', 1j]
 FLOATS, LABELS = torch.full((3,1,4,4), .5), torch.tensor([0,1,2])
+FEWER = FLOATS[:2]                     # wrong beside three labels, right without
 IMAGES = [None, 'x', 1., [1], FLOATS.numpy(), FLOATS*255, FLOATS*3-2, FLOATS*math.nan, FLOATS+math.inf,
-          FLOATS[:,0,0,0], FLOATS[:2], (FLOATS*2).int(), FLOATS > 0, FLOATS.to(torch.complex64), {}]
+          FLOATS[:,0,0,0], FEWER, (FLOATS*2).int(), FLOATS > 0, FLOATS.to(torch.complex64), {}]
 TARGETS = [None, 'x', 1, [0,1,2], LABELS.numpy(), LABELS.float(), LABELS-1, LABELS+50, LABELS[:2],
            LABELS[:,None], LABELS > 0, LABELS*math.nan, {}]
 LOGITS = [None, 'x', 1., [1.], torch.ones(3), torch.ones(2,5), torch.ones(3,5,1), torch.ones(3,5).numpy(),
@@ -83,13 +90,15 @@ MODELS = [None, 'x', 1, [], Wrong(lambda z: (z,z)), Wrong(lambda z: {'z': z}), W
           Wrong(lambda z: z[:,:,None]), Wrong(lambda z: z[:,0]), Wrong(lambda z: z.detach()),
           Wrong(lambda z: z*math.nan), Wrong(lambda z: None)]
 BITS = [None, 'x', 1, [], [True], torch.ones(3), LABELS, torch.ones(2,2) > 0, torch.ones(0) > 0, {}]
+FEATURES = [v for v in LOGITS if not torch.is_tensor(v) or v.shape != (2,5)]
+KAPPAS = [None, 'x', 1, [1], LABELS.numpy(), LABELS-1, LABELS+50, LABELS[:,None], LABELS*math.nan, {}]
 WEIGHTS = [None, 'x', [1.], torch.ones(3,1), torch.ones(2), torch.ones(3)*math.nan, {}]
 
 def never(v): return False
 def maybe(v): return None if isinstance(v, nn.Module) else False # a kind of model that may be taken
-OTHERS = {'x': (IMAGES, never), 'y': (TARGETS, never), 'z': (LOGITS, never), 'z_adv': (LOGITS, never),
-          'model': (MODELS, maybe), 'right': (BITS, never), 'right_a': (BITS, never),
-          'right_b': (BITS, never), 'w': (WEIGHTS, never), 'predicted': (TARGETS, never)}
+OTHERS = {'x': (IMAGES, never), 'y': (TARGETS, never), **dict.fromkeys(ROWS, (LOGITS, never)),
+          'f_s': (FEATURES, never), 'f_t': (FEATURES, never), 'steps_to_flip': (KAPPAS, never),
+          'model': (MODELS, maybe), 'right': (BITS, never), 'right_a': (BITS, never), 'right_b': (BITS, never), 'w': (WEIGHTS, never), 'predicted': (TARGETS, never)}
 # numbers that are right stay small: a thousand restarts are legitimate, and take their time
 DRAWN = st.one_of(st.none(), st.booleans(), st.floats(-4, 4), st.integers(-4, 4), st.text(max_size=4),
                   st.lists(st.integers(0, 3), max_size=2), st.floats(0, 1), st.integers(-2**70, -1),
@@ -107,6 +116,7 @@ class Case:
     name: str = ''
     def legit(self, arg):
         if arg in self.kinds: return SPECIAL, self.kinds[arg]
+        if arg == 'x' and 'y' not in self.args: return IMAGES, lambda v: v is FEWER
         if arg in OTHERS: return OTHERS[arg]
         return SPECIAL, boolean if isinstance(self.args[arg], bool) else KINDS[arg]
 
@@ -126,10 +136,11 @@ def per_example(out, args): return out.shape == (3,) and bool(out.isfinite().all
 def factor(out, args): return 0 <= out < math.inf
 def finite(out, args): return bool(np.isfinite(np.array(list(out), dtype=float)).all())
 def named(out, args): return len(key(out)) == 20
+def shares(v): return None if isinstance(v, (list,tuple)) and not len(v) else False
 def any_(out, args): return True
 
 Z = torch.tensor([[2.,1.,0.,-1.,.5]]).repeat(3,1)+torch.arange(3.)[:,None]*torch.tensor([0.,1.,.3,.1,.2])
-L = dict(z=Z, y=LABELS)
+L, COS = dict(z=Z, y=LABELS), Z/4
 RIGHT = LABELS > 0
 BASE = dict(data=call(load_data, name='digits'), model=call(T.clean), method=call(T.fine_tune),
             optimiser=call(T.sgd), epochs=1, batch_size=2, seed=0, init=None, clip=None, select=None)
@@ -162,13 +173,33 @@ CASES = [
     case(T.trades, per_example, **L, z_adv=Z-1, w=torch.ones(3), beta=6.),
     case(T.als, per_example, **L, alpha=.1, tie='next'),
     case(T.als_halves, per_example, **L, z_adv=Z, alpha=.1, tie='next', least='own', total='mean'),
-    case(T.piecewise, factor, {'progress': number(0, 1)}, progress=.5, factor=.1, warmup=0.),
-    case(T.cosine, factor, {'progress': number(0, 1)}, progress=.5, warmup=0.),
-    case(T.linear, factor, {'progress': number(0, 1)}, progress=.5, warmup=0.),
+    case(T.trades_as_coded, per_example, **L, z_adv=Z-1, z_again=Z, w=torch.ones(3), beta=6.),
+    case(T.alp, per_example, {'weight': number(0)}, **L, z_adv=Z-1, weight=.5, on='both', pairing='mean',
+         smoothing=.1),
+    case(T.boosted_ce, per_example, z_adv=Z, y=LABELS, floor=1e-4),
+    case(T.mart, per_example, **L, z_adv=Z-1, w=torch.ones(3), beta=5., floor=1e-4),
+    case(T.als_target, any_, **L, alpha=.1, tie='next'),
+    case(T.nce, per_example, cos=COS, y=LABELS, s=5.),
+    case(T.pace, any_, cos=COS, y=LABELS, beta=.2, through=True),
+    case(T.self_paced_nce, per_example, cos=COS, y=LABELS, s=5., beta=.2, through=True, shifted=False),
+    case(T.self_paced_ce, per_example, **L, cos=COS, beta=.2, through=True),
+    case(T.spat, per_example, {'alpha': number(0)}, cos=COS, cos_adv=-COS, y=LABELS, s=5., alpha=.2, beta=.2,
+         lam=6., accuracy='sp', robustness='sp', through=True, shifted=False),
+    case(T.spat_plain, per_example, {'alpha': number(0)}, **L, z_adv=Z-1, cos=COS, alpha=.2, beta=.2, lam=6.,
+         robustness='sp'),
+    case(T.gairat, per_example, {'steps': number(2, whole=True)}, steps_to_flip=LABELS, progress=.7,
+         kind='tanh', steps=10, shift=-1., burn_in=.5),
+    case(T.probability_margin, per_example, **L),
+    *(case(f, per_example, **{z: Z}, y=LABELS, progress=.7, slope=10., bias=-.5, form='released', burn_in=.5)
+      for f,z in ((T.mail, 'z_adv'), (T.mail_clean, 'z'))),
+    case(T.coral, lambda c, args: 0 <= c, f_s=Z, f_t=Z-1),
+    case(T.piecewise, factor, {'at': shares}, progress=.5, at=(.5,.75), factor=.1, warmup=0.),
+    case(T.cosine, factor, progress=.5, warmup=0.),
+    case(T.linear, factor, progress=.5, warmup=0.),
     case(lambda **k: T.sgd([nn.Parameter(torch.ones(1))], **k), any_, {}, 'sgd', lr=.1, momentum=.9,
          weight_decay=1e-4),
-    case(V.predict, any_, {'size': unsure(number(1, 64, whole=True, none=True))}, model=net(), x=X,
-         size=None),
+    case(V.predict, any_, {'size': unsure(number(1, 64, whole=True, none=True))}, x=X, size=None,
+         model=nn.Sequential(nn.AdaptiveAvgPool2d(4), net())), # of any size
     case(lambda **k: V.wilson(**k), finite, {'correct': number(0, 5, whole=True), 'n': number(3, whole=True)},
          'wilson', correct=3, n=5, level=.95),
     case(V.proportion, any_, right=RIGHT, level=.95),
@@ -188,8 +219,8 @@ CASES = [
     case(Correction, named, {'recipe': only(Recipe), 'attack': only(type(BASE['data']), none=True),
                              'storage': one_of('float32', 'uint8')}, recipe=RECIPE, attack=None,
          storage='float32'),
-    case(lambda **k: call(A.pgd, **k), named, {'steps': number(1, whole=True, none=True)}, 'call_pgd', eps=.1,
-         steps=2, norm='linf', restarts=1, targeted=False),
+    case(lambda **k: call(A.pgd, **k), named, {}, 'call_pgd', eps=.1, steps=2, norm='linf', restarts=1,
+         targeted=False),
     case(lambda **k: call(T.trades, **k), named, {}, 'call_trades', beta=6.),
     case(lambda **k: call(T.sgd, **k), named, {}, 'call_sgd', lr=.1),
 ]
@@ -210,14 +241,6 @@ CASES += [asked(one_whole(1), number(1, whole=True), 3), asked(between(0, 1), nu
           case(lambda p: parameters({'p': p}, p=whole_numbers).p, lambda out, args: len(out) > 0,
                {'p': several}, 'parameter_whole_numbers', p='1,2')]
 
-# what still leaks or is let through, by function and argument: a list that gets shorter, never longer
-OPEN = set('''
-als-alpha als-y als-z als_halves-alpha als_halves-y als_halves-z als_halves-z_adv apgd-objective
-autoattack-norm call_pgd-steps clean-y clean-z confusion-num_classes confusion-predicted confusion-y
-cosine-progress halves-y halves-z halves-z_adv linear-progress load_data-name load_data-split_seed
-parameter_between-p parameter_one_whole-p piecewise-progress predict-size predict-x trades-w trades-y
-trades-z trades-z_adv weighted_ce-w weighted_ce-y weighted_ce-z_adv
-'''.split())
 
 
 # ---- the property ------------------------------------------------------------------------------------------
@@ -237,10 +260,7 @@ def outcome(c, arg, bad, legit):
 
 ALL = [(c, arg) for c in CASES for arg in c.args]
 
-open_ = pytest.mark.xfail(strict=True, reason='its border is open')
-
-@pytest.mark.parametrize('c,arg', [pytest.param(c, a, id=i, marks=[open_]*(i in OPEN))
-                                   for c,a in ALL for i in [f'{c.name}-{a}']])
+@pytest.mark.parametrize('c,arg', [pytest.param(c, a, id=f'{c.name}-{a}') for c,a in ALL])
 def test_an_argument_is_right_or_named(c, arg):
     fixed, legit = c.legit(arg)
     seen = Counter(outcome(c, arg, bad, legit) for bad in fixed)
@@ -268,5 +288,3 @@ def test_the_property_sees_holes():
     assert holes(says('a')) == {'refused', 'refused though right'}
     assert holes(says('?')) == {'not named', 'refused though right'}
     assert 'wrong' in holes(lambda a: [math.nan])
-
-def test_open_borders_are_known_arguments(): assert OPEN <= {f'{c.name}-{a}' for c,a in ALL}

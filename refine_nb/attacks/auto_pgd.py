@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..base import choose, number
 from .climbing import _climb, _consider, _learn, apgd_checkpoints
-from .lending import attacking, check_attack, must_be_finite
+from .lending import _switches, attacking, check_attack, must_be_finite
 from .moves import _each, linf
 from .objectives import ce, dlr, dlr_t
 from .queue import _clean, _layout, _starts, _targets, pursue
@@ -86,7 +86,8 @@ def _asked(x, y, eps, steps, objective, n_targets, restarts, rho):
     "The largest label; how many restarts and targets; the settings of rows"
     last = check_attack(x, y, eps, 1., steps, linf)
     restarts,n = (number(k, v, 1, whole=True) for k,v in (('restarts',restarts), ('n_targets',n_targets)))
-    return last,restarts,n if objective=='dlr_t' else 1,_numbers(eps, steps, objective, rho)
+    given = _numbers(eps, steps, objective, rho)
+    return last,restarts,n if objective=='dlr_t' else 1,given
 
 @contextmanager
 def _lent(model, x, y, last, objective, n_targets):
@@ -159,7 +160,7 @@ def apgd(
     best:bool|None=None,      # give the images of `apgd_best` instead
 )->Tensor:                 # [B,C,H,W], detached, in [0,1]; the clean image where the attack failed
     "Auto-PGD (Croce & Hein 2020)"
-    early_stop,best = choose(early_stop, (True,False), 'early_stop'),choose(best, (None,True,False), 'best')
+    _switches(early_stop=early_stop); choose(best, (None,True,False), 'best')
     given = dict(eps=eps, steps=steps, objective=objective, n_targets=n_targets, restarts=restarts, rho=rho,
                  start=start, generator=generator)
     return apgd_best(model, x, y, **given)[0] if best else _apgd(model, x, y, early_stop, **given)

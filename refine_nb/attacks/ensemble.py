@@ -19,7 +19,7 @@ from .auto_pgd import apgd_rows
 from .authors import _authors_attack, _theirs
 from .books import _Run, _belonging, _come_closer
 from .fast_boundary import fab_rows
-from .lending import attacking, check_attack
+from .lending import _switches, attacking, check_attack
 from .moves import _each, l2, linf
 from .protocol import STANDARD, Result, _Protocol, _doubts, _label, _only_square
 from .queue import (_box, _clean, _clip, _hash, _layout, _names, _where, _wrong,
@@ -136,8 +136,9 @@ def _how(batch_size, folded, state, save, quiet):
     if save is not None and not callable(save):
         raise ValueError(f"save must be a function of the state, got {save!r:.60}: "
                          "write lambda state: torch.save(state, file)")
+    _switches(folded=folded, quiet=quiet)
     return dict(batch_size=number('batch_size', batch_size, 1, whole=True), state=state, save=save,
-                folded=choose(folded, (True,False), 'folded'), quiet=choose(quiet, (True,False), 'quiet'))
+                folded=folded, quiet=quiet)
 
 # %% ../../nbs/attacks/70_ensemble.ipynb #3dd404ae
 def autoattack(
@@ -156,7 +157,7 @@ def autoattack(
     best:bool|None=None,              # images that hold come as close as an attack brought them, not clean
 )->Result:
     "AutoAttack (Croce & Hein 2020), standard version"
-    last = check_attack(x, y, eps, 1., steps, linf if norm=='linf' else l2)
+    last = check_attack(x, y, eps, 1., steps, linf if choose(norm, ('linf','l2'), 'norm')=='linf' else l2)
     p = _Protocol(eps, norm, components, reference, seed, steps, n_queries, n_targets, best)
     _fits(p, x); how = _how(batch_size, folded, state, save, quiet)
     training = isinstance(model, nn.Module) and any(m.training for m in model.modules())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..base import choose, number
 from .auto_pgd import _lent
-from .lending import check_attack, must_be_finite
+from .lending import _switches, check_attack, must_be_finite
 from .moves import _each, _single, linf
 from .queue import _layout, pursue
 
@@ -129,7 +129,7 @@ def fab_t(
     "Targeted FAB, without random start (Croce & Hein 2020; as in AutoAttack)"
     last = check_attack(x, y, eps, 1., steps, linf)
     given,n_targets = _numbers(eps, steps, alpha_max, eta, beta),number('n_targets', n_targets, 1, whole=True)
-    early_stop,best = choose(early_stop, (True,False), 'early_stop'),choose(best, (None,True,False), 'best')
+    _switches(early_stop=early_stop); choose(best, (None,True,False), 'best')
     if len(x)==0 or (given['eps']==0 and not best): return x.detach().clone()
     with _lent(model, x, y, last, 'ce', n_targets) as (x,y,z,targets):
         order,x_adv,broken = z.argsort(1),x.clone(),z.argmax(1)!=y.cpu()

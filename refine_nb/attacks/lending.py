@@ -71,9 +71,7 @@ def _steps(steps): # what `range` takes
 
 def _switches(**given):
     "A sentence where one of them is neither True nor False"
-    for name,v in given.items():
-        if not isinstance(v, (bool, np.bool_)):
-            raise ValueError(f"{name} wants True or False, got {v!r:.60} ({type(v).__name__})")
+    for name,v in given.items(): choose(v, (True,False), name)
 
 # %% ../../nbs/attacks/10_lending.ipynb #00a838d1
 def _last_label(x, y):

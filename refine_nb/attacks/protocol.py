@@ -39,7 +39,7 @@ class _Protocol:
         if isinstance(self.components, str): object.__setattr__(self, 'components', (self.components,))
         for k,v in self._numbers().items(): object.__setattr__(self, k, v) # Python's own
         for k,there in dict(norm=('linf','l2'), reference=(True,False), best=(None,True,False)).items():
-            choose(getattr(self, k), there, k)
+            object.__setattr__(self, k, choose(getattr(self, k), there, k))
         if self.norm!='linf' and not self.reference:
             raise ValueError("our fast path knows only norm='linf': say reference=True, "
                              "and the authors' code does norm='l2'")

@@ -169,7 +169,7 @@ def square(
     if x.ndim!=4: raise ValueError(f"images must be [B,C,H,W], got {list(x.shape)}")
     n_queries,p_init = number('n_queries', n_queries, 1, whole=True),number('p_init', p_init, above=0, high=1)
     eps,seed = number('eps', eps, 0, 1),number('seed', seed, 0, 2**63-1, whole=True)
-    best = choose(best, (None,True,False), 'best')
+    choose(best, (None,True,False), 'best')
     if eps==0 or len(x)==0: return x.detach().clone()
     with attacking(model), torch.inference_mode(False), torch.no_grad():
         x,y = x.clone(memory_format=torch.channels_last),y.clone()

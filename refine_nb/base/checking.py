@@ -9,14 +9,17 @@ __all__ = ['choose', 'number']
 import math
 from numbers import Integral, Real
 
+import numpy as np
+
 # %% ../../nbs/base/00_checking.ipynb #f6891395
 def choose(
     value,         # what came
     choices,       # iterable of what there is
     what:str,      # what is being chosen, for the message
-):                 # `value`, unchanged
+):                 # `value`; one of numpy as Python's own
     "Return `value` if it is one of `choices`; otherwise a `ValueError` that lists them"
     choices = list(choices)
+    if isinstance(value, np.generic): value = value.item()
     if any(type(value) is type(c) and value == c for c in choices): return value # `1` is not `True`
     raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(map(repr, choices))}")
 

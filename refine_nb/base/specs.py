@@ -161,8 +161,7 @@ class Robustness(Spec):
         if isinstance(self.eps, bool) or not isinstance(self.eps, Real) or not 0 < self.eps <= 1:
             raise ValueError(f"eps wants a number in (0,1], such as 8/255, got {self.eps!r}")
         object.__setattr__(self, 'eps', float(self.eps) if not isinstance(self.eps, int) else self.eps)
-        if not isinstance(self.reference, bool):
-            raise ValueError(f"reference wants True or False, got {self.reference!r}")
+        object.__setattr__(self, 'reference', choose(self.reference, (True,False), 'reference'))
         if not self.components or not isinstance(self.components, tuple):
             raise ValueError("components wants a tuple such as ('apgd-ce', 'apgd-t'), "
                              f"got {self.components!r}")

@@ -37,6 +37,7 @@ def _logits(model, x, last=-1)->Tensor: # [B,K], or a sentence that says what is
 # %% ../../nbs/evaluation/00_evaluate.ipynb #10a9b639
 @torch.no_grad()
 def _classes(model, x, last, size, device, quiet)->Tensor: # int64 [N] on the CPU
+    to_input(x[:0] if isinstance(x, Tensor) and x.ndim else x, size) # or a sentence
     with attacking(model):
         found = [_class(_logits(model, _inputs(b, size, device, model), last))
                  for b in bar(x.split(EVAL_BATCH), desc='predict', quiet=quiet)]

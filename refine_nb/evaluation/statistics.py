@@ -102,16 +102,16 @@ def confusion(
         raise ValueError('predicted is None: the result was stored before classes were kept; '
                          'remove its folder from the store to have it made again')
     num_classes = number('num_classes', num_classes, 1, whole=True)
-    for t in (y, predicted):
+    for name,t in (('labels y', y), ('predicted', predicted)):
         if not isinstance(t, Tensor) or t.is_floating_point() or t.dtype==torch.bool:
-            raise ValueError('labels and classes must be whole numbers [N], '
-                             f'got {getattr(t, "dtype", type(t).__name__)}')
+            raise ValueError(f'{name} must be whole numbers [N], got {getattr(t, "dtype", type(t).__name__)}')
     if y.shape != predicted.shape or y.ndim != 1:
-        raise ValueError('labels and classes must both be [N], '
+        raise ValueError('labels and predicted classes must both be [N], '
                          f'got {list(y.shape)} and {list(predicted.shape)}')
-    for t in (y, predicted):
+    for name,t in (('labels y', y), ('predicted', predicted)):
         if len(t) and not 0 <= int(t.min()) <= int(t.max()) < num_classes:
-            raise ValueError(f'classes must be in 0..{num_classes-1}, got {int(t.min())}..{int(t.max())}')
+            raise ValueError(f'{name} must be in 0..{num_classes-1}, below num_classes={num_classes}, '
+                             f'got {int(t.min())}..{int(t.max())}')
     return torch.bincount(y.long()*num_classes + predicted.long(),
                           minlength=num_classes**2).view(num_classes, num_classes)
 

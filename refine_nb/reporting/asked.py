@@ -7,10 +7,11 @@ __all__ = ['whole_numbers', 'one_whole', 'between', 'parameters']
 
 # %% ../../nbs/reporting/00_asked.ipynb #b27abe85
 import math, re
+from numbers import Integral
 from types import SimpleNamespace
 from typing import Callable, Iterable
 
-from ..base import choose
+from ..base import choose, number
 
 # %% ../../nbs/reporting/00_asked.ipynb #50b1c2aa
 def whole_numbers(
@@ -33,9 +34,10 @@ def one_whole(
     ends = f'>= {low}' if high is None else f'in {low}..{high}'
     def check(value):
         v = int(value) if isinstance(value, str) and re.fullmatch(r'\s*-?[0-9]+\s*', value) else value
-        if type(v) is not int or v < low or high is not None and v > high:
-            raise ValueError(f"wants a whole number {ends}, got {value!r}")
-        return v
+        try:
+            if not isinstance(v, Integral): raise ValueError
+            return number('', v, low, math.inf if high is None else high, whole=True)
+        except ValueError: raise ValueError(f"wants a whole number {ends}, got {value!r}") from None
     return check
 
 # %% ../../nbs/reporting/00_asked.ipynb #a82ca82c
@@ -46,12 +48,8 @@ def between(
     "Checks a single finite number, also as text"
     ends = f'{low:g}..{high:g}' + (f', below {below:g}' if below < math.inf else '')
     def check(value):
-        fit = isinstance(value, (str, int, float)) and not isinstance(value, bool)
-        try: v = float(value) if fit else None
-        except (ValueError, OverflowError): v = None
-        if v is None or not low <= v <= high or v >= below:
-            raise ValueError(f"wants a number in {ends}, got {value!r}")
-        return v
+        try: return float(number('', float(value) if isinstance(value, str) else value, low, high, below=below))
+        except ValueError: raise ValueError(f"wants a number in {ends}, got {value!r}") from None
     return check
 
 # %% ../../nbs/reporting/00_asked.ipynb #7d7c0a0b

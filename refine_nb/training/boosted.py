@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..base import number
 from ..attacks import ce, kl
+from .losses import _check, _weights
 
 # %% ../../nbs/training/04_boosted.ipynb #e6fb095d
 def boosted_ce(
@@ -19,7 +20,7 @@ def boosted_ce(
     floor:float=1e-4, # added to 1-q, >= 0: the code's 1.0001; the paper has none
 )->Tensor:        # [B], > -2 floor
     "Cross-entropy minus log(1 - the likeliest wrong class) (MART, eq. 6; `mart.py`)"
-    floor = number('floor', floor, 0)
+    _check(y, z_adv=z_adv); floor = number('floor', floor, 0)
     wrong = z_adv.softmax(1).scatter(1, y[:,None], -1.).amax(1)
     return ce(z_adv, y) - (1+floor+1e-12-wrong).log()
 
@@ -34,5 +35,6 @@ def mart(
     floor:float=1e-4,  # of `boosted_ce`
 )->Tensor:        # [B]
     "Boosted cross-entropy plus beta KL(p_clean || p_adv) (1 - p_y) (MART, eq. 8; `mart.py`)"
+    _check(y, z=z, z_adv=z_adv); w = _weights(w, y)
     true = z.softmax(1).gather(1, y[:,None])[:,0]
     return w*boosted_ce(z_adv, y, floor=floor) + number('beta', beta, 0)*kl(z_adv, z)*(1.0000001-true)

@@ -13,6 +13,7 @@ def covariance(
     f:Tensor, # [n,d], float; n >= 2 examples of d features
 )->Tensor:    # [d,d], symmetric
     "Covariance of the columns, with n-1 (Deep CORAL, eqs. 2-3)"
+    if not isinstance(f, Tensor): raise ValueError(f"features must be a tensor, got {type(f).__name__}")
     if f.ndim!=2: raise ValueError(f"features must be [n,d], got {list(f.shape)}: flatten each example first")
     if len(f)<2: raise ValueError(f"a covariance needs at least 2 examples, got {len(f)}")
     if not f.is_floating_point(): raise ValueError(f"features must be float, got {f.dtype}")

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..base import choose, number
+from .losses import _came, _check
 
 # %% ../../nbs/training/08_example_weights.ipynb #394545e7
 def _waiting(progress, burn_in): # still in the share that is trained plainly?
-    return progress < number('burn_in', burn_in, 0, 1)
+    return number('progress', progress, 0, 1) < number('burn_in', burn_in, 0, 1)
 
 def _normalised(w, what): # mean 1 over the batch
     total = w.sum()
@@ -36,6 +37,8 @@ def gairat(
 )->Tensor:                # [B], >= 0, mean 1
     "Geometry-aware weights (Zhang et al. 2021, eq. 6; `GAIR.py`)"
     choose(kind, GAIRAT_KINDS, 'kind of weight'); steps = number('steps', steps, 2, whole=True)
+    if getattr(steps_to_flip, 'ndim', None)!=1 or not isinstance(steps_to_flip, Tensor):
+        raise ValueError(f"steps_to_flip wants a count per example [B], got {_came(steps_to_flip)}")
     kappa,h = steps_to_flip.float(),steps//2
     if kappa.numel() and not 0<=kappa.amin()<=kappa.amax()<=steps:
         raise ValueError(f"steps_to_flip counts from 0 to steps={steps}, got {kappa.amin():g}.."
@@ -51,12 +54,13 @@ def probability_margin(
     y:Tensor, # [B], labels in 0..K-1
 )->Tensor:    # [B], in [-1,1]; > 0 iff misclassified
     "Lead of the likeliest wrong class over the true one (MAIL, `mail_loss.py`, `PM`)"
+    _check(y, z=z)
     q = z.softmax(1)
     return q.scatter(1, y[:,None], -1.).amax(1)-q.gather(1, y[:,None])[:,0]
 
 # %% ../../nbs/training/08_example_weights.ipynb #4a668f88
 def _by_margin(z, y, progress, slope, bias, form, burn_in):
-    choose(form, ('released','paper'), 'form of the weights'); slope = number('slope', slope, above=0)
+    _check(y, z=z); choose(form, ('released','paper'), 'form of the weights'); slope = number('slope', slope, above=0)
     if _waiting(progress, burn_in): return torch.ones_like(z[:,0])
     w = (slope*(probability_margin(z, y)+number('bias', bias))).sigmoid().detach()
     return 3*w if form=='released' else _normalised(w, 'MAIL')

@@ -9,7 +9,8 @@ __all__ = ['TIES', 'als_target', 'als', 'als_halves']
 import torch
 from torch import Tensor
 
-from ..base import choose
+from ..base import choose, number
+from .losses import _check
 
 # %% ../../nbs/training/10_label_smoothing.ipynb #a932a1f7
 TIES = ('next', 'one_hot', 'overwrite') # where the least likely class is the true one
@@ -23,12 +24,7 @@ def als_target(
     tie:str='next',    # one of `TIES`
 )->Tensor:             # [B,K], a constant: no gradient flows through it
     "Label that gives alpha to the least likely class (mixture document, after Goibert & Dohmatob 2019)"
-    if not 0<=alpha<.5:
-        raise ValueError(f"alpha must be in [0,0.5), got {alpha}: it is the share of the least likely class, "
-                         "the true one keeps 1-alpha")
-    if z.ndim!=2 or z.shape[1]<2 or y.shape!=z.shape[:1]:
-        raise ValueError("logits must be [B,K] with K >= 2 and labels [B], "
-                         f"got {list(z.shape)} and {list(y.shape)}")
+    _check(y, z=z); alpha = number('alpha', alpha, 0, below=.5) # the true class keeps 1-alpha
     y = y[:,None]
     others = z.scatter(1, y, torch.inf) if choose(tie, TIES, 'tie')=='next' else z
     least = others.argmin(1, keepdim=True)
@@ -59,6 +55,7 @@ def als_halves(
     total:str='mean', # of the two halves: 'mean' (Algorithm 1) or 'sum' (eq. 4)
 )->Tensor:            # [B], >= 0
     "ALS on clean and adversarial images, half and half (mixture document, Algorithm 1, lines 11-14)"
+    _check(y, z=z, z_adv=z_adv)
     by = {'own': z_adv, 'clean': z}[choose(least, ('own','clean'), 'least')]
     adversarial = -(als_target(by, y, alpha=alpha, tie=tie)*z_adv.log_softmax(1)).sum(1)
     share = {'mean': .5, 'sum': 1.}[choose(total, ('mean','sum'), 'total')]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base import choose, number
+from .losses import _check
 
 # %% ../../nbs/training/02_logit_pairing.ipynb #a28cf643
 def alp(
@@ -23,6 +24,7 @@ def alp(
     smoothing:float=.1,    # of the labels, uniform, in [0,1) (the code)
 )->Tensor:        # [B], >= 0
     "Cross-entropy plus the distance of clean and adversarial logits (Kannan et al. 2018, authors' code)"
+    _check(y, z=z, z_adv=z_adv)
     weight,smoothing = number('weight', weight, 0), number('smoothing', smoothing, 0, below=1)
     parts = {'both': (z,z_adv), 'adversarial': (z_adv,), 'clean': (z,)}[
         choose(on, ('both','adversarial','clean'), 'cross-entropy on')]

@@ -6,10 +6,25 @@
 __all__ = ['clean', 'weighted_ce', 'halves', 'trades', 'trades_as_coded']
 
 # %% ../../nbs/training/00_losses.ipynb #50624c84
+import torch
 from torch import Tensor
 
 from ..base import choose, number
-from ..attacks import ce, kl
+from ..attacks import NotFinite, ce, kl
+
+# %% ../../nbs/training/00_losses.ipynb #2d4456b3
+def _came(v): return f'{v.dtype} {list(v.shape)}' if isinstance(v, Tensor) else f'{v!r:.40} ({type(v).__name__})'
+
+def _check(y, **logits):
+    "A sentence where these are no labels [B] and logits [B,K]"
+    shapes = {tuple(z.shape) if isinstance(z, Tensor) and z.is_floating_point() else None
+              for z in logits.values()}
+    B,K,*more = (*(shapes.pop() or ()), 0, 0) # a table leaves two zeros
+    if shapes or len(more)!=2 or K<2 or _came(y)!=f'torch.int64 {[B]}':
+        came = ', '.join(f'{name} {_came(v)}' for name,v in {**logits, 'y': y}.items())
+        raise ValueError(f"logits must be float [B,K] of one shape, K >= 2, and labels int64 [B], got {came}")
+    if y.device.type=='cpu' and B and not 0<=y.min()<=y.max()<K:
+        raise ValueError(f"labels must be in 0..{K-1}, the classes of the logits, got {y.min()}..{y.max()}")
 
 # %% ../../nbs/training/00_losses.ipynb #e26089f7
 def clean(
@@ -17,12 +32,17 @@ def clean(
     y:Tensor, # [B], labels in 0..K-1
 )->Tensor:    # [B], >= 0
     "Cross-entropy of the clean images per example: ordinary training"
+    _check(y, z=z)
     return ce(z, y)
 
 # %% ../../nbs/training/00_losses.ipynb #8ca859c7
-def _a_weight_each(w, y): # [B]: a column would make a table of all pairs
+def _weights(w, y): # [B], or a number for all: a column would make a table of all pairs
+    if not isinstance(w, Tensor): return number('w', w, 0)
     if w.shape!=y.shape:
         raise ValueError(f"w wants one weight per example {list(y.shape)}, got {list(w.shape)}")
+    if w.device.type=='cpu' and not (w>=0).all():
+        if w.isnan().any(): raise NotFinite("a weight w is nan: look at what it is made from")
+        raise ValueError(f"w wants weights >= 0, got {w.min():g}")
     return w
 
 def weighted_ce(
@@ -31,7 +51,8 @@ def weighted_ce(
     w:Tensor,     # [B], weights, >= 0
 )->Tensor:        # [B], >= 0
     "Cross-entropy of the attacked images, each times its weight (GAIRAT, MAIL-AT)"
-    return _a_weight_each(w, y)*ce(z_adv, y)
+    _check(y, z_adv=z_adv)
+    return _weights(w, y)*ce(z_adv, y)
 
 # %% ../../nbs/training/00_losses.ipynb #7c2bff5f
 def halves(
@@ -42,12 +63,11 @@ def halves(
     total:str='mean', # of the two halves: 'mean' (mixture document, Algorithm 1) or 'sum' (DRA, eq. 4)
 )->Tensor:        # [B], >= 0
     "Cross-entropy of clean and of attacked images, half and half"
+    _check(y, z=z, z_adv=z_adv)
     return (ce(z, y)+ce(z_adv, y)) * {'mean': .5, 'sum': 1.}[choose(total, ('mean','sum'), 'total')]
 
 # %% ../../nbs/training/00_losses.ipynb #8b7683ff
-def _robust_term(z, z_adv, y, w, beta):
-    w = _a_weight_each(w, y) if isinstance(w, Tensor) else number('w', w, 0)
-    return number('beta', beta, 0)*w*kl(z_adv, z)
+def _robust_term(z, z_adv, y, w, beta): return number('beta', beta, 0)*_weights(w, y)*kl(z_adv, z)
 
 def trades(
     z:Tensor,     # [B,K], logits of the clean images
@@ -58,6 +78,7 @@ def trades(
     beta:float=6., # weight of robustness, 1/lambda, >= 0
 )->Tensor:        # [B], >= 0
     "Clean cross-entropy plus beta times KL(p_clean || p_adv) (TRADES; DRA, eq. 6)"
+    _check(y, z=z, z_adv=z_adv)
     return ce(z, y) + _robust_term(z, z_adv, y, w, beta)
 
 # %% ../../nbs/training/00_losses.ipynb #1011dfac
@@ -71,4 +92,5 @@ def trades_as_coded(
     beta:float=6.,  # weight of robustness, >= 0
 )->Tensor:          # [B], >= 0
     "TRADES with the batch-norm traffic of the authors' code: three forwards (trades.py, trades_loss)"
+    _check(y, z=z, z_adv=z_adv, z_again=z_again)
     return ce(z, y) + _robust_term(z_again, z_adv, y, w, beta)

@@ -28,7 +28,7 @@ def sgd(
 # %% ../../nbs/training/32_optimisers.ipynb #a204bcc3
 def _risen(progress:float, warmup:float)->tuple[float,float]:
     "Factor of the rise, and progress of what follows it"
-    number('warmup', warmup, 0, below=1) # a share of the run
+    number('progress', progress, 0, 1); number('warmup', warmup, 0, below=1) # shares of the run
     if progress<warmup: return progress/warmup, 0.
     return 1., (progress-warmup)/(1-warmup)
 
@@ -40,7 +40,7 @@ def piecewise(
     warmup:float=0., # share of the run, in [0,1)
 )->float:            # > 0
     "The rate drops by a factor at some points (robust_overfitting: .5, .75; TRADES' code, 76 epochs: 74/76)"
-    if list(at)!=sorted({number('at', a, above=0, below=1) for a in at}):
+    if not isinstance(at, (tuple,list)) or list(at)!=sorted({number('at', a, above=0, below=1) for a in at}):
         raise ValueError(f"at wants increasing shares of the run in (0,1), got {at}")
     number('factor', factor, above=0)
     return _risen(progress, warmup)[0] * factor**sum(progress>=a for a in at)

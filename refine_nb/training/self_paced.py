@@ -15,11 +15,11 @@ from torch.nn.functional import one_hot
 from ..base import choose, number
 from ..vision import at_scale
 from ..attacks import ce, gaussian, iterate, kl
+from .losses import _check
 
 # %% ../../nbs/training/06_self_paced.ipynb #f02b31fb
 def _checked(cos, y): # a sentence where these are no cosines
-    if cos.ndim!=2 or y.shape!=cos.shape[:1]:
-        raise ValueError(f"cosines must be [B,K] and labels [B], got {list(cos.shape)} and {list(y.shape)}")
+    _check(y, cos=cos)
     if cos.detach().abs().gt(2).any():
         raise ValueError(f"a cosine lies in [-1,1], a bias adds little to it, got {cos.min():.4g}.."
                          f"{cos.max():.4g}: was the head normalised? Make the network with cosine_head")
@@ -43,7 +43,7 @@ def pace(
     through:bool=True,  # gradient flows through the factors, as in the released code; False: constants
 )->Tensor:      # [B,K], in [beta-1, 2+beta] for cosines
     "The self-paced factors of each logit (thesis, eq. 3.11)"
-    cos = _checked(cos if through else cos.detach(), y)
+    cos = _checked(cos, y) if choose(through, (True,False), 'through') else _checked(cos, y).detach()
     true = one_hot(y, cos.shape[1]).bool()
     return torch.where(true, 1-cos, cos) + number('beta', beta, 0)
 
@@ -57,6 +57,7 @@ def self_paced_nce(
     shifted:bool=False,        # logits s g (c+beta-1) and s g (c+beta), as in the first commit
 )->Tensor:      # [B], >= 0
     "Self-paced accuracy loss on normalised logits (thesis, eqs. 3.10 and 3.11)"
+    choose(shifted, (True,False), 'shifted')
     g,s = pace(cos, y, beta=beta, through=through),number('s', s, above=0)
     return ce(s*g*(cos+beta-one_hot(y, cos.shape[1]) if shifted else cos), y)
 
@@ -70,6 +71,7 @@ def self_paced_ce(
     through:bool=True, # gradient through the factors
 )->Tensor:      # [B], >= 0
     "Self-paced accuracy loss on plain logits (thesis, section 3.5.2, Table 3.8)"
+    _check(y, z=z, cos=cos)
     return ce(pace(cos, y, beta=beta, through=through)*z, y)
 
 # %% ../../nbs/training/06_self_paced.ipynb #57ec8ae1
@@ -80,6 +82,7 @@ def inconsistency(
     inside:bool=True, # the probability inside the square, as in the equation; False: as in the text
 )->Tensor:        # [B], >= 0; zero iff both predict the same
     "How far an attack moves each class (thesis, eq. 3.14)"
+    choose(inside, (True,False), 'inside')
     log_p,log_q = z.log_softmax(1),z_adv.log_softmax(1)
     return ((log_p.exp() if inside else 1)*(log_p-log_q)).square().sum(1)
 
@@ -111,6 +114,7 @@ def spat(
     through:bool=True, shifted:bool=False,  # as for `self_paced_nce`
 )->Tensor:          # [B], >= 0
     "Self-paced adversarial training (thesis, eq. 3.9)"
+    _check(y, cos=cos, cos_adv=cos_adv)
     right = (nce(cos, y, s=s) if choose(accuracy, ('sp','nce'), 'accuracy')=='nce' else
              self_paced_nce(cos, y, s=s, beta=beta, through=through, shifted=shifted))
     return right + number('lam', lam, 0)*_robustness(s*cos, s*_checked(cos_adv, y), alpha, robustness)
@@ -127,6 +131,7 @@ def spat_plain(
     robustness:str='sp',           # or 'kl'
 )->Tensor:        # [B], >= 0
     "SPAT without the normalisation (thesis, Table 3.8, second row)"
+    _check(y, z=z, z_adv=z_adv)
     right = self_paced_ce(z, cos, y, beta=beta)
     return right + number('lam', lam, 0)*_robustness(z, z_adv, alpha, robustness)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from ..base import number
 
 # %% ../../nbs/vision/00_images.ipynb #f9c50671
 @dataclass(frozen=True, eq=False)
@@ -20,6 +21,8 @@ class Split:
     y:Tensor # [N], int64 in 0..K-1
 
     def __post_init__(self):
+        for name,t in (('images',self.x), ('labels',self.y)):
+            if not isinstance(t, Tensor): raise ValueError(f"{name} must be a tensor, got {type(t).__name__}")
         if self.x.ndim!=4 or self.y.shape!=self.x.shape[:1]:
             raise ValueError(f"images must be [N,C,H,W] and labels [N], "
                              f"got {tuple(self.x.shape)} and {tuple(self.y.shape)}")
@@ -64,6 +67,10 @@ def to_input(
     model:nn.Module|None=None, # who is shown them: images follow its weights' precision; None: float32
 )->Tensor:              # [B,C,size,size], in [0,1]
     "Make stored images a model's input"
+    if not isinstance(x, Tensor) or x.ndim!=4:
+        raise ValueError("images must be a tensor [B,C,H,W], "
+                         f"got {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
+    if size is not None: size = number('size', size, 1, whole=True) # pixels
     weights = model.parameters() if isinstance(model, nn.Module) else ()
     kind = next((p.dtype for p in weights if p.is_floating_point()), torch.float32)
     if x.dtype==torch.uint8: x = x.float()/255

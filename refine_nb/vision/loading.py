@@ -86,7 +86,7 @@ def split_indices(
 )->tuple[Tensor,Tensor]: # int64 indices of the training and of the validation part
     "Split `n` images at random into train and valid (AdCorDA, section 4)"
     valid = number('valid', valid, above=0, below=1); n = number('n', n, 1, whole=True)
-    number('seed', seed, whole=True)
+    seed = number('seed', seed, whole=True)
     i,k = torch.randperm(n, generator=seeded('split', seed)), round(n*valid)
     if not 0<k<n: raise ValueError(f"valid={valid} of {n} images leaves one part empty")
     return i[k:], i[:k]
@@ -108,7 +108,7 @@ def load_data(
 )->Data:                     # three parts, on the CPU
     "Load a data set, split it, and take its fingerprint"
     if size is not None: size = number('size', size, 1, whole=True) # pixels
-    if n_train is not None: number('n_train', n_train, whole=True)
+    if n_train is not None: n_train = number('n_train', n_train, whole=True)
     parts,classes = _readers[choose(name, data_names, 'data set')](name, data_root(root), download)
     pool = parts['train']
     i,j = split_indices(len(pool), valid, split_seed)
