@@ -65,7 +65,8 @@ KINDS = {                              # by the names that arguments have in thi
     'split': one_of('train', 'valid', 'test'), 'select': one_of('valid', 'last', none=True)}
 ROWS = ('z', 'z_adv', 'z_again', 'cos', 'cos_adv') # what is a table of logits
 NAMED = {'x': 'image', 'y': 'label', **dict.fromkeys(ROWS, 'logits'), 'f_s': 'features', 'f_t': 'features',
-         'shift': 'shift|weights', 'right': 'verdict', 'images': 'image', 'right_a': 'verdict', 'right_b': 'verdict', 'split_seed': 'seed', 'recipe': 'Recipe',
+         'shift': 'shift|weights', 'right': 'verdict', 'images': 'image', 'right_a': 'verdict',
+         'right_b': 'verdict', 'split_seed': 'seed', 'recipe': 'Recipe',
          'correct': 'correct', 'split': 'split|image|label', 'w': 'weight|w ', 'name': 'data set'}
 
 
@@ -98,7 +99,8 @@ def never(v): return False
 def maybe(v): return None if isinstance(v, nn.Module) else False # a kind of model that may be taken
 OTHERS = {'x': (IMAGES, never), 'y': (TARGETS, never), **dict.fromkeys(ROWS, (LOGITS, never)),
           'f_s': (FEATURES, never), 'f_t': (FEATURES, never), 'steps_to_flip': (KAPPAS, never),
-          'model': (MODELS, maybe), 'right': (BITS, never), 'right_a': (BITS, never), 'right_b': (BITS, never), 'w': (WEIGHTS, never), 'predicted': (TARGETS, never)}
+          'model': (MODELS, maybe), 'right': (BITS, never), 'right_a': (BITS, never),
+          'right_b': (BITS, never), 'w': (WEIGHTS, never), 'predicted': (TARGETS, never)}
 # numbers that are right stay small: a thousand restarts are legitimate, and take their time
 DRAWN = st.one_of(st.none(), st.booleans(), st.floats(-4, 4), st.integers(-4, 4), st.text(max_size=4),
                   st.lists(st.integers(0, 3), max_size=2), st.floats(0, 1), st.integers(-2**70, -1),

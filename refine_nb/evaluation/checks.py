@@ -7,13 +7,10 @@ __all__ = ['stochastic_outputs', 'training_mode', 'probability_outputs', 'budget
            'random_noise', 'transferred', 'square_search', 'vanishing_gradient', 'saturated_logits', 'unbounded']
 
 # %% ../../nbs/evaluation/30_checks.ipynb #d9bc7351
-from copy import deepcopy
-
 import torch
 from torch import nn
 
 from ..base import call, seeded
-from ..vision import suiting
 from ..attacks import attacking, fgsm, square, uniform
 from .evaluate import EVAL_BATCH
 from .gathering import Evidence, Finding
@@ -37,14 +34,14 @@ def training_mode(
     e:Evidence, # from `evidence`
 )->Finding:
     "Is the model handed over in a mode in which it answers otherwise than in evaluation?"
-    copy,x = deepcopy(e.model),e.x[:EVAL_BATCH]
-    on = sum(m.training for m in copy.modules())
+    model,x = e.model,e.x[:EVAL_BATCH]
+    on = sum(m.training for m in model.modules())
     here = [x.device] if x.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(devices=here), suiting(copy):
-        a = copy(x)
-        with attacking(copy):
-            apart = (_unit(copy(x))-_unit(copy(x))).norm(dim=1).max() # of a random net: not zero here either
-            b = copy(x)
+    with torch.no_grad(), torch.random.fork_rng(devices=here):
+        with attacking(model, 'train_untouched'): a = model(x)
+        with attacking(model):
+            apart = (_unit(model(x))-_unit(model(x))).norm(dim=1).max() # of a random net: not zero here too
+            b = model(x)
     away = (_unit(a)-_unit(b)).norm(dim=1).max()
     return Finding.of('training_mode', on and away>1e-4+2*apart,
         "The model is in training mode and answers otherwise than in evaluation: "

@@ -10,7 +10,6 @@ __all__ = ['BACKENDS', 'OBSERVERS', 'CALIBRATION_BATCH', 'affine', 'to_integers'
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 from ..base import choose, number
-from ..vision import Data, Normalise, to_input
+from ..vision import Data, Normalise, copied, plain_weights, to_input
 
 # %% ../../nbs/refinement/20_int8.ipynb #29c75bc2
 def affine(
@@ -78,6 +77,12 @@ _FLOAT = (nn.PReLU, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
           nn.functional.instance_norm)
 
 # %% ../../nbs/refinement/20_int8.ipynb #6d5d1af6
+def _any_layout(graph): # the output of an integer kernel has its channels last: no `view` can flatten it
+    for node in graph.graph.find_nodes(op='call_method', target='view'):
+        if not isinstance(node.args[1], torch.dtype): node.target = 'reshape'
+    graph.recompile()
+    return graph
+
 def prepared(
     model:nn.Module,          # images in [0,1] -> logits; not changed
     *,
@@ -92,9 +97,9 @@ def prepared(
             QConfig(activation=look, weight=get_default_qconfig(backend).weight))
         for kind in _FLOAT: config.set_object_type(kind, None)
         custom = PrepareCustomConfig().set_non_traceable_module_classes([Normalise])
-        try:
-            return prepare_fx(deepcopy(model).eval(), config, (torch.empty(0),), prepare_custom_config=custom)
-        except (torch.fx.proxy.TraceError, AssertionError) as e:
+        whole = plain_weights(copied(model).eval())
+        try: return _any_layout(prepare_fx(whole, config, (torch.empty(0),), prepare_custom_config=custom))
+        except (torch.fx.proxy.TraceError, AssertionError, TypeError) as e:
             raise ValueError(f"{type(model).__name__} cannot be traced for the backend {backend!r}, "
                              f"so it cannot be quantised ({e})") from e
 
@@ -126,7 +131,7 @@ class Int8(nn.Module):
     ):
         super().__init__()
         self.backend = backend
-        with kernels(backend): self.graph = convert_fx(deepcopy(watched).cpu())
+        with kernels(backend): self.graph = convert_fx(copied(watched).cpu())
     def forward(self, x):
         with kernels(self.backend), torch.no_grad(): return self.graph(x.cpu()).to(x.device)
 

@@ -7,16 +7,16 @@ __all__ = ['StraightThrough', 'on_counterpart', 'Simulation', 'through_int8', 'Q
 
 # %% ../../nbs/refinement/30_straight_through.ipynb #803aedc0
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization.observer import ObserverBase
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..base import Call, Recipe, Spec, choose
-from ..vision import Data, foldable
+from ..vision import Data, copied, foldable
 from ..training import Method
 from .int8 import BACKENDS, CALIBRATION_BATCH, OBSERVERS, Int8, calibrate, prepared
 
@@ -84,6 +84,10 @@ def _simulable(model:nn.Module, norms:dict[str,str])->None: # or a sentence
              if isinstance(m, nn.modules.conv._ConvNd) and not isinstance(m, nn.Conv2d)}
     for n,kind in kinds.items():
         raise ValueError(f"training through int8 knows Conv2d and Linear, but {n} is a {kind}")
+    for n,m in model.named_modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)) and not is_parametrized(m) and 'weight' not in m._parameters:
+            raise ValueError(f"the weight of {n} is made by a hook, as of the older weight_norm, and lags a step: "
+                             "use torch.nn.utils.parametrizations")
 
 def _others(model:nn.Module)->set[str]: # parameters that are not of a convolution or linear layer
     kernels = {n for n,m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
@@ -97,11 +101,12 @@ class Simulation:
         watched:nn.Module,   # `prepared` from it and calibrated; not changed
         *, backend:str='x86',
     ):
-        self.graph = deepcopy(watched).requires_grad_(False)
+        self.graph = copied(watched).requires_grad_(False)
         self.norms, self.each = dict(foldable(model)), backend!='qnnpack'
         self.others = _others(model)
-        for n,m in list(self.graph.named_modules()):
-            if isinstance(m, ObserverBase): self.graph.set_submodule(n, _Round(m))
+        watching = {n: m for n,m in self.graph.named_modules(remove_duplicate=False)
+                    if isinstance(m, ObserverBase)} # before and behind a pooling stands one and the same
+        for n,m in watching.items(): self.graph.set_submodule(n, _Round(m))
         _simulable(model, self.norms)
     @torch.no_grad()
     def follow(self, model:nn.Module)->'Simulation':

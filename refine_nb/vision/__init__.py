@@ -6,12 +6,12 @@
 __all__ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 'to_input', 'cache_file', 'class_files',
            'data_root', 'read_images', 'read_tree', 'data_names', 'load_data', 'split_indices', 'augment', 'batches',
            'draws', 'order', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier', 'model_names', 'n_parameters',
-           'small_names', 'small_network', 'suited', 'suiting', 'Leaves', 'fold', 'fold_if_same', 'foldable', 'refold',
-           'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms', 'KINDS',
-           'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu', 'CosineHead', 'at_scale',
-           'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer', 'logits_and_cosines', 'scaled_attack',
-           'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL', 'CORRUPTIONS', 'GENERATED', 'OFFICIAL_MD5', 'corrupt',
-           'official_corruption']
+           'small_names', 'small_network', 'copied', 'plain_weights', 'suited', 'suiting', 'Leaves', 'fold',
+           'fold_if_same', 'foldable', 'refold', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms',
+           'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing',
+           'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer',
+           'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL', 'CORRUPTIONS', 'GENERATED',
+           'OFFICIAL_MD5', 'corrupt', 'official_corruption']
 
 # %% ../../nbs/vision/99_vision.ipynb #d2ec6291
 from .images import Data, SLIP, Split, check_images, clipped, fingerprint, to_input
@@ -21,6 +21,7 @@ from .batching import augment, batches, draws, order
 from refine_nb.vision.models import (IMAGENET_MEAN, IMAGENET_STD, Normalise, classifier, model_names,
     n_parameters)
 from .small_networks import small_names, small_network
+from .copying import copied, plain_weights
 from .intake import suited, suiting
 from .folding import Leaves, fold, fold_if_same, foldable, refold
 from .wide_resnets import WideBlock, wide_resnet
@@ -39,9 +40,9 @@ _all_ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 'to_
          'class_files', 'data_root', 'read_images', 'read_tree', 'data_names', 'load_data',
          'split_indices', 'augment', 'batches', 'draws', 'order', 'IMAGENET_MEAN', 'IMAGENET_STD',
          'Normalise', 'classifier', 'model_names', 'n_parameters', 'small_names', 'small_network',
-         'suited', 'suiting', 'Leaves', 'fold', 'fold_if_same', 'foldable', 'refold', 'WideBlock',
-         'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms', 'KINDS',
-         'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu',
-         'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer',
-         'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL',
+         'copied', 'plain_weights', 'suited', 'suiting', 'Leaves', 'fold', 'fold_if_same', 'foldable',
+         'refold', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms', 'replaced',
+         'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing',
+         'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings',
+         'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL',
          'CORRUPTIONS', 'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'official_corruption']

@@ -9,7 +9,6 @@ __all__ = ['KINDS', 'straight_relu', 'SmoothReLU', 'smooth', 'smoothing', 'smoot
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..base import Call, choose
+from .copying import copied
 from .norms import dual_norms, replaced
 
 # %% ../../nbs/vision/35_activations.ipynb #fb77e279
@@ -94,7 +94,7 @@ class _Watch(TorchFunctionMode): # collects where a kink is called as a function
         return func(*args, **(kwargs or {}))
 
 def _functional(model, shape)->dict: # name of the module in `model` -> name of the function
-    probe = deepcopy(model).eval(); like = next(probe.parameters(), torch.zeros(()))
+    probe = copied(model).eval(); like = next(probe.parameters(), torch.zeros(()))
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(like)
     with torch.no_grad(), _Watch(probe) as seen:
         try: probe(x)

@@ -13,6 +13,7 @@ from copy import deepcopy
 from torch import nn
 
 from ..base import choose
+from .copying import copied
 
 # %% ../../nbs/vision/30_norms.ipynb #15349f30
 def replaced(
@@ -21,7 +22,7 @@ def replaced(
     make:Callable,             # (module) -> the one in its place
 )->tuple[nn.Module,int]:       # a copy of `model`, and how many modules were replaced in it
     "A copy of a model with other modules in place of those of some kind"
-    out = deepcopy(model)
+    out = copied(model)
     new = {m: make(m) for m in out.modules() if isinstance(m, kinds)}
     for name,m in list(out.named_modules(remove_duplicate=False)):
         if name and m in new: out.set_submodule(name, new[m])
