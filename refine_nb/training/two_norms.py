@@ -26,6 +26,7 @@ def advprop_step(
     attacked:str='auxiliary',  # the norms that the attack sees: 'auxiliary' or 'main'
     mode:str='eval',           # of the model while it is attacked, as for `adversarial`
     folded:bool=False,         # attack a folded copy of that stream, as for `adversarial`
+    see:Callable|None=None,    # is shown each x_adv [B,C,H,W], as for `adversarial`
 )->Callable:  # (model, batch, progress) -> mean loss, accuracies; a batch is (x, y, generator)
     "AdvProp: clean images by the main norms, attacked ones by the auxiliary (mixture document, Algorithm 1)"
     asks = asks_for(objective, STEP_GIVES[:-1], 'objective') # each image once
@@ -37,6 +38,7 @@ def advprop_step(
     def step(model, batch, progress):
         x,y,generator = batch
         with norms(model): x_adv = moved(model, x, y, generator)
+        if see: see(x_adv.detach())
         given = {'z': step_logits(model, x), 'y': y, 'progress': progress}
         with auxiliary(model): given['z_adv'] = step_logits(model, x_adv)
         return mean_loss(objective(**{n: given[n] for n in asks}), y), train_accuracies(given)
@@ -53,10 +55,11 @@ def advprop(
     attacked:str='auxiliary',  # the norms that the attack sees
     mode:str='eval',           # of the model while it is attacked
     augment:str='crop_flip',   # 'none', 'flip' or 'crop_flip'
+    see:Callable|None=None,    # as for `advprop_step`
     device='cpu',              # of the batches
 )->Method:                     # for a model with `dual_norms`
     "`advprop_step` with the batches of `adversarial_training` (mixture document, after Xie et al. 2019)"
-    step = advprop_step(attack, objective, attacked=attacked, mode=mode, folded=mode=='eval')
+    step = advprop_step(attack, objective, attacked=attacked, mode=mode, folded=mode=='eval', see=see)
     plain = adversarial_training(data, batch_size=batch_size, seed=seed, attack=attack, objective=objective,
                                  mode=mode, augment=augment, device=device)
     return replace(plain, step=step, about={**plain.about, 'attacked': attacked})
