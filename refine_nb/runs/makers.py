@@ -37,18 +37,13 @@ def _beside(recipe:Recipe, other:dict,
 class _Shown(Snapshots):
     "Snapshots in a store, which show the state after each epoch, written or not"
     def __init__(self, store, spec, see=lambda state: None):
-        super().__init__(store.root/'running'/key(spec), store.every)
-        self.root, self.owner, self.see = store.root, key(spec), see
+        super().__init__(store.root/'running'/key(spec), store.every, owner=key(spec))
+        self.root, self.see = store.root, see
     def save(self, state):
         self.see(state)
-        with writing(self.root): return super().save({**state, 'owner': self.owner})
+        with writing(self.root): return super().save(state)
     def load(self, device='cpu'):
-        with reading(self.folder): state = super().load(device)
-        owner = state and state.get('owner') # one of an older version says nothing
-        if owner and owner != self.owner:
-            raise ValueError(f"the snapshot in {self.folder} is of another run, {owner}: "
-                             "move it to where it belongs, or remove it to begin anew")
-        return state
+        with reading(self.folder): return super().load(device)
 
 # %% ../../nbs/runs/10_makers.ipynb #3a425408
 def _judges(recipe, data, method, store,

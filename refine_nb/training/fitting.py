@@ -186,14 +186,13 @@ def fit(
     select:str='valid',            # whose weights: of the best by 'valid' or 'robust', or of the 'last' epoch
     schedule:Callable[[float], float]|None=None, clip:float|None=None, # as for `train_epoch`
     snapshots:Snapshots|None=None, # where to go on from and to write to
-    owner:str|None=None, # whose snapshots these are, such as the key of a recipe
     engine:Engine=Engine(), quiet:bool=False,
 )->dict: # history (a dict an epoch), best_epoch (from 1), best_accuracy, seconds; other: weights not left
     "Train for `epochs` epochs and select one; `Diverged` keeps the last good snapshot"
     both = dict(epochs=epochs, seed=seed, schedule=schedule, clip=clip, robust=robust)
     about = dict(by=_judge(select, robust), validate=validate, method=method, optimiser=optimiser,
                  engine=engine, quiet=quiet, **both)
-    run = _run(method, optimiser, engine, select=select, owner=owner, **both)
+    run = _run(method, optimiser, engine, select=select, **both)
     state = resume(snapshots, model, optimiser, run, epochs=epochs, device=engine.device)
     runner = engine.runner(model)
     while state['epoch'] < epochs:

@@ -21,8 +21,10 @@ def _digest(raw)->str: return hashlib.sha256(raw).hexdigest()[:16]
 
 class Snapshots:
     "The newest whole training state in a folder"
-    def __init__(self, folder, every:float=20.): # seconds between snapshots; 0 writes after every epoch
+    def __init__(self, folder, every:float=20., # seconds between snapshots; 0 writes after every epoch
+        owner:str|None=None): # whose they are, such as the key of a recipe: no one else is given them
         self.folder, self.every, self.last, self.epoch = Path(folder), every, time.monotonic(), 0
+        self.owner = owner
     def save(
         self,
         state:dict, # of tensors, numbers, strings, lists and dicts, with the 'epoch'
@@ -30,7 +32,7 @@ class Snapshots:
         "Replace the stored state, where the last one is old enough"
         if time.monotonic()-self.last < self.every: return False
         self.folder.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO(); torch.save(state, buffer)
+        buffer = io.BytesIO(); torch.save({**state, **({'owner': self.owner} if self.owner else {})}, buffer)
         target = self.folder/f"{state['epoch']:05d}-{_digest(buffer.getbuffer())}.pt"
         old = list(self.folder.glob('*.pt'))
         with whole(target) as p: p.write_bytes(buffer.getbuffer())
@@ -40,17 +42,23 @@ class Snapshots:
         return True
 
 # %% ../../nbs/training/34_snapshots.ipynb #c36bc67d
+def _owned(state, snapshots): # one that does not say whose it is may be anybody's
+    owner = state.get('owner')
+    if None in (owner, snapshots.owner) or owner == snapshots.owner: return state
+    raise ValueError(f"the snapshot in {snapshots.folder} is of another run, {owner}: "
+                     "move it to where it belongs, or remove it to begin anew")
+
 @patch
 def load(
     self:Snapshots,
     device='cpu', # of the tensors
 )->dict|None:     # None where there is none
-    "The stored state, after its checksum was compared; a damaged one is set aside"
+    "The stored state, after its checksum and its owner were compared; a damaged one is set aside"
     for p in sorted(self.folder.glob('[0-9]*-*.pt'), reverse=True):
         raw = p.read_bytes()
         if _digest(raw) == p.stem.split('-')[1]:
             self.epoch = int(p.stem.split('-')[0])
-            return torch.load(io.BytesIO(raw), map_location=device, weights_only=True)
+            return _owned(torch.load(io.BytesIO(raw), map_location=device, weights_only=True), self)
         warnings.warn(f"the snapshot {p.name} is damaged: set aside as {p.name}.damaged, "
                       "training starts before it", stacklevel=2)
         p.replace(p.with_suffix('.pt.damaged'))
@@ -84,7 +92,7 @@ def run_identity(
 # %% ../../nbs/training/34_snapshots.ipynb #92e04ab5
 def _compare(was:dict, run:dict, snapshots)->None:
     if other := [f'{k} {was.get(k, "not said")}, now {run.get(k, "not said")}' for k in {**run, **was}
-                 if k not in was or k not in run or was[k]!=run[k]]:
+                 if was.get(k)!=run.get(k)]: # what is None is not said
         raise ValueError(f"the snapshot of epoch {snapshots.epoch} was made with {'; '.join(other)}: "
                          f"go on with what it was made with, or remove {snapshots.folder} to begin anew")
 
