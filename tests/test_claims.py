@@ -6,14 +6,16 @@ import ast, json, re
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import pandas as pd
 import pytest
 
 from refine_nb.reporting import ARTEFACTS, judge, our_tables, published, report_folder
 from refine_nb.papers.adcorda_tables import robust_table
-from refine_nb.papers.adcorda_text import CLAIMS, known_losses, known_points
+from refine_nb.papers.adcorda_text import CLAIMS, FOUND, known_losses, known_points
 from refine_nb.artefacts.claims_adcorda import tidy as adcorda_page
 from refine_nb.artefacts.claims_mixture import tidy as mixture_page
+from refine_nb.artefacts.fig2_adcorda import picture, view as points
 from refine_nb.artefacts.tab4_adcorda import BUDGETS, ROWS, SAME, tidy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,3 +168,20 @@ def test_claims_named_in_a_decision_are_there(document):
     said = {''.join(c) for d in published(f'conflicts_{document}').decision
             for c in re.findall(rf'"({letter}\d[^"]*)"|(?<!-)\b({letter}\d+)\b(?!, )|[Cc]laim (L\d+)', d)}
     assert said and said <= set(claims().claim)
+
+
+@pytest.mark.parametrize('rates', [(25,75), (50,), (0,), (100,), (0,25,50,75,100)], ids=str)
+def test_figure_2_of_adcorda_at_any_rates(rates):
+    "Without its ends, too: the self-check of the page, its table, picture, finding and claims"
+    ours = pd.read_csv(ROOT/'reports/fig2_adcorda/small/resnet18_cifar10_jpeg/tidy.csv',
+                       keep_default_na=False, na_values='')
+    ours = ours[(ours.panel=='a') | ours.rate.isin(rates)].assign(model='resnet34', dataset='cifar100')
+    page = nbformat.read(ROOT/'nbs/fig2_adcorda.ipynb', as_version=4)
+    check, = [line for c in page.cells for line in c.source.splitlines() if line.startswith('assert')]
+    exec(check, {'ours': ours})
+    shown = points(ours)
+    assert [p for p in shown.point if p.startswith('(b)')] == [f'(b) {r} % corrected' for r in rates]
+    assert len(picture(ours, 'a title').axes) == 2
+    assert ('a straight line explains' in FOUND['fig2_adcorda'](ours)) == (len(rates) > 2)
+    said = judge(CLAIMS['fig2_adcorda'], known_points(), ours, 'paper').set_index('claim').ours
+    assert ('not judged' in said['A12']) == (len(rates) < 3)
