@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import partial
 from numbers import Integral
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 

@@ -122,7 +122,8 @@ def surrogate(
     "The naturally trained network on which black-box images are made (section 3.5.1)"
     mnist = dataset=='mnist'
     name = model or ('lenet5' if mnist else 'resnet101')
-    return _whole(dataset, seed, network(False, name), call(fine_tune, augment='none' if mnist else 'crop_flip'))
+    method = call(fine_tune, augment='none' if mnist else 'crop_flip')
+    return _whole(dataset, seed, network(False, name), method)
 
 # %% ../../nbs/papers/70_spat.ipynb #0049be7a
 def judged(

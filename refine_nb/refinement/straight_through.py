@@ -86,8 +86,8 @@ def _simulable(model:nn.Module, norms:dict[str,str])->None: # or a sentence
         raise ValueError(f"training through int8 knows Conv2d and Linear, but {n} is a {kind}")
     for n,m in model.named_modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)) and not is_parametrized(m) and 'weight' not in m._parameters:
-            raise ValueError(f"the weight of {n} is made by a hook, as of the older weight_norm, and lags a step: "
-                             "use torch.nn.utils.parametrizations")
+            raise ValueError(f"the weight of {n} is made by a hook, as of the older weight_norm, and lags a "
+                             "step: use torch.nn.utils.parametrizations")
 
 def _others(model:nn.Module)->set[str]: # parameters that are not of a convolution or linear layer
     kernels = {n for n,m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
@@ -104,9 +104,8 @@ class Simulation:
         self.graph = copied(watched).requires_grad_(False)
         self.norms, self.each = dict(foldable(model)), backend!='qnnpack'
         self.others = _others(model)
-        watching = {n: m for n,m in self.graph.named_modules(remove_duplicate=False)
-                    if isinstance(m, ObserverBase)} # before and behind a pooling stands one and the same
-        for n,m in watching.items(): self.graph.set_submodule(n, _Round(m))
+        for n,m in list(self.graph.named_modules(remove_duplicate=False)): # a pooling shares its two
+            if isinstance(m, ObserverBase): self.graph.set_submodule(n, _Round(m))
         _simulable(model, self.norms)
     @torch.no_grad()
     def follow(self, model:nn.Module)->'Simulation':

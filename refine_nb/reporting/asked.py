@@ -48,7 +48,9 @@ def between(
     "Checks a single finite number, also as text"
     ends = f'{low:g}..{high:g}' + (f', below {below:g}' if below < math.inf else '')
     def check(value):
-        try: return float(number('', float(value) if isinstance(value, str) else value, low, high, below=below))
+        try:
+            v = float(value) if isinstance(value, str) else value
+            return float(number('', v, low, high, below=below))
         except ValueError: raise ValueError(f"wants a number in {ends}, got {value!r}") from None
     return check
 

@@ -60,7 +60,8 @@ def probability_margin(
 
 # %% ../../nbs/training/08_example_weights.ipynb #4a668f88
 def _by_margin(z, y, progress, slope, bias, form, burn_in):
-    _check(y, z=z); choose(form, ('released','paper'), 'form of the weights'); slope = number('slope', slope, above=0)
+    _check(y, z=z)
+    choose(form, ('released','paper'), 'form of the weights'); slope = number('slope', slope, above=0)
     if _waiting(progress, burn_in): return torch.ones_like(z[:,0])
     w = (slope*(probability_margin(z, y)+number('bias', bias))).sigmoid().detach()
     return 3*w if form=='released' else _normalised(w, 'MAIL')

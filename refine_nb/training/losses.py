@@ -6,14 +6,14 @@
 __all__ = ['clean', 'weighted_ce', 'halves', 'trades', 'trades_as_coded']
 
 # %% ../../nbs/training/00_losses.ipynb #50624c84
-import torch
 from torch import Tensor
 
 from ..base import choose, number
 from ..attacks import NotFinite, ce, kl
 
 # %% ../../nbs/training/00_losses.ipynb #2d4456b3
-def _came(v): return f'{v.dtype} {list(v.shape)}' if isinstance(v, Tensor) else f'{v!r:.40} ({type(v).__name__})'
+def _came(v): # a tensor by its shape, anything else as it is
+    return f'{v.dtype} {list(v.shape)}' if isinstance(v, Tensor) else f'{v!r:.40} ({type(v).__name__})'
 
 def _check(y, **logits):
     "A sentence where these are no labels [B] and logits [B,K]"

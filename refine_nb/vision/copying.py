@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from copy import deepcopy
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -36,8 +35,9 @@ def copied(
         try: deepcopy(v, dict(memo))
         except Exception: memo[id(v)] = shared[name] = v
     out = deepcopy(model, memo)
-    if shared: warnings.warn(f"{', '.join(shared)} of {type(model).__name__} can't be copied: the copy shares "
-                             "it with the network", stacklevel=2)
+    if shared:
+        warnings.warn(f"{', '.join(shared)} of {type(model).__name__} can't be copied: the copy shares it with "
+                      "the network", stacklevel=2)
     return out
 
 # %% ../../nbs/vision/23_copying.ipynb #b3ea90ea
