@@ -36,8 +36,8 @@ def copied(
         except Exception: memo[id(v)] = shared[name] = v
     out = deepcopy(model, memo)
     if shared:
-        warnings.warn(f"{', '.join(shared)} of {type(model).__name__} can't be copied: the copy shares it with "
-                      "the network", stacklevel=2)
+        warnings.warn(f"{', '.join(shared)} of {type(model).__name__} can't be copied: the copy shares it "
+                      "with the network", stacklevel=2)
     return out
 
 # %% ../../nbs/vision/23_copying.ipynb #b3ea90ea
