@@ -105,9 +105,13 @@ class Cell(Spec):
     split: str = 'test'           # 'train', 'valid' or 'test'
     n_eval: int|None = None       # first n images of the split; None is all
     surrogate: Recipe|None = None # whose weights are attacked; None: those of `recipe`
+    corruption: Call|None = None  # (split) -> split, e.g. call(corrupted, name='fog'); None: as they are
 
     def __post_init__(self):
         _check_images(self); _a_call(self, 'attack', 'pgd, eps=8/255', none=True)
+        _a_call(self, 'corruption', "corrupted, name='fog', severity=3", none=True)
+        if self.corruption is not None and self.surrogate is not None:
+            raise ValueError("a surrogate attacks the images as they are: leave it or the corruption out")
         if self.surrogate is not None: _a_network(self, 'surrogate')
         if self.surrogate is not None and self.attack is None:
             raise ValueError(
@@ -130,7 +134,7 @@ class Worst(Spec):
             raise ValueError(f"Worst wants a clean cell and 1 to 127 attacks, got {len(self.cells)} cells")
         if self.cells[0].attack is not None:
             raise ValueError(f"Worst wants the clean cell first, got one under {self.cells[0].attack.name}")
-        for name in ('recipe', 'split', 'n_eval'):
+        for name in ('recipe', 'split', 'n_eval', 'corruption'):
             if any(getattr(c, name) != getattr(self.cells[0], name) for c in self.cells):
                 raise ValueError(f"Worst wants cells of one recipe, split and n_eval, "
                                  f"got different values of {name}: the worst case is taken image by image")

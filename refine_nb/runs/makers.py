@@ -12,7 +12,7 @@ from functools import partial, singledispatch
 import torch
 
 from ..base import Adversarials, Cell, Recipe, Robustness, Worst, call, key
-from ..vision import Data, Split, n_parameters, to_input
+from ..vision import Data, Split, fingerprint, n_parameters, to_input
 from ..attacks import OtherRun, autoattack, fgsm
 from ..evaluation import (adversarial_images, classify, first_broken, narrow, pack,
                                   proportion, survivors, verdicts)
@@ -117,13 +117,15 @@ def _transferred(store, cell:Cell, data:Data, part:Split,
 @make.register
 def _(cell:Cell, store):
     data, model = store.data(cell.recipe.data), store.model(cell.recipe)
-    part, attack = _part(data, cell), cell.attack and store.resolved(cell.attack)
+    part, attack, shown = _part(data, cell), cell.attack and store.resolved(cell.attack), data.fingerprint
     if cell.surrogate: part, attack = _transferred(store, cell, data, part), None
+    if cell.corruption:
+        part = cell.corruption(part); shown = fingerprint(part.x, part.y) # no cell on clean images is paired
     start = time.monotonic()
     found = classify(model, part, size=data.size, attack=attack, seed=cell.recipe.seed,
                      device=store.engine.device, quiet=store.quiet)
     numbers = {**proportion(found==part.y), 'images_per_second': len(part)/(time.monotonic()-start),
-               'data': data.fingerprint}
+               'data': shown}
     return numbers, {'right': pack(found==part.y), 'predicted': narrow(found, data.num_classes)}
 
 # %% ../../nbs/runs/10_makers.ipynb #e9859208

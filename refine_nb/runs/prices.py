@@ -137,7 +137,8 @@ def _detail(spec): # what tells runs of one kind apart
     if isinstance(spec, Robustness): return f'{len(spec.components)} components'
     if isinstance(spec, (OnSource, Worst)): return {OnSource: 'source', Worst: 'worst case'}[type(spec)]
     return (f'transferred {spec.attack.name}' if getattr(spec, 'surrogate', None)
-            else spec.attack.name if spec.attack else 'clean')
+            else spec.attack.name if spec.attack
+            else 'corrupted' if getattr(spec, 'corruption', None) else 'clean')
 
 def price(
     specs:list[Spec], # what is to be made, e.g. `store.plan(cells)`

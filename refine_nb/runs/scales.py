@@ -23,7 +23,7 @@ class Preset:
     size: int|None = None       # largest model input, pixels
     n_train: int|None = None    # most training images
     n_eval: int|None = None     # most images of an evaluation
-    n_attacked: int|None = None # most images of an evaluation under attack
+    n_attacked: int|None = None # most images of an evaluation under attack, or on corrupted images
     # most images under AutoAttack, where each survivor costs thousands of passes
     n_autoattack: int|None = None
     seeds: int|None = None      # most seeds
@@ -83,6 +83,7 @@ def _scaled_call(c:Call, p:Preset)->Call:
         if p.stem and has['name'].startswith('resnet'): new['stem'] = p.stem
     if c.name == 'classifier' and p.thin and (has|new)['stem'] == 'cifar': new['name'] = p.thin
     if p.n_train and has.get('n_calibrate'): new['n_calibrate'] = min(has['n_calibrate'], p.n_train)
+    if c.name == 'corrupted' and p.data: new['official'] = False # there are none of other images
     if p.steps and has.get('steps') is not None: new['steps'] = min(has['steps'], p.steps)
     return c.but(**new) if new else c
 
@@ -105,7 +106,8 @@ def scaled(
             return replace(v, n_eval=_least(_least(_least(v.n_eval, p.n_eval), p.n_attacked), p.n_autoattack),
                            components=p.components or v.components)
         if isinstance(v, (Adversarials, Cell)):
-            return replace(v, n_eval=_least(_least(v.n_eval, p.n_eval), v.attack and p.n_attacked))
+            hard = v.attack or getattr(v, 'corruption', None)
+            return replace(v, n_eval=_least(_least(v.n_eval, p.n_eval), hard and p.n_attacked))
         return v
     if isinstance(value, tuple): return tuple(scaled(v, p) for v in value)
     # clean too: the same images
