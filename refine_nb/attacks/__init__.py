@@ -8,7 +8,7 @@ __all__ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'mome
            'bim', 'cw_linf', 'fgsm', 'kl_pgd', 'kurakin_steps', 'mim', 'pgd', 'bi', 'bih', 'll', 'vbi', 'ddn',
            'salt_and_pepper', 'DRA_CHOICES', 'dra', 'significant', 'unit_l1', 'boundary_start', 'pursue',
            'apgd_checkpoints', 'apgd', 'apgd_best', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step', 'square',
-           'square_side', 'Result', 'STANDARD', 'OtherRun', 'autoattack']
+           'square_side', 'Result', 'STANDARD', 'OtherRun', 'autoattack', 'autoattack_images']
 
 # %% ../../nbs/attacks/99_attacks.ipynb #92c54b6b
 from .objectives import ce, dlr, dlr_t, kl, margin
@@ -27,6 +27,7 @@ from .random_search import square, square_side
 from .protocol import Result, STANDARD
 from .books import OtherRun
 from .ensemble import autoattack
+from .handed_out import autoattack_images
 
 # %% ../../nbs/attacks/99_attacks.ipynb #01222a7d
 _all_ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'momentum', 'signed',
@@ -35,4 +36,4 @@ _all_ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'moment
          'kurakin_steps', 'mim', 'pgd', 'bi', 'bih', 'll', 'vbi', 'ddn', 'salt_and_pepper',
          'DRA_CHOICES', 'dra', 'significant', 'unit_l1', 'boundary_start', 'pursue',
          'apgd_checkpoints', 'apgd', 'apgd_best', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step',
-         'square', 'square_side', 'Result', 'STANDARD', 'OtherRun', 'autoattack']
+         'square', 'square_side', 'Result', 'STANDARD', 'OtherRun', 'autoattack', 'autoattack_images']

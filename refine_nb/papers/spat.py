@@ -10,7 +10,7 @@ __all__ = ['DEFENCES_AS', 'MNIST_ROWS', 'DATASETS', 'MODELS', 'BUDGET', 'WORDS',
 from ..base import Call, Cell, Recipe, Robustness, call, choose
 from ..vision import classifier, cosine_classifier, load_data, small_network, wide_resnet
 from ..vision import scaled_attack
-from ..attacks import cw_linf, fab_t, fgsm, mim, pgd
+from ..attacks import autoattack_images, cw_linf, fab_t, fgsm, mim, pgd
 from ..training import defence, fine_tune, piecewise, sgd
 
 # %% ../../nbs/papers/70_spat.ipynb #835e2eb3
@@ -137,9 +137,8 @@ def judged(
     "One number of Tables 3.2 to 3.5"
     known = attackers(recipe.data['name']); attack = known.get(choose(column, (*known, 'AA'), 'column'))
     if column=='AA':
-        if surrogate or scale:
-            raise ValueError("AutoAttack is a spec of its own, white box, on what a network shows: "
-                             "build the network with another scale, or take another column")
-        return Robustness(recipe, eps=known['FGSM']['eps'], n_eval=n_eval)
+        eps = known['FGSM']['eps']
+        if surrogate is None: return Robustness(recipe, eps=eps, n_eval=n_eval, scale=scale)
+        attack = call(autoattack_images, eps=eps)
     if scale and attack: attack = call(scaled_attack, attack=attack, scale=scale)
     return Cell(recipe, attack, n_eval=n_eval, surrogate=surrogate if attack else None)

@@ -7,12 +7,13 @@ __all__ = ['make']
 
 # %% ../../nbs/runs/10_makers.ipynb #150a45f0
 import time, warnings
+from contextlib import nullcontext
 from functools import partial, singledispatch
 
 import torch
 
 from ..base import Adversarials, Cell, Recipe, Robustness, Worst, call, key
-from ..vision import Data, Split, fingerprint, n_parameters, to_input
+from ..vision import Data, Split, at_scale, fingerprint, n_parameters, to_input
 from ..attacks import OtherRun, autoattack, fgsm
 from ..evaluation import (adversarial_images, classify, first_broken, narrow, pack,
                                   proportion, survivors, verdicts)
@@ -192,11 +193,12 @@ def _(spec:Robustness, store):
     x = to_input(part.x, data.size); known = running.load()
     run = partial(autoattack, model, x, part.y, eps=spec.eps, components=spec.components,
                   reference=spec.reference, seed=spec.recipe.seed, quiet=store.quiet, save=save)
-    try: r = run(state=known and known['run'])
-    except OtherRun as e:
-        warnings.warn(f"the unfinished AutoAttack {key(spec)} cannot go on ({e}): it begins again",
-                      stacklevel=2)
-        r = run()
+    with at_scale(model, spec.scale) if spec.scale else nullcontext():
+        try: r = run(state=known and known['run'])
+        except OtherRun as e:
+            warnings.warn(f"the unfinished AutoAttack {key(spec)} cannot go on ({e}): it begins again",
+                          stacklevel=2)
+            r = run()
     numbers = {**proportion(r.breaker==-1), 'label': r.label, 'survivors': r.survivors, 'seconds': r.seconds,
                'flags': list(r.flags), 'data': data.fingerprint}
     return numbers, {'right': pack(r.breaker==-1), 'breaker': r.breaker}

@@ -61,8 +61,11 @@ SIZES = { # images for training and validation together, images for the test, cl
 
 def _attacked(attack:Call|None, n:int)->Counter:
     if attack is None: return Counter()
-    if inner := attack.all_settings.get('attack'): return _attacked(inner, n) # of `smooth_attack`
-    steps, restarts = attack.all_settings.get('steps') or 10, attack.all_settings.get('restarts') or 1
+    has = attack.all_settings
+    if inner := has.get('attack'): return _attacked(inner, n) # of `smooth_attack`
+    if attack.name in ('autoattack_images','fab_t'): # as AutoAttack has them
+        return _withstood(has.get('components', ('fab-t',)), int(n*ROBUST_SHARE))
+    steps, restarts = has.get('steps') or 10, has.get('restarts') or 1
     return Counter({'forward' if attack.name=='salt_and_pepper' else 'attack': steps*restarts*n})
 
 # %% ../../nbs/runs/50_prices.ipynb #12827dab

@@ -83,9 +83,14 @@ def _scaled_call(c:Call, p:Preset)->Call:
         if p.stem and has['name'].startswith('resnet'): new['stem'] = p.stem
     if c.name == 'classifier' and p.thin and (has|new)['stem'] == 'cifar': new['name'] = p.thin
     if p.n_train and has.get('n_calibrate'): new['n_calibrate'] = min(has['n_calibrate'], p.n_train)
+    if c.name == 'autoattack_images' and p.components: new['components'] = p.components
     if c.name == 'corrupted' and p.data: new['official'] = False # there are none of other images
     if p.steps and has.get('steps') is not None: new['steps'] = min(has['steps'], p.steps)
     return c.but(**new) if new else c
+
+# %% ../../nbs/runs/40_scales.ipynb #ab12cd34
+def _exhaustive(v)->bool: # AutoAttack, or a cell on the images that it hands out
+    return isinstance(v, Robustness) or bool(v.attack) and v.attack.name == 'autoattack_images'
 
 def _scaled_recipe(r:Recipe, p:Preset)->Recipe:
     r = replace(r, epochs=math.ceil(r.epochs*p.epochs), batch_size=_least(r.batch_size, p.batch_size))
@@ -107,10 +112,12 @@ def scaled(
                            components=p.components or v.components)
         if isinstance(v, (Adversarials, Cell)):
             hard = v.attack or getattr(v, 'corruption', None)
-            return replace(v, n_eval=_least(_least(v.n_eval, p.n_eval), hard and p.n_attacked))
+            return replace(v, n_eval=_least(_least(_least(v.n_eval, p.n_eval), hard and p.n_attacked),
+                                            p.n_autoattack if _exhaustive(v) else None))
         return v
     if isinstance(value, tuple): return tuple(scaled(v, p) for v in value)
     # clean too: the same images
     if isinstance(value, Worst):
-        return Worst(tuple(scaled(replace(c, n_eval=_least(c.n_eval, p.n_attacked)), p) for c in value.cells))
+        n = _least(p.n_attacked, p.n_autoattack if any(map(_exhaustive, value.cells)) else None)
+        return Worst(tuple(scaled(replace(c, n_eval=_least(c.n_eval, n)), p) for c in value.cells))
     return rewrite(value, cap)
