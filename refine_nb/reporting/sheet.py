@@ -37,9 +37,9 @@ def leaves(
     if isinstance(grid, Spec): return [grid]
     return [s for g in (grid.values() if isinstance(grid, dict) else grid) for s in leaves(g)]
 
-def _at(grid, p): # the same grid, each spec capped
-    if isinstance(grid, dict): return {k: _at(g, p) for k,g in grid.items()}
-    return tuple(_at(g, p) for g in grid) if isinstance(grid, (list, tuple)) else scaled(grid, p)
+def _each(grid, f): # the same grid, `f` of each spec
+    if isinstance(grid, dict): return {k: _each(g, f) for k,g in grid.items()}
+    return tuple(_each(g, f) for g in grid) if isinstance(grid, (list, tuple)) else f(grid)
 
 # %% ../../nbs/reporting/70_sheet.ipynb #a1efb5cb
 class Sheet:
@@ -107,12 +107,14 @@ def _fitting(picture): # as wide as it needs: several panels take the page
 # %% ../../nbs/reporting/70_sheet.ipynb #19a70142
 @patch
 def ask(self:Sheet,
-    wanted,       # a grid at published scale, as `leaves` takes it
-    instead=None, # what this run takes in its place, where the grid is too large for it, or lacks a network
-):                # the grid at this preset's scale
-    "What this page needs, at the scale that is run"
+    wanted,                  # a grid at published scale, as `leaves` takes it
+    demo:Callable|None=None, # spec at a demo's scale -> the one that a demo takes in its place
+    instead=None,            # the part of the grid that this run takes, where all is too much, or lacks a network
+):                           # the grid at this preset's scale
+    "What this page needs, at the scale that is run; the price of the real thing is that of the whole grid"
+    less = demo if demo and self.p.preset.name=='demo' else lambda s: s
+    cells = _each(wanted if instead is None else instead, lambda s: less(scaled(s, self.p.preset)))
     self.wanted = leaves(wanted)
-    cells = _at(wanted if instead is None else instead, self.p.preset)
     self.cells, self.title = leaves(cells), announce(self.about.id, self.p, self.store, self.wanted)
     return cells
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..base import Adversarials, Call, Cell, Recipe, Robustness, Spec, Worst
-from ..vision import suiting
+from ..vision import n_parameters, suiting
 from ..attacks import attacking
 from ..training import Engine
 from ..refinement import Correction, OnSource, Quantised, Share
@@ -36,9 +36,10 @@ def speed(
     engine:Engine=Engine(),
 )->dict[str,float]:      # 'forward', 'attack', 'train': seconds an image
     "Measured seconds per image of this model on this device"
-    batch = 16 if engine.device.startswith('cuda') or shape[-1] <= 64 else 4
     bare = model.but(weights=None) if 'weights' in model.all_settings else model
     net = engine.place(bare(num_classes=num_classes))
+    small = shape[-1] <= 64 and n_parameters(net) < 2e7
+    batch = 16 if engine.device.startswith('cuda') or small else 4
     x = torch.rand(batch, *shape, device=engine.device).contiguous(memory_format=torch.channels_last)
     y = torch.zeros(batch, dtype=torch.int64, device=engine.device)
     opt = torch.optim.SGD(net.parameters(), lr=0., momentum=.9)
@@ -130,7 +131,8 @@ def cost(
     recipe = getattr(spec, 'recipe', spec)
     name, size = recipe.data['name'], recipe.data['size']
     *_, K, (C,H,W) = SIZES[name]
-    per = speed(recipe.model, (C,size,size) if size else (C,H,W), K, engine)
+    model = recipe.model.all_settings.get('base', recipe.model) # a head of cosines costs nothing
+    per = speed(model, (C,size,size) if size else (C,H,W), K, engine)
     return sum(n*per[kind] for kind,n in images(spec).items())
 
 # %% ../../nbs/runs/50_prices.ipynb #c7d0482d
