@@ -96,25 +96,39 @@ _readers = dict(digits=_digits, mnist=_torchvision, cifar10=_torchvision, cifar1
                 cifar10_jpeg=_folders, cifar10_resplit=_folders, cinic10=_folders)
 data_names = tuple(_readers)
 
+# %% ../../nbs/vision/10_loading.ipynb #3c5d90aa
+def _of_classes(parts, names, labels): # of each part these labels alone, numbered anew
+    K = len(names)
+    if not (isinstance(labels, (tuple,list)) and len(set(labels))==len(labels)>1
+            and all(type(k) is int and 0<=k<K for k in labels)):
+        raise ValueError(f"classes wants two or more labels in 0..{K-1}, each once, got {labels!r}")
+    new = torch.full((K,), -1); new[list(labels)] = torch.arange(len(labels))
+    kept = {p: new[s.y]>=0 for p,s in parts.items()}
+    return ({p: Split(s.x[kept[p]], new[s.y[kept[p]]]) for p,s in parts.items()},
+            tuple(names[k] for k in labels))
+
 # %% ../../nbs/vision/10_loading.ipynb #5a5f88dc
 def load_data(
     name:str,                # one of `data_names`; 'cifar10_resplit': CIFAR-10 with a test set of its own
     *, size:int|None=None,   # pixels, side of the model input; None: as published
     split_seed:int=1,        # chooses the validation images
     valid:float=0.1,         # fraction of the training images that validates; CINIC-10 has its own part
-    n_train:int|None=None,   # keep the first so many training images; None: all
+    n_train:int|None=None,   # keep the first so many training images (with `classes` at most); None: all
+    classes:tuple[int,...]|None=None, # these labels alone, numbered anew in this order; None: all
     root:str|Path|None=None, # see `data_root`
     download:bool=False,     # let torchvision fetch what is missing
 )->Data:                     # three parts, on the CPU
     "Load a data set, split it, and take its fingerprint"
     if size is not None: size = number('size', size, 1, whole=True) # pixels
     if n_train is not None: n_train = number('n_train', n_train, whole=True)
-    parts,classes = _readers[choose(name, data_names, 'data set')](name, data_root(root), download)
+    parts,names = _readers[choose(name, data_names, 'data set')](name, data_root(root), download)
+    if classes is not None: parts,names = _of_classes(parts, names, classes)
     pool = parts['train']
     i,j = split_indices(len(pool), valid, split_seed)
     if 'valid' in parts: i,j = torch.cat([j,i]), j[:0]
+    if classes and n_train: n_train = min(n_train, len(i))
     if n_train is not None and not 0<n_train<=len(i):
         raise ValueError(f"n_train must be in 1..{len(i)}, the training images of {name}, got {n_train}")
     fp = fingerprint(*(t for s in parts.values() for t in (s.x,s.y)), i[:n_train], j)
     v = parts.get('valid', Split(pool.x[j], pool.y[j]))
-    return Data(name, classes, Split(pool.x[i[:n_train]], pool.y[i[:n_train]]), v, parts['test'], fp, size)
+    return Data(name, names, Split(pool.x[i[:n_train]], pool.y[i[:n_train]]), v, parts['test'], fp, size)
