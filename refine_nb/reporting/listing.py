@@ -98,9 +98,11 @@ _TITLES |= {
     'fig3_mixture': 'ReLU and its smooth relatives',
     'fig4_mixture': 'accuracy against robustness', 'study_mixture': 'ours: why a network looks robust',
     'claims_mixture': 'every numeric claim of the text'}
-_READY = {'tab2_mixture', 'fig4_mixture', 'claims_mixture', 'tab4_adcorda', 'tab1_mixture', 'fig1_adcorda',
-          'claims_adcorda', 'tab1_adcorda', 'tab3_adcorda', 'fig2_adcorda', 'tab2_adcorda', 'study_adcorda',
-          'fig3_mixture', 'fig2_mixture', 'fig1_mixture', 'study_mixture', 'tab2_dra'}
+_READY = {'claims_adcorda', 'claims_mixture', 'fig1_adcorda', 'fig1_mixture', 'fig2_1_spat', 'fig2_2_spat',
+          'fig2_adcorda', 'fig2_mixture', 'fig3_1_spat', 'fig3_2_spat', 'fig3_3_spat',
+          'fig3_4_spat', 'fig3_mixture', 'fig4_mixture', 'study_adcorda', 'study_mixture',
+          'tab1_adcorda', 'tab1_mixture', 'tab2_adcorda', 'tab2_dra', 'tab2_mixture',
+          'tab3_1_spat', 'tab3_adcorda', 'tab4_adcorda'}
 ARTEFACTS = {i: Artefact(i, t, i in _READY) for i,t in _TITLES.items()}
 
 # %% ../../nbs/reporting/40_listing.ipynb #78eb8439
