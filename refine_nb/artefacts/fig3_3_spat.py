@@ -45,31 +45,35 @@ def view(
                   to_others='to other prototypes (°)')
 
 # %% ../../nbs/fig3_3_spat.ipynb #ce48e7f8
+def _draw_plane(ax, plane): # prototypes, and embeddings before and after the attack
+    before, after = (plane[plane.what==w] for w in ('before','after'))
+    along = (after[c].values-before[c].values for c in 'uv')
+    ax.quiver(before.u, before.v, *along, angles='xy', scale_units='xy', scale=1, color='.55', width=.004)
+    ax.plot(before.u, before.v, 'o', ms=2.5, color='#0072B2', mew=0)
+    ax.plot(after.u, after.v, '.', ms=1, color='.55')
+    for r,ink,role in zip(plane[plane.what=='prototype'].to_dict('records'),
+                          ('#0072B2','#D55E00','#009E73'), ('true','hard','easy')):
+        ax.plot(r['u'], r['v'], '*', ms=11, color=ink, mec='w', label=f"{r['class']} ({role})")
+    ax.set(xlabel='towards the hard prototype', ylabel='towards the easy one',
+           title='embeddings under PGD-20')
+    ax.legend(fontsize=6)
+
+# %% ../../nbs/fig3_3_spat.ipynb #d547789a
 def picture(
     ours:pd.DataFrame, # tidy
     title:str,
 )->Figure:
     "Where an attack goes in the plane of three prototypes, and what Lemma 1 leaves out"
-    plane, rows = ours[ours.part=='plane'], ours[ours.part=='image']
-    before, after = (plane[plane.what==w] for w in ('before','after'))
+    rows = ours[ours.part=='image']; unsure = 1-rows.sigma
+    ring = dict(ms=3.5, mfc='none', color='#D55E00', mew=.6)
     with figure_style():
-        fig, (a, b, right) = plt.subplots(1, 3, figsize=(7.6, 2.8), width_ratios=(1.4, 1, 1))
-        along = (after[c].values-before[c].values for c in 'uv')
-        a.quiver(before.u, before.v, *along, angles='xy', scale_units='xy', scale=1, color='.55', width=.004)
-        a.plot(before.u, before.v, 'o', ms=2.5, color='#0072B2', mew=0)
-        a.plot(after.u, after.v, '.', ms=1, color='.55')
-        for r,ink,role in zip(plane[plane.what=='prototype'].to_dict('records'),
-                              ('#0072B2','#D55E00','#009E73'), ('true','hard','easy')):
-            a.plot(r['u'], r['v'], '*', ms=11, color=ink, mec='w', label=f"{r['class']} ({role})")
-        a.set(xlabel='towards the hard prototype', ylabel='towards the easy one',
-              title='embeddings under PGD-20')
-        a.legend(fontsize=6)
-        unsure = 1-rows.sigma
+        fig, (a, b, c) = plt.subplots(1, 3, figsize=(7.6, 2.8), width_ratios=(1.4, 1, 1))
+        _draw_plane(a, ours[ours.part=='plane'])
         b.plot(unsure, rows.length, '.', ms=3, color='k', label='the gradient')
-        b.plot(unsure, rows.error, 'o', ms=3.5, mfc='none', color='#D55E00', mew=.6, label='what is dropped')
-        right.plot(unsure, rows.angle, 'o', ms=3.5, mfc='none', color='#D55E00', mew=.6)
-        for ax,label in ((b, 'length'), (right, 'kept part to gradient (°)')):
+        b.plot(unsure, rows.error, 'o', label='what is dropped', **ring)
+        c.plot(unsure, rows.angle, 'o', **ring)
+        for ax,label in ((b, 'length'), (c, 'kept part to gradient (°)')):
             ax.set(xscale='log', xlabel=r'$1-\sigma_i$ (sure images are left)', ylabel=label); ax.grid()
-        b.set(yscale='log'); b.legend(); right.set(ylim=(0, 180), yticks=range(0, 181, 45))
+        b.set(yscale='log'); b.legend(); c.set(ylim=(0, 180), yticks=range(0, 181, 45))
         fig.suptitle(title, fontsize=8, x=0, ha='left')
     return fig
