@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..reporting import figure_style, worded
-from ..papers.spat_geometry import SURE
 
 # %% ../../nbs/fig3_3_spat.ipynb #95654751
 def tidy(
@@ -55,8 +54,7 @@ def _draw_plane(ax, plane): # prototypes, and embeddings before and after the at
                           ('#0072B2','#D55E00','#009E73'), ('true','hard','easy')):
         ax.plot(r['u'], r['v'], '*', ms=11, color=ink, mec='w', label=f"{r['class']} ({role})")
     ax.set(xlabel='towards the hard prototype', ylabel='towards the easy one',
-           title='embeddings under PGD-20')
-    ax.legend(fontsize=6)
+           title='embeddings under PGD-20'); ax.legend(fontsize=6)
 
 # %% ../../nbs/fig3_3_spat.ipynb #d547789a
 def picture(
