@@ -8,7 +8,7 @@ __all__ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'mome
            'bim', 'cw_linf', 'fgsm', 'kl_pgd', 'kurakin_steps', 'mim', 'pgd', 'bi', 'bih', 'll', 'vbi', 'ddn',
            'salt_and_pepper', 'DRA_CHOICES', 'dra', 'significant', 'unit_l1', 'boundary_start', 'pursue',
            'apgd_checkpoints', 'apgd', 'apgd_best', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step', 'square',
-           'square_side', 'Result', 'STANDARD', 'OtherRun', 'autoattack', 'autoattack_images']
+           'square_side', 'Result', 'STANDARD', 'OtherRun', 'autoattack', 'autoattack_images', 'sharpened_attack']
 
 # %% ../../nbs/attacks/99_attacks.ipynb #92c54b6b
 from .objectives import ce, dlr, dlr_t, kl, margin
@@ -28,6 +28,7 @@ from .protocol import Result, STANDARD
 from .books import OtherRun
 from .ensemble import autoattack
 from .handed_out import autoattack_images
+from .sharpening import sharpened_attack
 
 # %% ../../nbs/attacks/99_attacks.ipynb #01222a7d
 _all_ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'momentum', 'signed',
@@ -36,4 +37,5 @@ _all_ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'moment
          'kurakin_steps', 'mim', 'pgd', 'bi', 'bih', 'll', 'vbi', 'ddn', 'salt_and_pepper',
          'DRA_CHOICES', 'dra', 'significant', 'unit_l1', 'boundary_start', 'pursue',
          'apgd_checkpoints', 'apgd', 'apgd_best', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step',
-         'square', 'square_side', 'Result', 'STANDARD', 'OtherRun', 'autoattack', 'autoattack_images']
+         'square', 'square_side', 'Result', 'STANDARD', 'OtherRun', 'autoattack', 'autoattack_images',
+         'sharpened_attack']

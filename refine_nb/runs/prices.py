@@ -38,7 +38,7 @@ def speed(
     "Measured seconds per image of this model on this device"
     bare = model.but(weights=None) if 'weights' in model.all_settings else model
     net = engine.place(bare(num_classes=num_classes))
-    small = shape[-1] <= 64 and n_parameters(net) < 2e7
+    small = shape[-1] <= 64 and n_parameters(net) < 5e6
     batch = 16 if engine.device.startswith('cuda') or small else 4
     x = torch.rand(batch, *shape, device=engine.device).contiguous(memory_format=torch.channels_last)
     y = torch.zeros(batch, dtype=torch.int64, device=engine.device)
