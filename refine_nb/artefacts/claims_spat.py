@@ -48,8 +48,8 @@ def picture(
                   .unstack(fill_value=0).reindex(columns=list(ink), fill_value=0))
         fig, ax = plt.subplots(figsize=(4.6, 2.6)); left = 0
         for word,colour in ink.items():
-            ax.barh([ARTEFACTS[a].name for a in counts.index], counts[word], left=left, color=colour, label=word,
-                    height=.7)
+            ax.barh([ARTEFACTS[a].name for a in counts.index], counts[word], left=left, color=colour,
+                    label=word, height=.7)
             left = left + counts[word]
         ax.invert_yaxis(); ax.set(xlabel='claims', title=title, xticks=range(4))
         fig.legend(loc='outside lower center', ncols=3)

@@ -20,17 +20,20 @@ from .spat_claims import ATTACKS, lead
 
 # %% ../../nbs/papers/79_spat_stated.ipynb #b36fe360
 def _trained_with()->dict: # quantity of the text -> what our recipes have
-    spat, digits = trained(), trained('SPAT', 'mnist'); has, far = spat.method['objective'].all_settings, attackers()
+    spat, digits, far = trained(), trained('SPAT', 'mnist'), attackers()
+    has = spat.method['objective'].all_settings
     attack, small = spat.method['attack'].all_settings, digits.method['attack'].all_settings
     decay = spat.schedule['at']
     return {'steps of PGD in training, MNIST': small['steps'], 'eps of training, MNIST': small['eps'],
             'step of PGD in training, MNIST': small['step_size'], 'epochs, MNIST': digits.epochs,
-            'learning rate, MNIST': digits.optimiser['lr'], 'steps of PGD in training, CIFAR-10': attack['steps'],
+            'learning rate, MNIST': digits.optimiser['lr'],
+            'steps of PGD in training, CIFAR-10': attack['steps'],
             'eps of training and of all attacks, CIFAR-10': 255*attack['eps'],
             'eps over the step of training, CIFAR-10': attack['eps']/attack['step_size'],
             'epochs, CIFAR-10': spat.epochs, 'batch size, CIFAR-10': spat.batch_size,
             'initial learning rate, CIFAR-10': spat.optimiser['lr'],
-            'epoch of the first decay': 1+round(100*decay[0]), 'epoch of the second decay': 1+round(100*decay[1]),
+            'epoch of the first decay': 1+round(100*decay[0]),
+            'epoch of the second decay': 1+round(100*decay[1]),
             'steps of PGD in the evaluation': far['PGD-20']['steps'],
             'eps over the step of the evaluation': far['PGD-20']['eps']/far['PGD-20']['step_size'],
             'lambda of SPAT': has['lam'], 's': has['s'], 'alpha': has['alpha'], 'beta': has['beta']}
@@ -42,8 +45,10 @@ def _others()->dict: # of other defences, data and tables
     return {'lambda of TRADES': parts['TRADES']['beta'],
             'lambda of MART': next(v for k,v in parts['MART'].items() if k in ('lam','beta','weight')),
             'classes of MNIST': SIZES['mnist'][2], 'training images of MNIST': SIZES['mnist'][0],
-            'test images of MNIST': SIZES['mnist'][1], 'height and width of an image of MNIST': SIZES['mnist'][3][1],
-            'attacks on CIFAR-10': len(ATTACKS), 'attacks on MNIST in which SPAT is best': len(attackers('mnist'))-1,
+            'test images of MNIST': SIZES['mnist'][1],
+            'height and width of an image of MNIST': SIZES['mnist'][3][1],
+            'attacks on CIFAR-10': len(ATTACKS),
+            'attacks on MNIST in which SPAT is best': len(attackers('mnist'))-1,
             'SPAT below MART under C&W': -lead(white, 'cw_linf', over='MART')}
 
 def stated(
