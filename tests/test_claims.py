@@ -14,6 +14,7 @@ from refine_nb.reporting import ARTEFACTS, judge, our_tables, published, report_
 from refine_nb.papers.adcorda_tables import robust_table
 from refine_nb.papers.adcorda_text import CLAIMS, FOUND, known_losses, known_points
 from refine_nb.artefacts.claims_adcorda import tidy as adcorda_page
+from refine_nb.artefacts.claims_dra import tidy as dra_page
 from refine_nb.artefacts.claims_mixture import tidy as mixture_page
 from refine_nb.artefacts.fig2_adcorda import picture, view as points
 from refine_nb.artefacts.claims_spat import tidy as spat_page
@@ -133,7 +134,7 @@ def names(notebook):
             and isinstance(n.ctx, ast.Store)}
 
 DOCUMENTS = {'adcorda': ('A', 32, adcorda_page), 'mixture': ('M', 18, mixture_page),
-             'spat': ('T', 32, spat_page), 'dra': ('D', 25, None), 'across': ('X', 9, None)}
+             'spat': ('T', 32, spat_page), 'dra': ('D', 25, dra_page), 'across': ('X', 9, None)}
 # a decision of these is put down before it is carried out: once the claims are ready, each has its place
 WAITING = {d for d,pages in {'spat': ['spat'], 'dra': ['dra'], 'across': ['spat', 'dra']}.items()
            if not all(ARTEFACTS[f'claims_{p}'].ready for p in pages)}

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FOUND', 'points', 'found_against_vanilla', 'found_tab1', 'found_tab4', 'found_tab5', 'found_tab6']
 
-# %% ../../nbs/papers/94_dra_found.ipynb #e640e3d3
+# %% ../../nbs/papers/94_dra_found.ipynb #a775d088
 from collections.abc import Iterable
 
 import pandas as pd
 
-from ..reporting import cell, published
+from ..reporting import cell
 from .dra_claims import PRINTED, lead
-from .dra_tables import column, in_words
+from .dra_tables import column
 
 # %% ../../nbs/papers/94_dra_found.ipynb #836491ff
 def points(

@@ -10,7 +10,7 @@ import math, os
 from dataclasses import dataclass, replace
 
 from ..base import Adversarials, Call, Cell, Recipe, Robustness, Worst, call, choose, rewrite
-from ..vision import classifier
+from ..vision import classifier, thin_names
 from ..refinement import Quantised
 
 # %% ../../nbs/runs/40_scales.ipynb #ece7ed22
@@ -81,7 +81,8 @@ def _scaled_call(c:Call, p:Preset)->Call:
     if c.name == 'classifier' and p.scratch_lr and has['weights']:
         new['weights'] = None
         if p.stem and has['name'].startswith('resnet'): new['stem'] = p.stem
-    if c.name == 'classifier' and p.thin and (has|new)['stem'] == 'cifar': new['name'] = p.thin
+    if (c.name == 'classifier' and p.thin and (has|new)['stem'] == 'cifar'
+        and has['name'] not in thin_names): new['name'] = p.thin
     if p.n_train and has.get('n_calibrate'): new['n_calibrate'] = min(has['n_calibrate'], p.n_train)
     if c.name == 'autoattack_images' and p.components: new['components'] = p.components
     if c.name == 'corrupted' and p.data: new['official'] = False # there are none of other images

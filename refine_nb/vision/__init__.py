@@ -6,20 +6,20 @@
 __all__ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 'to_input', 'cache_file', 'class_files',
            'data_root', 'read_images', 'read_tree', 'data_names', 'load_data', 'split_indices', 'augment', 'batches',
            'draws', 'order', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier', 'model_names', 'n_parameters',
-           'small_names', 'small_network', 'copied', 'plain_weights', 'suited', 'suiting', 'Leaves', 'fold',
-           'fold_if_same', 'foldable', 'refold', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms',
-           'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing',
-           'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer',
-           'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL', 'CORRUPTIONS', 'GENERATED',
-           'OFFICIAL_MD5', 'corrupt', 'official_corruption']
+           'thin_names', 'small_names', 'small_network', 'copied', 'plain_weights', 'suited', 'suiting', 'Leaves',
+           'fold', 'fold_if_same', 'foldable', 'refold', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary',
+           'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack',
+           'smoothing', 'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings',
+           'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL', 'CORRUPTIONS',
+           'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'corrupted', 'official_corruption']
 
 # %% ../../nbs/vision/99_vision.ipynb #d2ec6291
 from .images import Data, SLIP, Split, check_images, clipped, fingerprint, to_input
 from .reading import cache_file, class_files, data_root, read_images, read_tree
 from .loading import data_names, load_data, split_indices
 from .batching import augment, batches, draws, order
-from refine_nb.vision.models import (IMAGENET_MEAN, IMAGENET_STD, Normalise, classifier, model_names,
-    n_parameters)
+from .models import (IMAGENET_MEAN, IMAGENET_STD, Normalise, classifier, model_names,
+    n_parameters, thin_names)
 from .small_networks import small_names, small_network
 from .copying import copied, plain_weights
 from .intake import suited, suiting
@@ -32,17 +32,18 @@ from .cosine_heads import (CosineHead, at_scale, cosine_classifier, cosine_head,
     embeddings, last_layer, logits_and_cosines, scaled_attack)
 from .distortions import NOISE_BLUR
 from .weather import FROST, WEATHER_DIGITAL
-from refine_nb.vision.corruptions import (CORRUPTIONS, GENERATED, OFFICIAL_MD5, corrupt,
+from refine_nb.vision.corruptions import (CORRUPTIONS, GENERATED, OFFICIAL_MD5, corrupt, corrupted,
     official_corruption)
 
 # %% ../../nbs/vision/99_vision.ipynb #d8a712d1
 _all_ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 'to_input', 'cache_file',
          'class_files', 'data_root', 'read_images', 'read_tree', 'data_names', 'load_data',
          'split_indices', 'augment', 'batches', 'draws', 'order', 'IMAGENET_MEAN', 'IMAGENET_STD',
-         'Normalise', 'classifier', 'model_names', 'n_parameters', 'small_names', 'small_network',
-         'copied', 'plain_weights', 'suited', 'suiting', 'Leaves', 'fold', 'fold_if_same', 'foldable',
-         'refold', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms', 'replaced',
-         'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing',
-         'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings',
-         'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL',
-         'CORRUPTIONS', 'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'official_corruption']
+         'Normalise', 'classifier', 'model_names', 'n_parameters', 'thin_names', 'small_names',
+         'small_network', 'copied', 'plain_weights', 'suited', 'suiting', 'Leaves', 'fold',
+         'fold_if_same', 'foldable', 'refold', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary',
+         'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth',
+         'smooth_attack', 'smoothing', 'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier',
+         'cosine_head', 'embeddings', 'last_layer', 'logits_and_cosines', 'scaled_attack',
+         'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL', 'CORRUPTIONS', 'GENERATED', 'OFFICIAL_MD5',
+         'corrupt', 'corrupted', 'official_corruption']
