@@ -11,10 +11,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..base import Cell, key
 from ..evaluation import wilson
-from ..reporting import figure_style, worded
-from ..papers.spat_figures import example, two_classes
+from ..reporting import figure_style
+from ..papers.spat_figures import example
 
 # %% ../../nbs/fig2_2_spat.ipynb #01e1de4e
 ROWS = ('clean', 'top', 'second') # as in print: without, and with the small and the larger perturbation

@@ -6,7 +6,6 @@
 __all__ = ['SURE', 'gradients', 'lemma', 'by_confidence', 'pushed', 'neighbours', 'in_the_plane', 'similarity_curve']
 
 # %% ../../nbs/papers/76_spat_geometry.ipynb #97739f47
-import math
 from copy import deepcopy
 
 import pandas as pd

@@ -6,16 +6,11 @@
 __all__ = ['stated']
 
 # %% ../../nbs/papers/79_spat_stated.ipynb #0bc7ac40
-import inspect
-
 import pandas as pd
 
-from ..base import Call
-from ..attacks import gaussian
-from ..reporting import cell, published
+from ..reporting import published
 from ..runs import SIZES
-from ..training import alp
-from .spat import MNIST_ROWS, attackers, trained
+from .spat import attackers, trained
 from .spat_claims import ATTACKS, lead
 
 # %% ../../nbs/papers/79_spat_stated.ipynb #b36fe360

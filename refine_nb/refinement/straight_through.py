@@ -130,8 +130,7 @@ def through_int8(
     observer:str='histogram', # 'histogram' or 'minmax'
     n_calibrate:int=1000,     # training images
     norm:str='frozen',        # batch norm of the float network: 'frozen' or 'batch'
-    rev:int=1,                # 1: what follows a pooling is rounded while training, too
-    device='cpu',
+    rev:int=1, device='cpu',  # rev 1: what follows a pooling is rounded while training, too
 )->Method:                    # for `fit`
     "Train with the quantised forward and the full-precision counterpart's gradient (AdCorDA, section 4)"
     choose(norm, ('frozen','batch'), 'norm')

@@ -109,7 +109,7 @@ def _fitting(picture): # as wide as it needs: several panels take the page
 def ask(self:Sheet,
     wanted,                  # a grid at published scale, as `leaves` takes it
     demo:Callable|None=None, # spec at a demo's scale -> the one that a demo takes in its place
-    instead=None,            # the part of the grid that this run takes, where all is too much, or lacks a network
+    instead=None,            # the part of the grid that is run, where all is too much, or lacks a network
 ):                           # the grid at this preset's scale
     "What this page needs, at the scale that is run; the price of the real thing is that of the whole grid"
     less = demo if demo and self.p.preset.name=='demo' else lambda s: s
