@@ -15,8 +15,7 @@ from ..base import key, seeded
 from ..vision import to_input
 from ..evaluation import audit
 from ..reporting import figure_style, marked, measured, method_style
-from ..papers.spat import attackers
-from ..papers.spat_study import LONG, WORDS, leads, study
+from ..papers.spat_study import LONG, WORDS, leads
 
 # %% ../../nbs/study_spat.ipynb #2efa19aa
 def _audited(cells, store, n, seed): # rows of the audit of each network
@@ -28,19 +27,21 @@ def _audited(cells, store, n, seed): # rows of the audit of each network
         found = audit(model, x.contiguous(memory_format=torch.channels_last), y, n=len(y), surrogate=other,
                       attack=cells[name]['x1'].attack, eps=cells[name]['x1'].attack['eps'],
                       generator=seeded(seed, 'audit'))
-        yield found.table().assign(part='audit', network=name, n=len(y), key=key(cells[name]['clean']))
+        yield found.table().assign(part='audit', method=name, n=len(y), key=key(cells[name]['clean']))
 
 # %% ../../nbs/study_spat.ipynb #5b11700d
 def tidy(
     cells:dict[str,dict], # as `study` gives them, at the scale that was run
     store,                # where they were made
     n_audit:int=100, seed:int=0, # images of an audit; its draws
-)->pd.DataFrame: # part 'accuracy', 'lead' or 'audit'; network, attack, accuracy or lead with ends, n, key
+)->pd.DataFrame: # part 'accuracy', 'lead' or 'audit'; method, attack, label, accuracy or lead, n, key
     "What the networks answer, tidy"
-    acc = pd.DataFrame([{'part': 'accuracy', 'network': k, 'attack': a, **measured([c], store)}
+    acc = pd.DataFrame([{'part': 'accuracy', 'method': k, 'attack': a, **measured([c], store)}
                         for k,row in cells.items() for a,c in row.items()]).drop(columns='std')
-    return pd.concat([acc, leads(cells, store).assign(part='lead'), *_audited(cells, store, n_audit, seed)],
-                     ignore_index=True)
+    parts = [acc, leads(cells, store).assign(part='lead'), *_audited(cells, store, n_audit, seed)]
+    found = store.get(cells['SPAT']['autoattack'], make=False).result['label'] # less is not called so
+    words = WORDS | {'autoattack': found.removesuffix(' (standard)')}
+    return pd.concat(parts, ignore_index=True).assign(label=lambda t: t.attack.map(words).fillna(''))
 
 # %% ../../nbs/study_spat.ipynb #7dc48c62
 def view(
@@ -48,8 +49,9 @@ def view(
 )->pd.DataFrame:
     "What each network keeps, as a reader sees it: a row an attack, a column a network"
     acc = ours[ours.part=='accuracy']
-    wide = acc.assign(text=marked(acc, 1)).pivot(index='attack', columns='network', values='text')
-    wide = wide.loc[acc.attack.unique(), acc.network.unique()].rename(index=WORDS, columns=LONG)
+    wide = acc.assign(text=marked(acc, 1)).pivot(index='attack', columns='method', values='text')
+    words = dict(zip(acc.attack, acc.label))
+    wide = wide.loc[acc.attack.unique(), acc.method.unique()].rename(index=words, columns=LONG)
     return wide.rename_axis(columns=None).rename_axis('attack').reset_index()
 
 # %% ../../nbs/study_spat.ipynb #e621fb0e
@@ -58,11 +60,11 @@ def picture(
     title:str,
 )->Figure:
     "What each network keeps under each attack, and below SPAT's lead over TRADES, paired"
-    acc, lead = ours[ours.part=='accuracy'], ours[(ours.part=='lead') & (ours.network=='SPAT')]
+    acc, lead = ours[ours.part=='accuracy'], ours[(ours.part=='lead') & (ours.method=='SPAT')]
     names = list(acc.attack.unique()); ends = lambda t, v: [v-t.low, t.high-v]
     with figure_style():
         fig, (top, low) = plt.subplots(2, 1, figsize=(6.5, 4.4), sharex=True, height_ratios=(3, 2))
-        for i,(k,t) in enumerate(acc.groupby('network', sort=False)):
+        for i,(k,t) in enumerate(acc.groupby('method', sort=False)):
             at = [names.index(a)+.08*(i-1.5) for a in t.attack]
             top.errorbar(at, t.accuracy, yerr=ends(t, t.accuracy), lw=1, elinewidth=.8, ms=4, label=LONG[k],
                          **method_style(k))
@@ -71,6 +73,6 @@ def picture(
         low.axhline(0, color='.3', lw=.8)
         top.set(ylabel=f'accuracy (%), n = {acc.n.min():,}', ylim=(-3, 103)); top.grid(axis='y')
         low.set(ylabel='lead of SPAT\nover TRADES (points)', xticks=range(len(names))); low.grid(axis='y')
-        low.set_xticklabels([WORDS[a] for a in names], rotation=35, ha='right')
+        low.set_xticklabels(acc.label.unique(), rotation=35, ha='right')
         fig.suptitle(title, fontsize=8, x=0, ha='left'); fig.legend(loc='outside lower center', ncols=2)
     return fig

@@ -6,11 +6,9 @@
 __all__ = ['grid']
 
 # %% ../../nbs/tab3_2_spat.ipynb #60045108
-import pandas as pd
-
 from ..base import Spec
 from ..papers.spat import MNIST_ROWS, trained
-from ..papers.spat_tables import panels, rows, tidied, viewed
+from ..papers.spat_tables import rows
 
 # %% ../../nbs/tab3_2_spat.ipynb #156d5781
 def grid(

@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..base import Spec
 from ..papers.spat import MNIST_ROWS, surrogate, trained
-from ..papers.spat_tables import panels, rows, tidied, viewed
+from ..papers.spat_tables import rows, tidied
 
 # %% ../../nbs/tab3_3_spat.ipynb #755f46a6
 def grid(

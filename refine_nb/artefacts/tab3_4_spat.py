@@ -6,11 +6,9 @@
 __all__ = ['grid']
 
 # %% ../../nbs/tab3_4_spat.ipynb #6be2ce44
-import pandas as pd
-
 from ..base import Spec
 from ..papers.spat import DEFENCES_AS, trained
-from ..papers.spat_tables import COLUMNS, panels, rows, tidied, viewed
+from ..papers.spat_tables import COLUMNS, rows
 
 # %% ../../nbs/tab3_4_spat.ipynb #bca71ab7
 def grid(

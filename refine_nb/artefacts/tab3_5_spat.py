@@ -8,7 +8,7 @@ __all__ = ['grid']
 # %% ../../nbs/tab3_5_spat.ipynb #7a9cdca6
 from ..base import Spec
 from ..papers.spat import DEFENCES_AS, surrogate, trained
-from ..papers.spat_tables import COLUMNS, panels, rows, tidied, viewed
+from ..papers.spat_tables import COLUMNS, rows
 
 # %% ../../nbs/tab3_5_spat.ipynb #c1f6d115
 def grid(

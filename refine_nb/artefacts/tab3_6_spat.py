@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from ..base import Cell
 from ..reporting import figure_style, method_colour
 from ..papers.spat import VALUES, ablation, judged
-from ..papers.spat_tables import ablated
 
 # %% ../../nbs/tab3_6_spat.ipynb #c008e075
 def grid(

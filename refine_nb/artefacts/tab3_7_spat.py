@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from ..base import Cell
 from ..reporting import figure_style, method_colour
 from ..papers.spat import ablation, judged
-from ..papers.spat_tables import ablated
 
 # %% ../../nbs/tab3_7_spat.ipynb #d5f560bf
 PAIRS = {'sp + sp': ('nce_sp','sp'), 'nce + sp': ('nce','sp'), 'sp + kl': ('nce_sp','plain'),

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from ..base import Cell
 from ..reporting import figure_style, method_colour
 from ..papers.spat import ablation, judged
-from ..papers.spat_tables import ablated
 
 # %% ../../nbs/tab3_8_spat.ipynb #dd75a507
 PAIRS = {'NCE, self-paced': ('nce_sp','sp'), 'CE, self-paced': ('ce_sp','sp'),

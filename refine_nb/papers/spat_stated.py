@@ -8,10 +8,10 @@ __all__ = ['stated']
 # %% ../../nbs/papers/79_spat_stated.ipynb #0bc7ac40
 import pandas as pd
 
-from ..reporting import published
 from ..runs import SIZES
+from ..reporting import published
 from .spat import attackers, trained
-from .spat_claims import ATTACKS, lead
+from .spat_claims import ATTACKS, lead, won
 
 # %% ../../nbs/papers/79_spat_stated.ipynb #b36fe360
 def _trained_with()->dict: # quantity of the text -> what our recipes have
@@ -35,10 +35,12 @@ def _trained_with()->dict: # quantity of the text -> what our recipes have
 
 # %% ../../nbs/papers/79_spat_stated.ipynb #b7c3d7a2
 def _others()->dict: # of other defences, data and tables
-    parts = {k: trained(k).method['objective'].all_settings for k in ('TRADES','MART')}
+    parts = {k: trained(k).method['objective'].all_settings for k in ('TRADES','MART','ALP')}
     white = published('tab3_4_spat')
-    return {'lambda of TRADES': parts['TRADES']['beta'],
-            'lambda of MART': next(v for k,v in parts['MART'].items() if k in ('lam','beta','weight')),
+    return {'lambda of TRADES': parts['TRADES']['beta'], 'lambda of MART': parts['MART']['beta'],
+            'weight of logit pairing of ALP': parts['ALP']['weight'],
+            'factor of the decay of the learning rate': 1/trained().schedule['factor'],
+            'attacks on CIFAR-10 in which SPAT is best': len(won(white)),
             'classes of MNIST': SIZES['mnist'][2], 'training images of MNIST': SIZES['mnist'][0],
             'test images of MNIST': SIZES['mnist'][1],
             'height and width of an image of MNIST': SIZES['mnist'][3][1],
@@ -51,5 +53,6 @@ def stated(
     "The numbers of the text beside ours"
     ours = _trained_with() | _others(); text = published('claims_spat')
     def mine(q): return 'no setting of ours' if q not in ours else f'{ours[q]:.6g}'
-    return text.assign(printed=text.value, ours=text.quantity.map(mine), unit=text.unit.fillna(''))[
-        ['quantity','printed','ours','unit','source','note']]
+    both = dict(printed=[f'{v:.6g}' for v in text.value], ours=text.quantity.map(mine))
+    shown = ['quantity','printed','ours','unit','source','note']
+    return text.assign(**both, unit=text.unit.fillna(''))[shown]

@@ -6,13 +6,13 @@
 __all__ = ['LONG', 'FACTORS', 'WORDS', 'FOUND', 'networks', 'looks', 'study', 'leads', 'shown_leads', 'verdict', 'found_study']
 
 # %% ../../nbs/papers/77_spat_study.ipynb #c316f89e
-import math
 from dataclasses import replace
 
 import pandas as pd
 
 from ..base import Call, Cell, Recipe, Robustness, Worst, call, key
-from ..attacks import apgd, cw_linf, kl_pgd, pgd, sharpened_attack
+from ..attacks import apgd, kl_pgd, sharpened_attack
+from ..evaluation import mcnemar
 from ..training import spat_pgd
 from .spat import BUDGET, ablation, attackers, network, trained
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from ..base import Call, Recipe, Robustness, Spec, Worst, key, rewrite
+from ..base import Call, Recipe, Spec, Worst, key, rewrite
 from ..attacks import STANDARD
 from ..reporting import dot_interval, figure_style, marked, measured, shared_legend
 from .spat import judged

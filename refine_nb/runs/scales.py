@@ -90,8 +90,8 @@ def _scaled_call(c:Call, p:Preset)->Call:
     return c.but(**new) if new else c
 
 # %% ../../nbs/runs/40_scales.ipynb #ab12cd34
-def _exhaustive(v)->bool: # AutoAttack, or a cell on the images that it hands out
-    return isinstance(v, Robustness) or bool(v.attack) and v.attack.name == 'autoattack_images'
+def _exhaustive(v)->bool: # AutoAttack, a cell on the images that it hands out, or its FAB alone
+    return isinstance(v, Robustness) or bool(v.attack) and v.attack.name in ('autoattack_images','fab_t')
 
 def _scaled_recipe(r:Recipe, p:Preset)->Recipe:
     r = replace(r, epochs=math.ceil(r.epochs*p.epochs), batch_size=_least(r.batch_size, p.batch_size))
