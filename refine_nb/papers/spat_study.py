@@ -68,12 +68,12 @@ def leads(
     cells:dict[str,dict], # as `study` gives them, at the scale that was run
     store,                # where they were made
     over:str='TRADES',    # the network that others are held against
-)->pd.DataFrame: # network, attack, lead, low, high (points), p, n, key
+)->pd.DataFrame: # method, attack, lead, low, high (points), p, n, key
     "How far each network is above another, image by image, under each attack"
     def one(name, a, x, y):
         r = mcnemar(store.value(x).right, store.value(y).right)
         points = {'lead': 'difference', 'low': 'low', 'high': 'high'}
-        return {'network': name, 'attack': a, **{k: 100*r[v] for k,v in points.items()}, 'p': r['p'],
+        return {'method': name, 'attack': a, **{k: 100*r[v] for k,v in points.items()}, 'p': r['p'],
                 'n': r['n'], 'key': f'{key(x)} {key(y)}'}
     return pd.DataFrame([one(name, a, x, cells[over][a]) for name,row in cells.items() if name!=over
                          for a,x in row.items()])
@@ -84,13 +84,14 @@ def shown_leads(
 )->pd.DataFrame:
     "The leads as a reader sees them: a row an attack, a column a network"
     text = [f'{r.lead:+.1f} [{r.low:+.1f}, {r.high:+.1f}], p = {r.p:.2g}' for r in table.itertuples()]
-    wide = table.assign(text=text).pivot(index='attack', columns='network', values='text')
-    wide = wide.loc[table.attack.unique(), table.network.unique()].rename(index=WORDS, columns=LONG)
+    wide = table.assign(text=text).pivot(index='attack', columns='method', values='text')
+    words = WORDS | dict(zip(table.attack, table.label)) if 'label' in table else WORDS
+    wide = wide.loc[table.attack.unique(), table.method.unique()].rename(index=words, columns=LONG)
     return wide.rename_axis(columns=None).rename_axis('attack').reset_index()
 
 # %% ../../nbs/papers/77_spat_study.ipynb #6f3b4564
 def _at(table, network, attack, column='lead'):
-    rows = table[(table.network==network) & (table.attack==attack)]
+    rows = table[(table.method==network) & (table.attack==attack)]
     return rows[column].iloc[0]
 
 def verdict(
@@ -114,9 +115,9 @@ def found_study(
     "What the study shows in our run"
     lead, acc = table[table.part=='lead'], table[table.part=='accuracy']
     def drop(name): # from the released attack to the worst case
-        rows = acc[acc.network==name].set_index('attack').accuracy
+        rows = acc[acc.method==name].set_index('attack').accuracy
         return rows['x1']-rows['worst']
-    falls = ', '.join(f'{name} {drop(name):.1f}' for name in acc.network.unique())
+    falls = ', '.join(f'{name} {drop(name):.1f}' for name in acc.method.unique())
     return f"{verdict(lead)} From that attack to the worst case the networks lose, in points: {falls}."
 
 FOUND = {'study_spat': found_study} # artefact -> what we found, from its tidy table
