@@ -15,7 +15,7 @@ from ..base import key, seeded
 from ..vision import to_input
 from ..evaluation import audit
 from ..reporting import figure_style, marked, measured, method_style
-from ..papers.spat_study import LONG, WORDS, leads
+from ..papers.spat_study import LONG, NAMED, leads
 
 # %% ../../nbs/study_spat.ipynb #2efa19aa
 def _audited(cells, store, n, seed): # rows of the audit of each network
@@ -40,7 +40,7 @@ def tidy(
                         for k,row in cells.items() for a,c in row.items()]).drop(columns='std')
     parts = [acc, leads(cells, store).assign(part='lead'), *_audited(cells, store, n_audit, seed)]
     found = store.get(cells['SPAT']['autoattack'], make=False).result['label'] # less is not called so
-    words = WORDS | {'autoattack': found.removesuffix(' (standard)')}
+    words = NAMED | {'autoattack': found.removesuffix(' (standard)')}
     return pd.concat(parts, ignore_index=True).assign(label=lambda t: t.attack.map(words).fillna(''))
 
 # %% ../../nbs/study_spat.ipynb #7dc48c62

@@ -150,33 +150,35 @@ def printed_rows(
     table, heads = in_words(published(artefact)), dict(zip(ours.attack, ours.label))
     return table.assign(label=[heads.get(a, column(a)) for a in table.attack])
 
-# %% ../../nbs/papers/90_dra_tables.ipynb #0383610d
-def _panel(ax, rows, known): # a line a row; the printed value just below ours
-    for y,r in enumerate(rows.to_dict('records')):
+# %% ../../nbs/papers/90_dra_tables.ipynb #52c050c8
+def _panel(ax, rows, known, names): # a line a row, in its place; the printed value just below ours
+    for r in rows.to_dict('records'):
+        y = names.index(r['method'])
         look = method_style(family(r['method']))
         ax.hlines(y, r['low'], r['high'], color=look['color'], lw=1.6)
         ax.plot(r['accuracy'], y, ls='', ms=4.5, mec='.2', mew=.4, zorder=3, **look)
         ax.plot(known.get(r['method'], math.nan), y+.28, 'D', ms=4, mfc='none', mec='.25', mew=.8, zorder=4)
-    flags = rows.get('flag', pd.Series('', rows.index)).fillna('')
-    ax.set(yticks=range(len(rows)), ylim=(len(rows)-.4, -.6), xlabel='accuracy (%)', xlim=(-3, 103),
-           yticklabels=[m+' †'*bool(f) for m,f in zip(rows.method, flags)])
+    ax.set(yticks=range(len(names)), ylim=(len(names)-.4, -.6), xlabel='accuracy (%)', xlim=(-3, 103))
     ax.grid(axis='x'); ax.tick_params(axis='y', length=0)
 
-# %% ../../nbs/papers/90_dra_tables.ipynb #de2cd03d
+# %% ../../nbs/papers/90_dra_tables.ipynb #ef78893d
 def panels(
     ours:pd.DataFrame,              # tidy
     title:str,
     printed:pd.DataFrame|None=None, # the paper's, drawn where ours are at its scale
 )->Figure:
     "A panel a column, a line a network: our value with its interval, the printed one as a hollow diamond"
-    heads = headings(ours)
+    heads, names = headings(ours), list(ours.method.unique())
+    flags = set(ours.method[ours.get('flag', pd.Series('', ours.index)).fillna('') != ''])
     with figure_style():
         size = (10, 1.2+.2*ours.method.nunique())
         fig, axes = plt.subplots(1, len(heads), figsize=size, sharex=True, sharey=True)
         for ax,(name,head) in zip(axes, heads.items()):
             known = {} if printed is None else printed[printed.attack==name].set_index('method').accuracy
-            _panel(ax, ours[ours.attack==name], known)
-            ax.set_title(head.replace('; ', '\n').replace(', ', '\n', 1))
+            _panel(ax, ours[ours.attack==name], known, names)
+            broken = head.replace('; ', '\n').replace(', ', '\n', 1).replace(': ', ':\n').replace(' (', '\n(')
+            ax.set_title(broken, fontsize=7)
+        axes[0].set_yticklabels([m+' †'*(m in flags) for m in names])
         note = '' if printed is None else '; hollow diamonds are printed'
         fig.suptitle(f'{title}: ours with 95 % intervals{note}', fontsize=8, x=0, ha='left')
     return fig

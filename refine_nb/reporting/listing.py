@@ -99,13 +99,14 @@ _TITLES |= {
     'fig4_mixture': 'accuracy against robustness', 'study_mixture': 'ours: why a network looks robust',
     'claims_mixture': 'every numeric claim of the text'}
 _READY = {'claims_adcorda', 'claims_dra', 'claims_mixture', 'claims_spat', 'fig1_adcorda', 'fig1_dra',
-          'fig1_mixture', 'fig2_1_spat', 'fig2_2_spat', 'fig2_adcorda', 'fig2_mixture',
-          'fig3_1_spat', 'fig3_2_spat', 'fig3_3_spat', 'fig3_4_spat', 'fig3_mixture',
-          'fig4_mixture', 'study_adcorda', 'study_dra', 'study_mixture', 'study_spat',
-          'tab1_adcorda', 'tab1_dra', 'tab1_mixture', 'tab2_adcorda', 'tab2_dra', 'tab2_mixture',
-          'tab3_1_spat', 'tab3_2_spat', 'tab3_3_spat', 'tab3_4_spat', 'tab3_5_spat',
-          'tab3_6_spat', 'tab3_7_spat', 'tab3_8_spat', 'tab3_9_spat', 'tab3_adcorda', 'tab3_dra',
-          'tab4_adcorda', 'tab4_dra', 'tab5_dra', 'tab6_dra'}
+          'fig1_mixture', 'fig2_1_spat', 'fig2_2_spat', 'fig2_adcorda', 'fig2_dra',
+          'fig2_mixture', 'fig3_1_spat', 'fig3_2_spat', 'fig3_3_spat', 'fig3_4_spat', 'fig3_dra',
+          'fig3_mixture', 'fig4_dra', 'fig4_mixture', 'fig5_dra', 'study_adcorda', 'study_dra',
+          'study_mixture', 'study_spat', 'tab1_adcorda', 'tab1_dra', 'tab1_mixture',
+          'tab2_adcorda', 'tab2_dra', 'tab2_mixture', 'tab3_1_spat', 'tab3_2_spat', 'tab3_3_spat',
+          'tab3_4_spat', 'tab3_5_spat', 'tab3_6_spat', 'tab3_7_spat', 'tab3_8_spat',
+          'tab3_9_spat', 'tab3_adcorda', 'tab3_dra', 'tab4_adcorda', 'tab4_dra', 'tab5_dra',
+          'tab6_dra', 'tab7_dra'}
 ARTEFACTS = {i: Artefact(i, t, i in _READY) for i,t in _TITLES.items()}
 
 # %% ../../nbs/reporting/40_listing.ipynb #78eb8439
