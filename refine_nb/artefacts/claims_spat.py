@@ -14,9 +14,9 @@ from ..reporting import ARTEFACTS, figure_style, ledger, published, stored
 from ..papers.spat_claims import CLAIMS as TABLES, boxes
 from ..papers.spat_figures_text import CLAIMS as FIGURES
 
+# %% ../../nbs/claims_spat.ipynb #aba34812
 CLAIMS = FIGURES | TABLES # artefact -> its claims
 
-# %% ../../nbs/claims_spat.ipynb #aba34812
 def printed(
     artefact:str, # a key of `CLAIMS`
 )->pd.DataFrame:
