@@ -49,6 +49,7 @@ def relative(tree, module, is_package):
             yield '.'.join(base)
             yield from ('.'.join([*base, a.name]) for a in n.names)
 
+@lru_cache(maxsize=None) # forgotten before the tree is looked at anew
 def files(dotted, root):
     "The file of a module; of a room, its front door and all behind it; nothing for what is no module"
     path = root.joinpath(*dotted.split('.'))
@@ -56,16 +57,20 @@ def files(dotted, root):
         return sorted(path.glob('*.py'))
     return [path.with_suffix('.py')] if path.with_suffix('.py').exists() else []
 
+@lru_cache(maxsize=None)
+def wants(path, changed, root):
+    "Dotted names that a file of the package imports from it"
+    dotted, tree = '.'.join(path.relative_to(root).with_suffix('').parts), read(path, changed)[0]
+    inside = relative(tree, dotted.removesuffix('.__init__'), path.name == '__init__.py')
+    return frozenset({*imports(tree, 'refine_nb'), *inside})
+
 def behind(names, root):
     "All files of the package that these names need, sorted"
     todo, seen = [f for n in names for f in files(n, root)], set()
     while todo:
         if (f := todo.pop()) in seen: continue
         seen.add(f)
-        dotted, tree = '.'.join(f.relative_to(root).with_suffix('').parts), module(f)[0]
-        inside = relative(tree, dotted.removesuffix('.__init__'), f.name == '__init__.py')
-        own = {*imports(tree, 'refine_nb'), *inside}
-        todo += [g for n in own for g in files(n, root)]
+        todo += [g for n in wants(f, f.stat().st_mtime_ns, root) for g in files(n, root)]
     return sorted(seen)
 
 def shown(notebook, root):
@@ -79,6 +84,10 @@ def shown(notebook, root):
 
 def made_by(notebook, root=ROOT):
     "Hash of all that decides what a notebook's outputs are"
+    files.cache_clear()
+    return hashed(notebook, root)
+
+def hashed(notebook, root): # files as they were found before
     h, code = hashlib.sha256(), code_of(notebook)
     h.update(bare(code))
     for f in behind(imports(ast.parse(code), 'refine_nb'), root): h.update(module(f)[1])
@@ -98,14 +107,16 @@ def record(done, root=ROOT):
     nbs = root/'nbs'
     there = {p.relative_to(nbs).as_posix(): p for p in notebooks(root)}
     known = {name: h for name,h in recorded(root).items() if name in there}
-    known |= {p.relative_to(nbs).as_posix(): made_by(p, root) for p in done}
+    files.cache_clear()
+    known |= {p.relative_to(nbs).as_posix(): hashed(p, root) for p in done}
     (nbs/MADE).write_text(json.dumps(dict(sorted(known.items())), indent=1)+'\n', encoding='utf-8')
 
 def stale(root=ROOT):
     "Notebooks whose stored outputs were made by other code than is at hand, as far as it was noted"
     known = recorded(root)
     there = {p.relative_to(root/'nbs').as_posix(): p for p in notebooks(root)}
-    return [name for name,p in there.items() if name in known and known[name] != made_by(p, root)]
+    files.cache_clear()
+    return [name for name,p in there.items() if name in known and known[name] != hashed(p, root)]
 
 def unmarked(root=ROOT):
     "Notebooks of which it was not noted what made their outputs: they were not run since hashes are kept"
