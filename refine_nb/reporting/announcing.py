@@ -6,13 +6,13 @@
 __all__ = ['Announcement', 'made_on', 'announce', 'announce_figure']
 
 # %% ../../nbs/reporting/60_announcing.ipynb #10d3e263
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 from ..base import Cell, ancestors, choose, device_name
 from ..training import Engine
-from ..runs import PRESETS, Store, duration, price, scaled
+from ..runs import PRESETS, Store, at_scale, duration, price
 from .listing import ARTEFACTS, NEEDS, PAPERS
 
 # %% ../../nbs/reporting/60_announcing.ipynb #0e86a342
@@ -54,13 +54,16 @@ def _weights(cells:list[Cell])->str:
     return ''.join(_FROM.get(w, '')
                    for w in sorted({c.recipe.model.all_settings.get('weights') or '' for c in cells}))
 
-def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine)->str:
+def _said(shares, name)->str: # what a page takes less of
+    return f'; {says}' if (says := getattr(shares.get(name), 'says', '')) else ''
+
+def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine, shares)->str:
     "What the small and the paper's scale need and cost here, as Markdown lines"
     needs, lines = NEEDS[settings['dataset']], []
     for name in ('small', 'gpu', 'paper'):
-        cost = price(ancestors(*scaled(tuple(cells), PRESETS[name])), engine).seconds.iloc[-1]
+        cost = price(ancestors(*at_scale(tuple(cells), PRESETS[name], shares)), engine).seconds.iloc[-1]
         also = _weights(cells) if name=='paper' else ''
-        lines.append(f"- **{name}**: {PRESETS[name].says}. `{_command(artefact, name, settings)}` needs "
+        lines.append(f"- **{name}**: {PRESETS[name].says}{_said(shares, name)}. `{_command(artefact, name, settings)}` needs "
                      f"{needs}{also}; about {duration(cost)} on this machine.")
     return '\n'.join(lines)
 
@@ -74,18 +77,20 @@ def announce(
     p:SimpleNamespace, # the checked parameters: `preset` (a `Preset`), `model`, `dataset`, perhaps more
     store:Store,       # where they are made
     cells:list[Cell],  # at published scale
+    shares:Mapping[str,Callable]={}, # preset -> what the page takes of it, a `Share`
 )->Announcement:
     "What the numbers of this run are, in words"
     a = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')]
     what = f"{a.name} of {PAPERS[a.paper].short}"
-    where = f"{_network(scaled(cells[0], p.preset))} on {p.preset.data or p.dataset}"
+    at, less = at_scale(tuple(cells), p.preset, shares), _said(shares, p.preset.name)
+    where = f"{_network(at[0])} on {p.preset.data or p.dataset}{less.replace(';', ',')}"
     tag = {'demo': 'DEMO', 'small': 'SMALL RUN', 'gpu': 'GPU RUN', 'paper': "PAPER'S SCALE"}[p.preset.name]
     settings = {k: getattr(p, k) for k in ('model', 'dataset')}
-    banner = f"**{tag}: {what}, {where}.** This is {p.preset.says}."
+    banner = f"**{tag}: {what}, {where}.** This is {p.preset.says}{less}."
     if p.preset.name=='demo':
-        banner += f"\n\nThe real thing:\n\n{_real_thing(artefact, settings, cells, store.engine)}"
+        banner += f"\n\nThe real thing:\n\n{_real_thing(artefact, settings, cells, store.engine, shares)}"
     return Announcement(banner, f"{tag}: {what}, {where}", f"{tag}: {what}, {where}",
-                        f"{tag}: {p.preset.says}.", lambda: made_on(scaled(tuple(cells), p.preset), store))
+                        f"{tag}: {p.preset.says}{less}.", lambda: made_on(at, store))
 
 # %% ../../nbs/reporting/60_announcing.ipynb #5364360c
 def announce_figure(

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from ..base import Cell, Recipe, Spec, ancestors, choose
 from ..training import engine
-from ..runs import SIZES, Store, duration, preset, presets, price, provenance, scaled
+from ..runs import SIZES, Store, at_scale, duration, preset, presets, price, provenance
 from .asked import parameters
 from .figures import named
 from .claims import judge as judged
@@ -108,14 +108,13 @@ def _fitting(picture): # as wide as it needs: several panels take the page
 @patch
 def ask(self:Sheet,
     wanted,                  # a grid at published scale, as `leaves` takes it
-    demo:Callable|None=None, # spec at a demo's scale -> the one that a demo takes in its place
-    instead=None,            # the part of the grid that is run, where all is too much, or lacks a network
-):                           # the grid at this preset's scale
+    shares:Mapping={}, # preset -> what this page takes of it, a `Share`
+    instead=None,      # the part of the grid that is run, where all is too much, or lacks a network
+):                     # the grid at this preset's scale
     "What this page needs, at the scale that is run; the price of the real thing is that of the whole grid"
-    less = demo if demo and self.p.preset.name=='demo' else lambda s: s
-    cells = _each(wanted if instead is None else instead, lambda s: less(scaled(s, self.p.preset)))
-    self.wanted = leaves(wanted)
-    self.cells, self.title = leaves(cells), announce(self.about.id, self.p, self.store, self.wanted)
+    cells = _each(wanted if instead is None else instead, lambda s: at_scale(s, self.p.preset, shares))
+    self.wanted, self.cells = leaves(wanted), leaves(cells)
+    self.title = announce(self.about.id, self.p, self.store, self.wanted, shares)
     return cells
 
 # %% ../../nbs/reporting/70_sheet.ipynb #f2c1d99b
