@@ -7,9 +7,11 @@ __all__ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'dot_interval'
            'named', 'plot_confusion', 'plot_curves', 'save_figure', 'shared_legend', 'Claim', 'Missing', 'cell',
            'judge', 'on_its_own', 'difference', 'mean_std', 'measured', 'over_seeds', 'percent', 'published',
            'show_conflicts', 'show_table', 'side_by_side', 'with_interval', 'HEADERS', 'MARK', 'health', 'marked',
-           'said_once', 'worded', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'report_folder',
-           'Stored', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce', 'announce_figure',
-           'made_on', 'Sheet', 'leaves', 'ledger', 'our_tables']
+           'said_once', 'worded', 'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue',
+           'report_folder', 'Stored', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
+           'announce_figure', 'made_on', 'Sheet', 'leaves', 'ledger', 'our_tables', 'Weighed', 'drawn', 'other_images',
+           'plain', 'rows_behind', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED',
+           'VERDICT_MARKS', 'as_named', 'ours_of', 'quoted', 'scored']
 
 # %% ../../nbs/reporting/99_reporting.ipynb #f5d3f17a
 from .asked import between, one_whole, parameters, whole_numbers
@@ -19,12 +21,16 @@ from .claims import Claim, Missing, cell, judge, on_its_own
 from .tables import (difference, mean_std, measured, over_seeds, percent, published,
     show_conflicts, show_table, side_by_side, with_interval)
 from .readable import HEADERS, MARK, health, marked, said_once, worded
-from refine_nb.reporting.listing import (ARTEFACTS, Artefact, NEEDS, PAPERS, Paper, catalogue,
+from refine_nb.reporting.listing import (ACROSS, ARTEFACTS, Artefact, NEEDS, PAPERS, Paper, catalogue,
     report_folder)
 from .reports import Stored, run_record, save_report, save_table, stored
 from .announcing import Announcement, announce, announce_figure, made_on
 from .sheet import Sheet, leaves
 from .all_claims import ledger, our_tables
+from refine_nb.reporting.direction import (Weighed, drawn, other_images, plain, rows_behind, weigh,
+    with_intervals)
+from refine_nb.reporting.board import (Board, PRINT_MARKS, SCALES, SCORED, VERDICT_MARKS, as_named,
+    ours_of, quoted, scored)
 
 # %% ../../nbs/reporting/99_reporting.ipynb #f1ca70c7
 _all_ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'dot_interval', 'figure_style',
@@ -32,6 +38,8 @@ _all_ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'dot_interval', 
          'shared_legend', 'Claim', 'Missing', 'cell', 'judge', 'on_its_own', 'difference', 'mean_std',
          'measured', 'over_seeds', 'percent', 'published', 'show_conflicts', 'show_table',
          'side_by_side', 'with_interval', 'HEADERS', 'MARK', 'health', 'marked', 'said_once', 'worded',
-         'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'report_folder', 'Stored',
-         'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
-         'announce_figure', 'made_on', 'Sheet', 'leaves', 'ledger', 'our_tables']
+         'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'report_folder',
+         'Stored', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
+         'announce_figure', 'made_on', 'Sheet', 'leaves', 'ledger', 'our_tables', 'Weighed', 'drawn',
+         'other_images', 'plain', 'rows_behind', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS',
+         'SCALES', 'SCORED', 'VERDICT_MARKS', 'as_named', 'ours_of', 'quoted', 'scored']

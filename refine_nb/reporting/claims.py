@@ -23,23 +23,25 @@ def cell(
     **where,                # column=value pairs that single out one row, e.g. model='resnet34', attack='DDN'
 )->float:
     "The number in one row of a tidy table; `Missing` names the row that is not there"
-    rows, wanted = _rows(table, where), _words(where)
+    at = _hits(table, where)
     if column not in table: raise Missing(f'a column {column!r}')
-    if len(rows) > 1:
-        raise ValueError(f'{len(rows)} rows have {wanted}: name more columns, so that one is left')
-    value = rows[column].iloc[0]
-    if pd.isna(value): raise Missing(f'{column} of {wanted}')
+    if len(at) > 1:
+        raise ValueError(f'{len(at)} rows have {_words(where)}: name more columns, so that one is left')
+    value = table[column].iloc[at[0]]
+    if pd.isna(value): raise Missing(f'{column} of {_words(where)}')
     return value
 
 def _words(where): return ', '.join(f'{k} {named([v])[0]}' for k,v in where.items())
 
-def _rows(table, where): # those with these values, at least one
+def _hits(table, where): # places of the rows with these values, at least one
     hits = np.ones(len(table), dtype=bool)
     for k,v in where.items():
         if k not in table: raise Missing(f'a column {k!r}')
-        hits &= (table[k]==v).to_numpy(dtype=bool, na_value=False)
+        quick = table[k].dtype == object # plain values need no care for those that are missing
+        hits &= ((table[k].to_numpy()==v).astype(bool) if quick
+                 else (table[k]==v).to_numpy(dtype=bool, na_value=False))
     if not hits.any(): raise Missing(_words(where))
-    return table[hits]
+    return hits.nonzero()[0]
 
 # %% ../../nbs/reporting/20_claims.ipynb #1dbc0131
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Claim:
     def verdict(self, table:pd.DataFrame)->tuple[bool|None,str]:
         "(holds, numbers) of a table; (None, what it lacks) where a row is missing"
         try:
-            rows = _rows(table, self.about) if self.about else table
+            rows = table.iloc[_hits(table, self.about)] if self.about else table
             return bool(self.holds(rows)), self.numbers(rows) if self.numbers else ''
         except Missing as e: return None, f'needs {e}'
 

@@ -25,7 +25,7 @@ from .figures import named
 from .claims import judge as judged
 from .tables import published, show_table, side_by_side
 from .readable import MARK, health, said_once
-from .listing import ARTEFACTS, PAPERS, report_folder
+from .listing import ARTEFACTS, report_folder
 from .reports import run_record, save_report, stored
 from .announcing import announce, announce_figure
 
@@ -85,7 +85,7 @@ def opening(self:Sheet,
 )->str:                                           # Markdown
     "Citation, what it is meant to show, abbreviations, and what we found in the largest run that is there"
     best = next(iter(stored(self.about.id)), None)
-    lines = [f'{PAPERS[self.about.paper].citation}.', shows]
+    lines = [f'{self.about.citation}.', shows]
     if words: lines.append('; '.join(f'**{a}**: {w}' for a,w in words.items()) + '.')
     if found: lines.append(f'**What we found** ({best.title}): {found(best.tidy)}' if best else _NOTHING)
     return '\n\n'.join(lines)
