@@ -119,13 +119,15 @@ WORDS = {'Traditional': 'ordinary training', 'Adversarial': 'training on clean i
          'FGSM': 'fast gradient sign method, an attack of one step',
          'PGD': 'projected gradient descent, an attack of several'} # abbreviation -> what it stands for
 
+_COLUMNS = (*attackers(), 'pgd_8', 'autoattack_8')
+
 def column(
     attack:str,          # a column of the tables, or of ours at 8/255: 'pgd_8' or 'autoattack_8'
     steps:int|None=None, # of PGD, where they are to be said
     label:str='AutoAttack', # of ours, as its result names itself: less than AutoAttack is not called so
 )->str:                  # e.g. 'PGD, 0.1 (2 steps)'
     "A column as a page heads it, its budget written one way"
-    kind, _, budget = choose(attack, (*attackers(), 'pgd_8', 'autoattack_8'), 'column').partition('_')
+    kind, _, budget = choose(attack, _COLUMNS, 'column').partition('_')
     names = {'clean': 'clean', 'autoattack': label.removesuffix(' (standard)')}
     where = f", {'8/255' if budget=='8' else budget}" if budget else ''
     taken = f" ({steps} step{'s'*(steps > 1)})" if kind=='pgd' and steps else ''

@@ -37,7 +37,7 @@ def _best(t, attack): return max(METHODS, key=lambda m: cell(t, method=m, attack
 def _both(a, b): return lambda t: f"{gain(t, *a):+.2f} and {gain(t, *b):+.2f}"
 def _norms(t): return [gain(t, m, 'Traditional') for m in METHODS if 'AdvProp' in m]
 def _moves(t): return [abs(gain(t, m, 'AdvProp', a)) for m in MIXED if 'AdvProp' in m
-                       for a in attackers()] # what more techniques change
+                       for a in ('clean', *ROBUST)] # what more techniques change
 _SOURCE = 'Mixture, section "Discussion" and abstract'
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #63ba65a0

@@ -30,9 +30,9 @@ def quoted(
     text:str,         # of a `Claim`, such as 'a gain (read: over zero)'
 )->tuple[str,str]:    # the sentence in quotation marks, and the reading, '' where it is plain
     "What a document says, and how we read it"
+    if text.startswith('read: '): return 'a question of ours', text.removeprefix('read: ')
     said, _, reading = text.partition('(read: ')
-    said, reading = said.rstrip(' ,;'), reading.removesuffix(')')
-    return f'“{said}”', reading
+    return f"“{said.rstrip(' ,;')}”", reading.removesuffix(')')
 
 # %% ../../nbs/reporting/84_board.ipynb #9e1d0cfe
 def as_named(

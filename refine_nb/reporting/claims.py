@@ -36,10 +36,10 @@ def _words(where): return ', '.join(f'{k} {named([v])[0]}' for k,v in where.item
 def _hits(table, where): # places of the rows with these values, at least one
     hits = np.ones(len(table), dtype=bool)
     for k,v in where.items():
-        if k not in table: raise Missing(f'a column {k!r}')
-        quick = table[k].dtype == object # plain values need no care for those that are missing
-        hits &= ((table[k].to_numpy()==v).astype(bool) if quick
-                 else (table[k]==v).to_numpy(dtype=bool, na_value=False))
+        if k not in table.columns: raise Missing(f'a column {k!r}')
+        values = table[k]   # plain objects are compared quickly: no care for those that are missing
+        hits &= ((values.to_numpy()==v).astype(bool) if values.dtype == object
+                 else (values==v).to_numpy(dtype=bool, na_value=False))
     if not hits.any(): raise Missing(_words(where))
     return hits.nonzero()[0]
 

@@ -22,15 +22,15 @@ def other_images(
     "A table as other test images could have given it"
     t = table.copy()
     if {'accuracy','n'} <= set(t):
-        known = t.accuracy.notna() & t.n.notna() & t.accuracy.between(0, 100)
-        n = t.n.where(known, 1).astype(float).round().astype(int)
-        drawn = 100*rng.binomial(n, (t.accuracy.where(known, 0).astype(float)/100))/n
-        same = [t[c] for c in ('key','accuracy','n') if c in t]
-        moved = drawn.groupby([s.fillna('') if s.name=='key' else s for s in same], dropna=False)
-        moved = (moved.transform('first') if 'key' in t else drawn)-t.accuracy
-        for c in {'accuracy','low','high'} & set(t): t[c] = t[c].where(~known, t[c]+moved)
+        p, n = t.accuracy.to_numpy(float)/100, t.n.to_numpy(float, na_value=np.nan)
+        known = (p >= 0) & (p <= 1) & (n > 0)
+        drawn = 100*rng.binomial(np.where(known, n, 1).astype(int), np.where(known, p, 0))/np.where(known, n, 1)
+        first = {}                     # the same number of the same run has been drawn before
+        moved = np.array([first.setdefault(w, d) for w,d in zip(zip(t.get('key', t.index), p, n), drawn)])-100*p
+        for c in {'accuracy','low','high'} & set(t): t[c] += np.where(known, moved, 0)
     if {'difference','low','high'} <= set(t):
         t['difference'] += rng.standard_normal(len(t))*(t.high-t.low).fillna(0)/3.92
+        for c in {'p','holm'} & set(t): t[c] = t[c].where(t.difference.isna(), 0.)
     return t
 
 # %% ../../nbs/reporting/82_direction.ipynb #2a6310ab
