@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 # where bytecode isn't kept each process compiles torch anew, which takes 15 seconds
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup demo test bench lab report doors notebooks readme clean
+.PHONY: help setup demo test bench lab report doors notebooks readme site site-test clean
 
 PYTHONS  ?= python3 python3.12 python3.11 python3.10
 VENV     := .venv
@@ -21,7 +21,7 @@ OUT      ?= out.ipynb
 STORE    ?=
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv with the package and its tools; the other targets do so by themselves
 
@@ -66,6 +66,12 @@ notebooks: doors ## run every notebook in place (demo), then the package, the RE
 
 readme: $(READY) ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
+
+site: $(READY) ## the site, from notebooks and reports as they are stored: _docs/html/index.html; needs no network
+	$(BIN)/python docs/build.py
+
+site-test: site ## the site in Chromium, where there is one: links, search, numbers, a narrow screen, contrast
+	REFINE_SITE=_docs/html $(BIN)/python -m pytest tests/test_site.py -rs --timeout 600
 
 clean: ## remove .venv, caches and out.ipynb; the results in REFINE_HOME stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache _proc _docs out.ipynb

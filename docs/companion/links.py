@@ -1,0 +1,115 @@
+"Names, codes and keys become links: in prose, in code, in tables"
+import html, re
+
+from docutils import nodes
+from sphinx import addnodes
+
+from .facts import HOME, KEY, LIBRARY, MODULES, NBS, PAGE_OF, ROOMS, conflicts
+
+CONFLICTS = conflicts()
+OPEN = re.compile(r'\b(open-[A-Z]\d{1,3})\b')
+LEFT_ALONE = (nodes.reference, nodes.literal, nodes.literal_block, nodes.math, nodes.math_block, nodes.title,
+              nodes.raw, addnodes.pending_xref)
+QUALIFIED = {f'{m.name}.{n}' for m in LIBRARY for n in m.public}
+
+def target_of(text):
+    "What a backticked name names: (reftype, target), or None"
+    bare = re.sub(r'\(.*\)$', '', text).removesuffix('.ipynb')
+    if (room := bare.strip('/')) in ROOMS: return 'doc', f'/library/{room}'
+    if bare.startswith('99_') or '/99_' in bare: return None
+    if re.fullmatch(r'[\w/]+', bare) and (NBS/f'{bare}.ipynb').is_file() and bare != 'index':
+        return 'doc', f'/nbs/{bare}'
+    if bare in HOME: return 'obj', f'{HOME[bare].name}.{bare}'
+    if (full := bare if bare.startswith('refine_nb.') else f'refine_nb.{bare}') in QUALIFIED: return 'obj', full
+
+def names(app, doctree):
+    "Backticked names, and codes of open points"
+    doc = app.env.docname
+    for lit in [*doctree.findall(nodes.literal)]:
+        inside = {type(p) for p in parents(lit)}
+        if inside & {nodes.reference, nodes.title, addnodes.pending_xref} or not (t := target_of(lit.astext())):
+            continue
+        ref = addnodes.pending_xref('', refdomain='std' if t[0]=='doc' else 'py', reftype=t[0], reftarget=t[1],
+                                    refdoc=doc, refexplicit=True, refwarn=True)
+        lit.replace_self(ref); ref += lit
+    for text in [*doctree.findall(nodes.Text)]:
+        if any(isinstance(p, LEFT_ALONE) for p in parents(text)) or not OPEN.search(text): continue
+        text.parent.replace(text, [*coded(app, doc, text.astext())])
+
+def parents(node):
+    while node.parent is not None: node = node.parent; yield node
+
+def coded(app, doc, text):
+    for part in OPEN.split(text):
+        if part in CONFLICTS:
+            paper, row = CONFLICTS[part]
+            uri = f"{app.builder.get_relative_uri(doc, f'papers/{paper}_open')}#{part.lower()}"
+            yield nodes.reference('', part, refuri=uri, internal=True, reftitle=row['open'], classes=['open-point'])
+        elif part: yield nodes.Text(part)
+
+# ---- in the page as it is written ---------------------------------------------------------------
+ROW = re.compile(r'<tr\b.*?</tr>', re.S)
+CELL = re.compile(r'(<td\b[^>]*>)(.*?)(</td>)', re.S)
+NUMBER = re.compile(r'\s*(?:<p>)?\s*([+\u2212-]?\d[^<]*?)\s*(?:</p>)?\s*', re.S)
+
+def keys(app, page, text):
+    "The numbers of a row lead to the record of its run; a key without one says so"
+    def uri(key):
+        there = PAGE_OF[key]
+        return f"{'' if there == page else app.builder.get_relative_uri(page, there)}#run-{key}"
+    def linked(m):
+        key = m[0]
+        if key in PAGE_OF: return f'<a class="run" href="{uri(key)}" title="The record of run {key}">{key[:8]}</a>'
+        return f'<span class="no-record" title="{key}: no report has a record of this run">{key[:8]}</span>'
+    def row(m):
+        known = [k for k in KEY.findall(m[0]) if k in PAGE_OF]
+        def cell(c):
+            if KEY.search(c[2]) and 'id="run-' not in c[2]: return c[1] + KEY.sub(linked, c[2]) + c[3]
+            if known and 'id="run-' not in m[0] and (n := NUMBER.fullmatch(c[2])):
+                return f'{c[1]}<a class="number" href="{uri(known[0])}">{n[1]}</a>{c[3]}'
+            return c[0]
+        return CELL.sub(cell, m[0])
+    return ROW.sub(row, text)
+
+SPAN = re.compile(r'<span class="(n[a-z]?)">(\w+)</span>')
+
+def code(app, page, text):
+    "Names of the package inside code, where the page imports or defines them"
+    source = (NBS/f'{page[4:]}.ipynb').read_text(encoding='utf-8')
+    used = {n for names in re.findall(r'from refine_nb[\w.]* import ([\w, ]+)', source) for n in re.findall(r'\w+', names)}
+    here = MODULES.get(page[4:]); used |= set(here.public if here else ())
+    known, objects = {n: f'{HOME[n].name}.{n}' for n in used if n in HOME}, app.env.get_domain('py').objects
+    def link(m):
+        if (full := known.get(m[2])) not in objects: return m[0]
+        o = objects[full]
+        uri = f"{'' if o.docname == page else app.builder.get_relative_uri(page, o.docname)}#{o.node_id}"
+        return f'<a class="code-name" href="{uri}" title="{full}">{m[0]}</a>'
+    return re.sub(r'<pre>.*?</pre>', lambda b: SPAN.sub(link, b[0]), text, flags=re.S)
+
+def html_links(app, page, text):
+    "Links inside HTML outputs, which Sphinx hands on as they are"
+    def there(m):
+        path = re.sub(r'^(?:\.\./)*(?:nbs/)?', '', m[2])
+        if path.startswith('reports/'): doc = '/'.join(['runs', *path.split('/')[1:]]).removesuffix('/')
+        elif path.endswith('.ipynb'): doc = f'nbs/{path[:-6]}'
+        else: return m[0]
+        doc = re.sub(r'/[\w.-]+\.(md|json|csv)$', '', doc)
+        return m[0] if doc not in app.env.found_docs else f'{m[1]}{app.builder.get_relative_uri(page, doc)}{m[3] or ""}"'
+    return re.sub(r'(<a\b[^>]*?href=")(?!https?:)([^"#]+?\.ipynb|(?:\.\./)*reports/[^"#]+)(#[^"]*)?"', there, text)
+
+VERDICT = re.compile(r'(<td\b[^>]*>\s*(?:<p>)?\s*)(holds|fails|with|against|undecided|not judged|stands in the text only|'
+                     r'cannot be read from it)\b(?=[^<]*(?:</p>)?\s*</td>)')
+TONE = {'holds': 'good', 'with': 'good', 'fails': 'bad', 'against': 'bad'}
+
+def boards(text):
+    "Scoreboards: the theme's looks, room to scroll, a verdict in colour and word"
+    def board(m):
+        inner = VERDICT.sub(lambda v: f'{v[1]}<span class="verdict {TONE.get(v[2], "open")}">{v[2]}</span>', m[2])
+        return f'<table class="table {m[1]}"{inner}</table>'
+    return re.sub(r'<table\b[^>]*?class="((?:[\w -]* )?scoreboard(?: [\w -]*)?)"(.*?)</table>', board, text, flags=re.S)
+
+def in_page(app, page, template, context, doctree):
+    "Sphinx's `html-page-context`"
+    if 'body' not in context: return
+    text = boards(keys(app, page, html_links(app, page, context['body'])))
+    context['body'] = code(app, page, text) if page.startswith('nbs/') else text

@@ -1,0 +1,68 @@
+// Tables of class "scoreboard": sorted by a click on a head, filtered by words and by what a column says. No server.
+const FILTERED = ['document', 'verdict', 'scale', 'on its own numbers', 'on ours']
+
+const said = cell => cell.textContent.trim()
+const kind = cell => said(cell).split(':')[0]          // 'not judged: needs ...' is 'not judged'
+
+function compared(a, b) {                              // numbers as numbers, whatever has none behind them
+  const number = t => { const m = t.replace('\u2212', '-').match(/^[<>~ ]*([+-]?\d+(\.\d+)?)/); return m ? +m[1] : NaN }
+  const x = number(a), y = number(b)
+  if (!isNaN(x) && !isNaN(y)) return x - y
+  if (isNaN(x) !== isNaN(y)) return isNaN(x) ? 1 : -1
+  return a.localeCompare(b, 'en', { numeric: true })
+}
+
+function sortable(table, heads) {
+  heads.forEach((head, i) => {
+    const button = document.createElement('button')
+    button.type = 'button'; button.title = 'sort'; button.append(...head.childNodes); head.append(button)
+    button.addEventListener('click', () => {
+      const down = head.ariaSort === 'ascending'
+      heads.forEach(h => h.removeAttribute('aria-sort'))
+      head.ariaSort = down ? 'descending' : 'ascending'
+      const rows = [...table.tBodies[0].rows]
+      rows.sort((a, b) => compared(said(a.cells[i]), said(b.cells[i])) * (down ? -1 : 1))
+      table.tBodies[0].append(...rows)
+    })
+  })
+}
+
+function field(name, input) {
+  const label = document.createElement('label')
+  label.append(name, input)
+  return label
+}
+
+function filterable(table, heads) {
+  const rows = [...table.tBodies[0].rows], bar = document.createElement('div'), tests = []
+  const count = document.createElement('output'), words = document.createElement('input')
+  const apply = () => {
+    rows.forEach(row => { row.hidden = !tests.every(test => test(row)) })
+    count.textContent = `${rows.filter(r => !r.hidden).length} of ${rows.length}`
+  }
+  heads.forEach((head, i) => {
+    if (!FILTERED.includes(said(head))) return
+    const select = document.createElement('select')
+    const options = [...new Set(rows.map(r => kind(r.cells[i])))].filter(Boolean).sort()
+    select.append(new Option('all', ''), ...options.map(o => new Option(o, o)))
+    tests.push(row => !select.value || kind(row.cells[i]) === select.value)
+    select.addEventListener('change', apply)
+    bar.append(field(said(head), select))
+  })
+  words.type = 'search'
+  tests.push(row => row.textContent.toLowerCase().includes(words.value.toLowerCase()))
+  words.addEventListener('input', apply)
+  bar.className = 'board-filters'; bar.append(field('words', words), count)
+  ;(table.closest('.pst-scrollable-table-container') || table).before(bar)
+  apply()
+}
+
+document.querySelectorAll('table.scoreboard').forEach(table => {
+  const heads = table.tHead ? [...table.tHead.rows[0].cells] : []
+  if (!heads.length || !table.tBodies.length) return
+  for (const row of table.tBodies[0].rows) [...row.cells].forEach((cell, i) => { // on a phone a row is a card
+    if (said(heads[i])) cell.dataset.label = said(heads[i])
+    cell.classList.toggle('empty', !said(cell))
+  })
+  filterable(table, heads); sortable(table, heads)
+})
