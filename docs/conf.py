@@ -18,7 +18,7 @@ nb_mime_priority_overrides = [('html', 'text/markdown', 5), ('html', 'image/svg+
                               ('html', 'image/png', 20), ('html', 'text/html', 30)]
 nb_render_markdown_format = 'myst' # outputs too: links, mathematics and tables in them
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_inline', 'deflist']
-myst_heading_anchors = 3
+myst_heading_anchors, myst_dmath_double_inline = 3, True
 suppress_warnings = ['mystnb.mime_priority', 'misc.highlighting_failure']
 
 # one file that draws mathematics as SVG, with its fonts in it; the default is on another machine
@@ -28,12 +28,12 @@ mathjax_path = 'tex-svg.js'
 mathjax3_config = {'options': {'enableMenu': False}}
 html_css_files, html_js_files = ['site.css'], [('site.js', {'defer': 'defer'})]
 html_copy_source = html_show_sourcelink = False
-html_title = project
+html_title, html_favicon = project, 'static/favicon.svg'
 html_theme = 'pydata_sphinx_theme'
 html_sidebars = {'index': [], 'search': [], 'genindex': []}
 html_theme_options = dict(
     logo={'text': project}, header_links_before_dropdown=7, navigation_depth=2, show_nav_level=1,
     show_toc_level=2, navbar_align='left', navbar_persistent=['search-button'], navbar_end=['theme-switcher'],
-    secondary_sidebar_items=['page-toc'], show_prev_next=True, back_to_top_button=True,
+    secondary_sidebar_items={p: ['page-toc'] for p in ('nbs/**', 'library/**', 'CONTRIBUTING')}, # elsewhere tables show_prev_next=True, back_to_top_button=True,
     pygments_light_style='a11y-high-contrast-light', pygments_dark_style='a11y-high-contrast-dark',
     search_bar_text='Search notebooks, functions, claims', footer_start=['copyright'], footer_end=[])

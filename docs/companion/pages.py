@@ -1,8 +1,8 @@
 "The pages that are made: the front, one for each document, room and run, and what the documents leave open"
 import json, re
 
-from .facts import (ARTEFACTS, LIBRARY, MODULES, NBS, PAPERS, REPORTS, ROOMS, ROOT, RUNS, conflicts, notebook, outputs,
-                    rooms, runs_of, text_of)
+from .facts import (ARTEFACTS, KEY, LIBRARY, NBS, PAPERS, REPORTS, ROOMS, ROOT, RUNS, conflicts, notebook, outputs, rooms,
+                    rows_of, runs_of, text_of)
 from .notebooks import page, relinked
 
 FRAME = ROOT/'docs'
@@ -102,11 +102,10 @@ def in_nbs(text): return re.sub(r'\]\(([\w/]+\.ipynb)', r'](/nbs/\1', text)
 
 def document(write, paper):
     p, its = PAPERS[paper], [a for a in ARTEFACTS.values() if a.paper == paper and top(a.id)]
-    order = ('study', 'claims', 'tab', 'fig')
     runs = [r for a in its for r in runs_of(a.id)]
     text = [f'# {p.short[0].upper()+p.short[1:]}', '', f'{p.citation}.', '', text_of(FRAME/'papers'/f'{paper}.md'), '',
             '## Tables, figures, studies', '',
-            table(['page', 'what it shows, and what we found', 'our runs'], artefact_rows(its)), '',
+            table(['page', 'what it shows, and what we found', 'our runs'], artefact_rows(its), 'cards'), '',
             *figures(its), *claims(paper),
             toctree([*(f'{a.name} </nbs/{a.id}>' for a in its), f'Open points <{paper}_open>'], 'Pages'),
             toctree([f'{ARTEFACTS[r.artefact].name}, {r.preset} </{r.page}>' for r in runs], 'Our runs') if runs else '']
@@ -149,8 +148,26 @@ def untitled(markdown, title):
 
 def table_of(run, name):
     "A saved table without its title and notes, which the page says once"
-    lines = text_of(run.folder/f'{name}.md').splitlines()
-    return in_nbs('\n'.join(l for l in lines if l.startswith('|')))
+    lines = [l for l in text_of(run.folder/f'{name}.md').splitlines() if l.startswith('|')]
+    if name in ('table', 'side_by_side') and not any(map(KEY.search, lines)):
+        tidy = [r for r in rows_of(run.folder/'tidy.csv') if KEY.match(r.get('key') or '')]
+        lines[2:] = ['|'.join(led_to(cells, tidy)) for cells in (l.split('|') for l in lines[2:])]
+    css = ['', ':::{table}', ':class: scoreboard', ''] if name == 'claims' else []
+    return in_nbs('\n'.join([*css, *lines, *([':::'] if css else [])]))
+
+def led_to(cells, tidy):
+    "Numbers of a row lead to the one run in whose tidy rows they stand; where several have one, it is left"
+    its = [r for r in tidy if set(filter(None, cells)) & set(r.values())] or tidy
+    for c in cells:
+        number = re.match(r'[+-]?\d+(?:\.(\d+))?', c)
+        keys = {r['key'] for r in its if number and has(r, number[0], len(number[1] or ''))}
+        yield f'<a class="number" href="#run-{keys.pop().split()[0]}">{c}</a>' if len(keys) == 1 else c
+
+def has(row, text, digits):
+    for k,v in row.items():
+        try:
+            if k != 'key' and f'{float(v):+.{digits}f}'.lstrip('+') == text.lstrip('+'): return True
+        except (TypeError, ValueError): pass # a word
 
 def value(v):
     if isinstance(v, list): return ', '.join(map(str, v))
@@ -175,7 +192,7 @@ def parts(run):
     rows = [(m['kind'], anchor(m['key']), spent(m['seconds']), m.get('precision') or '', f"`{(m.get('commit') or 'not known')[:8]}`"
              + (' (changed)' if m.get('dirty') else ''), m['device']) for m in made]
     there = {m['key'] for m in made}
-    lost = [k for k in dict.fromkeys(re.findall(r'\b[0-9a-f]{20}\b', text_of(run.folder/'tidy.csv'))) if k not in there]
+    lost = [k for k in dict.fromkeys(KEY.findall(text_of(run.folder/'tidy.csv'))) if k not in there]
     text = ['### Each result', '', table(['what', 'key', 'time', 'precision', 'commit', 'device'], rows), ''] if made else []
     if lost: text += ['### Without a record', '', 'Named in the tables; the record of this run has nothing about them.', '',
                       *(f'- {anchor(k)}' for k in lost), '']

@@ -1,5 +1,5 @@
 // Tables of class "scoreboard": sorted by a click on a head, filtered by words and by what a column says. No server.
-const FILTERED = ['document', 'verdict', 'scale', 'on its own numbers', 'on ours']
+const FILTERED = ['document', 'verdict', 'scale', "the paper's own table", 'on its own numbers', 'on ours', 'ours']
 
 const said = cell => cell.textContent.trim()
 const kind = cell => said(cell).split(':')[0]          // 'not judged: needs ...' is 'not judged'
@@ -57,12 +57,14 @@ function filterable(table, heads) {
   apply()
 }
 
-document.querySelectorAll('table.scoreboard').forEach(table => {
+document.querySelectorAll('table.scoreboard, table.cards').forEach(table => {
   const heads = table.tHead ? [...table.tHead.rows[0].cells] : []
   if (!heads.length || !table.tBodies.length) return
+  table.classList.add('board')
   for (const row of table.tBodies[0].rows) [...row.cells].forEach((cell, i) => { // on a phone a row is a card
     if (said(heads[i])) cell.dataset.label = said(heads[i])
     cell.classList.toggle('empty', !said(cell))
   })
+  if (!table.matches('.scoreboard') || table.tBodies[0].rows.length < 3) return
   filterable(table, heads); sortable(table, heads)
 })
