@@ -30,6 +30,7 @@ html_css_files, html_js_files = ['site.css'], [('site.js', {'defer': 'defer'})]
 html_copy_source = html_show_sourcelink = False
 html_title, html_favicon = project, 'static/favicon.svg'
 html_theme = 'pydata_sphinx_theme'
+html_context = {'default_mode': 'auto'} # else the theme complains to the console
 html_sidebars = {'index': [], 'search': [], 'genindex': []}
 html_theme_options = dict(
     logo={'text': project}, header_links_before_dropdown=7, navigation_depth=2, show_nav_level=1,

@@ -110,7 +110,8 @@ def test_mathematics_is_drawn(browser, site):
                                            ('A12', 'papers/adcorda'), ('SPAT', 'papers/spat')])
 def test_the_search_finds(browser, site, words, wanted):
     browser.open(f'{site}/search.html?q={words}')
-    found = browser.until('[...document.querySelectorAll("ul.search li a")].map(a => a.getAttribute("href"))')
+    browser.until('document.querySelector("#search-results").innerText.includes("finished")')
+    found = browser.js('[...document.querySelectorAll("ul.search li a")].map(a => a.getAttribute("href"))')
     assert any(wanted in f for f in found), f'{words}: {found[:10]}'
 
 def test_a_number_leads_to_its_run(browser, site):
@@ -155,7 +156,7 @@ def test_contrast_and_names(browser, site, page, theme):
 BOARD = '''<!doctype html><meta charset="utf-8"><title>board</title><table class="scoreboard"><thead><tr>
 <th>claim</th><th>document</th><th>ours</th><th>scale</th><th>verdict</th></tr></thead><tbody>
 <tr><td>A1</td><td>AdCorDA</td><td>10.5 [9, 12]</td><td>paper</td><td>holds</td></tr>
-<tr><td>A2</td><td>AdCorDA</td><td>9.1</td><td>small</td><td>with</td></tr>
+<tr><td>A2</td><td>AdCorDA</td><td>9.1</td><td>small<br><small>resnet18</small></td><td>with</td></tr>
 <tr><td>T1</td><td>SPAT</td><td></td><td></td><td>not judged: needs paper</td></tr></tbody></table>
 <script src="site.js"></script>'''
 
@@ -175,5 +176,5 @@ def test_a_scoreboard_sorts_and_filters(browser, tmp_path):
         assert browser.js(shown).endswith('A1 A2')
         assert browser.js('[...document.querySelectorAll("label")].map(l => l.firstChild.data).join()') == 'document,scale,verdict,words'
         assert choose(2, 'not judged') == 'T1' and choose(2, '') == 'T1 A1 A2'
-        assert choose(0, 'AdCorDA') == 'A1 A2' and choose(1, 'paper') == 'A1'
+        assert choose(0, 'AdCorDA') == 'A1 A2' and choose(1, 'paper') == 'A1' and choose(1, 'small') == 'A2'
         assert browser.js('document.querySelector("output").textContent') == '1 of 3'

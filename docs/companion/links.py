@@ -52,6 +52,8 @@ ROW = re.compile(r'<tr\b.*?</tr>', re.S)
 CELL = re.compile(r'(<td\b[^>]*>)(.*?)(</td>)', re.S)
 NUMBER = re.compile(r'\s*(?:<p>)?\s*([+\u2212-]?\d[^<]*?)\s*(?:</p>)?\s*', re.S)
 
+KEYED = re.compile(rf'<[^>]*>|{KEY.pattern}')  # a key, where it is not in a tag
+
 def keys(app, page, text):
     "The numbers of a row lead to the record of its run; a key without one says so"
     def uri(key):
@@ -59,17 +61,20 @@ def keys(app, page, text):
         return f"{'' if there == page else app.builder.get_relative_uri(page, there)}#run-{key}"
     def linked(m):
         key = m[0]
-        if key in PAGE_OF: return f'<a class="run" href="{uri(key)}" title="The record of run {key}">{key[:8]}</a>'
-        return f'<span class="no-record" title="{key}: no report has a record of this run">{key[:8]}</span>'
+        if key[0] == '<': return key
+        if key not in PAGE_OF: return NO_RECORD.format(key=key, short=key[:8])
+        return f'<a class="run" href="{uri(key)}" title="The record of run {key}">{key[:8]}</a>'
     def row(m):
-        known = [k for k in KEY.findall(m[0]) if k in PAGE_OF]
+        if 'id="run-' in m[0]: return m[0] # the record itself
+        known = [k for k in KEYED.findall(m[0]) if k in PAGE_OF]
         def cell(c):
-            if KEY.search(c[2]) and 'id="run-' not in c[2]: return c[1] + KEY.sub(linked, c[2]) + c[3]
-            if known and 'id="run-' not in m[0] and (n := NUMBER.fullmatch(c[2])):
+            if known and not KEY.search(c[2]) and (n := NUMBER.fullmatch(c[2])):
                 return f'{c[1]}<a class="number" href="{uri(known[0])}">{n[1]}</a>{c[3]}'
-            return c[0]
+            return c[1] + KEYED.sub(linked, c[2]) + c[3]
         return CELL.sub(cell, m[0])
     return ROW.sub(row, text)
+
+NO_RECORD = '<span class="no-record" title="{key}: no report has a record of this run">{short}</span>'
 
 SPAN = re.compile(r'<span class="(n[a-z]?)">(\w+)</span>')
 
@@ -94,10 +99,11 @@ def html_links(app, page, text):
         elif path.endswith('.ipynb'): doc = f'nbs/{path[:-6]}'
         else: return m[0]
         doc = re.sub(r'/[\w.-]+\.(md|json|csv)$', '', doc)
-        return m[0] if doc not in app.env.found_docs else f'{m[1]}{app.builder.get_relative_uri(page, doc)}{m[3] or ""}"'
+        if doc in app.env.found_docs: return f'{m[1]}{app.builder.get_relative_uri(page, doc)}{m[3] or ""}"'
+        return f'<a class="no-record" title="{path} is not stored"' if doc.startswith('runs/') else m[0]
     return re.sub(r'(<a\b[^>]*?href=")(?!https?:)([^"#]+?\.ipynb|(?:\.\./)*reports/[^"#]+)(#[^"]*)?"', there, text)
 
-VERDICT = re.compile(r'(<td\b[^>]*>\s*(?:<p>)?\s*)(holds|fails|with|against|undecided|not judged|stands in the text only|'
+VERDICT = re.compile(r'(<td\b[^>]*>\s*(?:<p>)?[^\w<]*)(holds|fails|with|against|undecided|not judged|not carried|not run|stands in the text only|'
                      r'cannot be read from it)\b(?=[^<]*(?:</p>)?\s*</td>)')
 TONE = {'holds': 'good', 'with': 'good', 'fails': 'bad', 'against': 'bad'}
 

@@ -67,7 +67,9 @@ def cell_as_page(c, said, body, title, heading, artefact):
     c['source'] = body
     c['outputs'] = [o for o in c['outputs'] if not is_noise(o)]
     for o in c['outputs']:
-        if 'text/markdown' in (data := o.get('data', {})):
+        if 'class="scoreboard"' in ''.join((data := o.get('data', {})).get('text/html', '')):
+            data.pop('text/markdown', None) # sorted and filtered it is HTML
+        if 'text/markdown' in data:
             data['text/markdown'] = relinked(''.join(data['text/markdown']))
     return c
 

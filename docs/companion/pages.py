@@ -117,10 +117,11 @@ def left_open(write, paper):
     text = [f'# Open points of {of}', '', 'Where a document contradicts itself or does not say, we had to decide.', '']
     for r in rows:
         where = ', '.join(f'`{n}`' for n in r['notebook'].split())
-        text += [f"## {r['conflict']}", '', f"**Open**: {r['open']}.", '', f"**We**: {r['decision']}.", '',
+        text += [f"## {r['conflict']}", '', f"**Open**{weight(r)}: {r['open']}.", '', f"**We**: {r['decision']}.", '',
                  *([f"**Note**: {r['note']}.", ''] if r.get('note') else []), f"{where}: {named(r['name'])} · {r['source']}", '']
     write(f'papers/{paper}_open.md', '\n'.join(text))
 
+def weight(row): return f" ({row['weight']})" if row.get('weight') else ''
 def named(names): return ' '.join(f'`{n}`' for n in names.split())
 
 def across(write):

@@ -1,8 +1,8 @@
 // Tables of class "scoreboard": sorted by a click on a head, filtered by words and by what a column says. No server.
-const FILTERED = ['document', 'verdict', 'scale', "the paper's own table", 'on its own numbers', 'on ours', 'ours']
+const FILTERED = ['document', 'on print', "the paper's own table", 'on its own numbers', 'on ours', 'scale', 'verdict']
 
 const said = cell => cell.textContent.trim()
-const kind = cell => said(cell).split(':')[0]          // 'not judged: needs ...' is 'not judged'
+const kind = cell => cell.innerText.trim().split(/[:\n]/)[0].replace(/^[^\p{L}\d]+/u, '') // without mark and reason
 
 function compared(a, b) {                              // numbers as numbers, whatever has none behind them
   const number = t => { const m = t.replace('\u2212', '-').match(/^[<>~ ]*([+-]?\d+(\.\d+)?)/); return m ? +m[1] : NaN }
@@ -43,9 +43,10 @@ function filterable(table, heads) {
   heads.forEach((head, i) => {
     if (!FILTERED.includes(said(head))) return
     const select = document.createElement('select')
-    const options = [...new Set(rows.map(r => kind(r.cells[i])))].filter(Boolean).sort()
+    const kinds = new Map(rows.map(r => [r, kind(r.cells[i])])) // now: of a hidden row there is no first line
+    const options = [...new Set(kinds.values())].filter(Boolean).sort()
     select.append(new Option('all', ''), ...options.map(o => new Option(o, o)))
-    tests.push(row => !select.value || kind(row.cells[i]) === select.value)
+    tests.push(row => !select.value || kinds.get(row) === select.value)
     select.addEventListener('change', apply)
     bar.append(field(said(head), select))
   })
