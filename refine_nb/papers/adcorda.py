@@ -11,7 +11,7 @@ __all__ = ['MODELS', 'SEEDS', 'CORAL_WEIGHT', 'DATASETS', 'STANDS_FOR', 'WORDS',
 from dataclasses import dataclass, replace
 
 from ..base import Call, Recipe, call, choose
-from ..vision import classifier, load_data
+from ..vision import OwnImages, chosen_data, classifier, load_data
 from ..attacks import bi, bih, ddn, ll, salt_and_pepper, vbi
 from ..training import fine_tune, sgd
 from ..refinement import (Correction, Quantised, Share, adapt, equal_steps,
@@ -47,7 +47,7 @@ def baseline(
 )->Recipe:
     "The fine-tuned baseline BL (section 4)"
     pretrained = 'imagenet' if stem=='imagenet' else None
-    return Recipe(data=call(load_data, name=choose(dataset, DATASETS, 'data set'), size=224, split_seed=seed),
+    return Recipe(data=call(load_data, name=chosen_data(dataset, DATASETS), size=224, split_seed=seed),
                   model=call(classifier, name=choose(model, MODELS, 'model'), weights=pretrained, stem=stem),
                   method=call(fine_tune, augment=augment),
                   optimiser=call(sgd, lr=1e-4, momentum=.9, weight_decay=1e-4),
@@ -68,7 +68,7 @@ def cinic_baseline(
 )->Recipe:
     "The fine-tuned baseline BL of Table 2 (section 4, CINIC-10)"
     return Recipe(
-        data=call(load_data, name=choose(dataset, CINIC_DATASETS, 'data set'), size=224, split_seed=seed),
+        data=call(load_data, name=chosen_data(dataset, CINIC_DATASETS), size=224, split_seed=seed),
         model=call(classifier, name=choose(model, CINIC_MODELS, 'model'), weights='places365'),
         method=call(fine_tune, augment=augment), optimiser=call(sgd, lr=1e-3, momentum=.9, weight_decay=1e-4),
         epochs=epochs, batch_size=64, seed=seed)
@@ -87,6 +87,8 @@ class Protocol:
     coral_weight: float # lambda
 
 # %% ../../nbs/papers/00_adcorda.ipynb #96e659de
+def _weighed_as(name): return 'cifar10' if isinstance(name, OwnImages) else name # your own: as CIFAR-10
+
 def protocol_of(
     base:Recipe,        # from `baseline` or `cinic_baseline`
 )->Protocol:
@@ -94,7 +96,7 @@ def protocol_of(
     if 'weights' in base.model.all_settings and base.model['weights']=='places365':
         return Protocol(1e-4, 64, 1/2)
     wide = base.model['name']=='efficientnet_v2_m' and base.data['name']=='cifar100'
-    return Protocol(1e-3, 32 if wide else 16, CORAL_WEIGHT[base.data['name']])
+    return Protocol(1e-3, 32 if wide else 16, CORAL_WEIGHT[_weighed_as(base.data['name'])])
 
 # %% ../../nbs/papers/00_adcorda.ipynb #5ce69ac9
 def _second_stage(base:Recipe)->Recipe:

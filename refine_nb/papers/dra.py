@@ -10,7 +10,7 @@ __all__ = ['MODELS', 'CIFAR10', 'SHARES', 'LAMBDAS', 'BUDGETS', 'CONSTANT', 'EQU
 from dataclasses import replace
 
 from ..base import Call, Recipe, call, choose, number
-from ..vision import classifier, load_data
+from ..vision import chosen_data, classifier, input_size, load_data
 from ..attacks import ce, dra, kl_pgd, pgd, zero
 from ..training import (adversarial_training, defence, fading, fine_tune, piecewise,
                                 regulated_training, sgd, trades)
@@ -39,7 +39,8 @@ def vanilla(
     epochs:int=100,           # not stated
 )->Recipe:
     "The first phase: training on clean images (section IV-A)"
-    return Recipe(data=call(load_data, name=choose(dataset, CIFAR10, 'data set'), split_seed=seed),
+    return Recipe(data=call(load_data, name=chosen_data(dataset, CIFAR10), split_seed=seed,
+                            **input_size(dataset)),
                   model=call(classifier, name=choose(model, MODELS, 'model'), stem='cifar'),
                   method=call(fine_tune, augment='crop_flip'),
                   optimiser=call(sgd, lr=.1, momentum=.9, weight_decay=2e-4), schedule=call(piecewise),

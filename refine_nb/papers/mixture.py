@@ -10,7 +10,8 @@ __all__ = ['METHODS', 'CIFAR10', 'STRONG', 'NETWORKS', 'STRENGTHS', 'WORDS', 'te
 import pandas as pd
 
 from ..base import Call, Recipe, call, choose
-from ..vision import SmoothReLU, classifier, load_data, operated, smooth_attack
+from ..vision import (SmoothReLU, chosen_data, classifier, input_size, load_data, operated,
+                              smooth_attack)
 from ..attacks import fgsm, pgd, zero
 from ..training import adversarial_training, advprop, als, als_halves, clean, cosine, halves, sgd
 
@@ -96,7 +97,8 @@ def trained(
     if 'SAT' in parts and where=='attack': attack = call(smooth_attack, attack=attack)
     how = call(advprop if 'AdvProp' in parts else adversarial_training, attack=attack,
                objective=loss, augment='crop_flip')
-    return Recipe(data=call(load_data, name=choose(dataset, CIFAR10, 'data set'), split_seed=seed),
+    return Recipe(data=call(load_data, name=chosen_data(dataset, CIFAR10), split_seed=seed,
+                            **input_size(dataset)),
                   model=network(method, model=model, alpha=alpha, where=where), method=how,
                   optimiser=call(sgd, lr=.1, momentum=.9, weight_decay=5e-4), schedule=call(cosine),
                   epochs=100, batch_size=128, seed=seed, select='last')

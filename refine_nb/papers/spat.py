@@ -8,7 +8,8 @@ __all__ = ['DEFENCES_AS', 'MNIST_ROWS', 'DATASETS', 'MODELS', 'BUDGET', 'WORDS',
 
 # %% ../../nbs/papers/70_spat.ipynb #fae3fd5f
 from ..base import Call, Cell, Recipe, Robustness, call, choose
-from ..vision import classifier, cosine_classifier, load_data, small_network, wide_resnet
+from ..vision import (chosen_data, classifier, cosine_classifier, input_size, load_data,
+                              small_network, wide_resnet)
 from ..vision import scaled_attack
 from ..attacks import autoattack_images, cw_linf, fab_t, fgsm, mim, pgd
 from ..training import defence, fine_tune, piecewise, sgd
@@ -49,7 +50,7 @@ def network(
 BURN_IN = {'GAIRAT': .6, 'MAIL-AT': .76} # of 100 epochs: `GAIRAT.py`, `--begin_epoch 60`; MAIL's `train.py`
 
 def _data(dataset, seed):
-    size = dict(size=28) if choose(dataset, DATASETS, 'data set')=='mnist' else {}
+    size = dict(size=28) if chosen_data(dataset, DATASETS)=='mnist' else input_size(dataset)
     return call(load_data, name=dataset, split_seed=seed, valid=.02, **size)
 
 def _schedule(dataset): # as fields of a recipe
@@ -89,7 +90,7 @@ def ablation(
     model:str='resnet18',              # as for `trained`
 )->dict[tuple,Recipe]: # (table, row) -> recipe; the default stands in each of them
     "The trainings of Tables 3.6, 3.7 and 3.8"
-    choose(dataset, DATASETS[1:], 'data set of Tables 3.6 to 3.8')
+    chosen_data(dataset, DATASETS[1:], 'data set of Tables 3.6 to 3.8')
     def with_(row='SPAT', **settings): return trained(row, dataset, seed, model=model, **settings)
     made = {(f'3.6 {k}', v): with_(**{k: v}) for k,vs in VALUES.items() for v in vs}
     parts = [(a,r) for r in ('sp','kl') for a in ('sp','nce')]
@@ -104,7 +105,7 @@ def attackers(
     dataset:str='cifar10', # one of `DATASETS`
 )->dict[str,Call|None]:    # column -> attack; None is clean; AutoAttack is not among them, see `judged`
     "The columns of Tables 3.2 and 3.4, but AutoAttack"
-    mnist = choose(dataset, DATASETS, 'data set')=='mnist'
+    mnist = chosen_data(dataset, DATASETS)=='mnist'
     eps = BUDGET['mnist' if mnist else 'cifar']['eps']; tenth = dict(eps=eps, step_size=eps/10)
     start = dict(clamp_start=False)
     columns = {'Clean': None, 'FGSM': call(fgsm, eps=eps), 'PGD-20': call(pgd, steps=20, **tenth, **start),

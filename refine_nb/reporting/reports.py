@@ -96,10 +96,11 @@ class Stored:
 
 # %% ../../nbs/reporting/50_reports.ipynb #c431cb90
 # in place of a paper's data set, the better one first
-_STAND_IN = ('cifar10_resplit', 'cifar10_jpeg', 'digits')
+_STAND_IN = ('cifar10_resplit', 'cifar10_jpeg', 'digits', 'own-')
 
 def stored(
-    artefact:str, # an id of `ARTEFACTS`
+    artefact:str,   # an id of `ARTEFACTS`
+    own:bool=False, # also those on a person's own images, which never stand beside printed numbers
 )->list[Stored]:  # none where nothing but demos was run
     "The reports of an artefact, the largest first"
     def rank(s): # of the preset, then of the data set
@@ -107,5 +108,6 @@ def stored(
                 next((i+1 for i,d in enumerate(_STAND_IN) if d in s.variant), 0))
     def half(f, top): return any(p.startswith('.') for p in f.relative_to(top).parts) # its writer was killed
     there = ((name, f.parent) for name in PRESETS if name != 'demo' for top in [report_folder(artefact, name)]
-             for f in sorted(top.rglob('tidy.csv')) if not half(f, top))
+             for f in sorted(top.rglob('tidy.csv'))
+             if not half(f, top) and (own or 'own-' not in f.parent.name))
     return sorted((Stored(f, name, '' if f.name==name else f.name) for name,f in there), key=rank)
