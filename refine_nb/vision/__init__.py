@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 'to_input', 'cache_file', 'class_files',
            'data_root', 'read_images', 'read_tree', 'TEST_SHARE', 'divided', 'held_out', 'split_indices', 'OwnImages',
-           'chosen_data', 'input_size', 'own_images', 'read_own', 'data_names', 'load_data', 'data_of', 'augment',
-           'batches', 'draws', 'order', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier', 'model_names',
-           'n_parameters', 'thin_names', 'small_names', 'small_network', 'copied', 'plain_weights', 'suited', 'suiting',
-           'Leaves', 'fold', 'fold_if_same', 'foldable', 'refold', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary',
-           'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack',
-           'smoothing', 'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings',
-           'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL', 'CORRUPTIONS',
-           'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'corrupted', 'official_corruption']
+           'chosen_data', 'input_size', 'own_images', 'read_own', 'data_names', 'data_place', 'load_data', 'data_of',
+           'augment', 'batches', 'draws', 'order', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier',
+           'model_names', 'n_parameters', 'thin_names', 'small_names', 'small_network', 'copied', 'plain_weights',
+           'suited', 'suiting', 'Leaves', 'fold', 'fold_if_same', 'foldable', 'refold', 'WideBlock', 'wide_resnet',
+           'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated',
+           'smooth', 'smooth_attack', 'smoothing', 'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier',
+           'cosine_head', 'embeddings', 'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST',
+           'WEATHER_DIGITAL', 'CORRUPTIONS', 'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'corrupted', 'official_corruption']
 
 # %% ../../nbs/vision/99_vision.ipynb #d2ec6291
 from .images import Data, SLIP, Split, check_images, clipped, fingerprint, to_input
 from .reading import cache_file, class_files, data_root, read_images, read_tree
 from .splitting import TEST_SHARE, divided, held_out, split_indices
 from .own_sets import OwnImages, chosen_data, input_size, own_images, read_own
-from .loading import data_names, load_data
+from .loading import data_names, data_place, load_data
 from .in_memory import data_of
 from .batching import augment, batches, draws, order
 from .models import (IMAGENET_MEAN, IMAGENET_STD, Normalise, classifier, model_names,
@@ -43,12 +43,12 @@ from refine_nb.vision.corruptions import (CORRUPTIONS, GENERATED, OFFICIAL_MD5, 
 _all_ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 'to_input', 'cache_file',
          'class_files', 'data_root', 'read_images', 'read_tree', 'TEST_SHARE', 'divided', 'held_out',
          'split_indices', 'OwnImages', 'chosen_data', 'input_size', 'own_images', 'read_own',
-         'data_names', 'load_data', 'data_of', 'augment', 'batches', 'draws', 'order', 'IMAGENET_MEAN',
-         'IMAGENET_STD', 'Normalise', 'classifier', 'model_names', 'n_parameters', 'thin_names',
-         'small_names', 'small_network', 'copied', 'plain_weights', 'suited', 'suiting', 'Leaves',
-         'fold', 'fold_if_same', 'foldable', 'refold', 'WideBlock', 'wide_resnet', 'DualNorm',
-         'auxiliary', 'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated',
-         'smooth', 'smooth_attack', 'smoothing', 'straight_relu', 'CosineHead', 'at_scale',
+         'data_names', 'data_place', 'load_data', 'data_of', 'augment', 'batches', 'draws', 'order',
+         'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier', 'model_names', 'n_parameters',
+         'thin_names', 'small_names', 'small_network', 'copied', 'plain_weights', 'suited', 'suiting',
+         'Leaves', 'fold', 'fold_if_same', 'foldable', 'refold', 'WideBlock', 'wide_resnet',
+         'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU',
+         'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu', 'CosineHead', 'at_scale',
          'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer', 'logits_and_cosines',
          'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL', 'CORRUPTIONS', 'GENERATED',
          'OFFICIAL_MD5', 'corrupt', 'corrupted', 'official_corruption']
