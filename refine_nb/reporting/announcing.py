@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from ..base import Cell, ancestors, choose, device_name
 from ..training import Engine
 from ..runs import PRESETS, Store, at_scale, duration, price
-from .listing import ARTEFACTS, NEEDS, PAPERS
+from .listing import ARTEFACTS, NEEDS
 
 # %% ../../nbs/reporting/60_announcing.ipynb #0e86a342
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def made_on(
 
 # %% ../../nbs/reporting/60_announcing.ipynb #75c0350a
 def _command(artefact:str, name:str, settings:dict)->str:
-    given = ' '.join(f"-p {k} '{v}'" if isinstance(v, str) and ',' in v else f'-p {k} {v}'
+    given = ' '.join(f"-p {k} '{v}'" if isinstance(v, str) and set(v) & set(', ') else f'-p {k} {v}'
                      for k,v in settings.items())
     return f"papermill nbs/{artefact}.ipynb out.ipynb -p preset {name} {given}"
 
@@ -59,12 +59,12 @@ def _said(shares, name)->str: # what a page takes less of
 
 def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine, shares)->str:
     "What the small and the paper's scale need and cost here, as Markdown lines"
-    needs, lines = NEEDS[settings['dataset']], []
+    needs, lines = NEEDS.get(settings['dataset'], 'your own images'), []
     for name in ('small', 'gpu', 'paper'):
         cost = price(ancestors(*at_scale(tuple(cells), PRESETS[name], shares)), engine).seconds.iloc[-1]
         also = _weights(cells) if name=='paper' else ''
-        lines.append(f"- **{name}**: {PRESETS[name].says}{_said(shares, name)}. `{_command(artefact, name, settings)}` needs "
-                     f"{needs}{also}; about {duration(cost)} on this machine.")
+        lines.append(f"- **{name}**: {PRESETS[name].says}{_said(shares, name)}. "
+                     f"`{_command(artefact, name, settings)}` needs {needs}{also}; about {duration(cost)} on this machine.")
     return '\n'.join(lines)
 
 # %% ../../nbs/reporting/60_announcing.ipynb #6e9e3f24
@@ -81,11 +81,11 @@ def announce(
 )->Announcement:
     "What the numbers of this run are, in words"
     a = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')]
-    what = f"{a.name} of {PAPERS[a.paper].short}"
+    what = f"{a.name} of {a.of}"
     at, less = at_scale(tuple(cells), p.preset, shares), _said(shares, p.preset.name)
     where = f"{_network(at[0])} on {p.preset.data or p.dataset}{less.replace(';', ',')}"
     tag = {'demo': 'DEMO', 'small': 'SMALL RUN', 'gpu': 'GPU RUN', 'paper': "PAPER'S SCALE"}[p.preset.name]
-    settings = {k: getattr(p, k) for k in ('model', 'dataset')}
+    settings = {'model': p.model, 'dataset': getattr(p.dataset, 'path', p.dataset)}
     banner = f"**{tag}: {what}, {where}.** This is {p.preset.says}{less}."
     if p.preset.name=='demo':
         banner += f"\n\nThe real thing:\n\n{_real_thing(artefact, settings, cells, store.engine, shares)}"
@@ -100,7 +100,7 @@ def announce_figure(
 )->Announcement:
     "What a figure without a scale is, in words"
     a = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')]
-    what = f"{a.name} of {PAPERS[a.paper].short}"
+    what = f"{a.name} of {a.of}"
     says = f"The same at every preset: {drawn}."
     return Announcement(f"**{what}: {a.title}.** {says}", f"{what}: {a.title}", what, says,
                         lambda: f"Made on {device_name(engine.device)}.")

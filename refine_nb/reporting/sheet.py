@@ -8,6 +8,7 @@ __all__ = ['leaves', 'Sheet']
 # %% ../../nbs/reporting/70_sheet.ipynb #c168c43a
 import sys, time, warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from types import SimpleNamespace
 
@@ -18,8 +19,9 @@ from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
 from ..base import Cell, Recipe, Spec, ancestors, choose
+from ..vision import OwnImages, chosen_data
 from ..training import engine
-from ..runs import SIZES, Store, at_scale, duration, preset, presets, price, provenance
+from ..runs import Store, at_scale, duration, preset, presets, price, provenance, sizes_of
 from .asked import parameters
 from .figures import named
 from .claims import judge as judged
@@ -51,8 +53,9 @@ class Sheet:
     ):
         self.about, self.start = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')], time.monotonic()
         free = {'device': lambda d: d} if 'device' in namespace else {}
-        self.p = parameters(_given(namespace), preset=presets(), **kinds, **free)
-        self.p.preset = preset(self.p.preset)
+        given = _given(namespace)
+        self.p = parameters(given, preset=presets(), **_or_own(given, kinds), **free)
+        self.p.preset = _scale(self.p)
         if 'seeds' in kinds: self.p.seeds = self.p.seeds[:self.p.preset.seeds]
         self.engine = engine(getattr(self.p, 'device', None))
         self.cells, self.ours, self.verdicts, self.tables, self.figures = [], None, None, {}, {}
@@ -68,6 +71,18 @@ class Sheet:
     def printed(self)->pd.DataFrame: return published(self.about.id)
 
 # %% ../../nbs/reporting/70_sheet.ipynb #ec5a0370
+def _or_own(given, kinds): # where an edition of CIFAR-10 may be asked for, the path of your own may, too
+    names = kinds.get('dataset', ())
+    if callable(names) or 'cifar10_resplit' not in names or 'dataset' not in given: return kinds
+    given['dataset'] = chosen_data(given['dataset'], names, 'dataset')
+    return {**kinds, 'dataset': [*names, given['dataset']]}
+
+def _own(p): return isinstance(getattr(p, 'dataset', None), OwnImages)
+
+def _scale(p): # your own images stand in place of a demo's digits
+    at = preset(p.preset)
+    return replace(at, data=p.dataset, says=at.says.replace('on 8x8 digits', 'at 8x8')) if _own(p) else at
+
 def _note(message, category, *args, **kwargs):
     if category is UserWarning: print(f"note: {message}")
 
@@ -155,7 +170,7 @@ def _flags(sheet)->dict: # key of a cell -> what is wrong with its network, wher
         if (r := _recipe(c)) is None: continue
         made = sheet.store.get(r, make=False).result
         seen = min(clean.get(getattr(c, 'recipe', r), 1.), made['best_accuracy'])
-        if what := health(made['history'], seen, SIZES[r.data['name']][2]):
+        if what := health(made['history'], seen, sizes_of(r.data['name'])[2]):
             wrong[sheet.store.folder(c).name] = what
     return wrong
 
@@ -198,7 +213,7 @@ def _images(table)->tuple[str,...]: # how many, where it is the same number in a
 @patch
 def evidence(self:Sheet)->SimpleNamespace|None: # table, preset, title, notes; None where there is no real run
     "What may stand beside printed numbers: ours, or on a demo's page the largest run that is stored"
-    if self.p.preset.name != 'demo' or not self.cells:
+    if not _own(self.p) and self.p.preset.name != 'demo' or not self.cells:
         return SimpleNamespace(table=self.ours, preset=self.p.preset.name if self.cells else 'paper',
                                title=self.title.text, notes=self.title.notes)
     if best := next(iter(stored(self.about.id)), None):
@@ -227,7 +242,7 @@ def beside(self:Sheet,
     keys, printed = list(keys), _for(printed, e.table)
     both, same = said_once(side_by_side(e.table, printed, keys), ['n'])
     if e.preset != 'paper': both = both.drop(columns='difference') # of two scales it says nothing
-    if self.p.preset.name != 'demo': self.tables['side_by_side'] = words(both)
+    if self.p.preset.name != 'demo' and not _own(self.p): self.tables['side_by_side'] = words(both)
     return show_table(words(both), f"{e.title}, beside what is printed{f' ({same})' if same else ''}",
                       (*_odd(printed, keys), *e.notes))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Damaged', 'Entry', 'FORMAT', 'home_folder', 'provenance', 'read_entry', 'reading', 'write_entry', 'writing', 'make',
-           'Store', 'passed', 'weights_of', 'PRESETS', 'Preset', 'Share', 'at_scale', 'preset', 'presets', 'scaled',
-           'ROBUST_SHARE', 'SIZES', 'WRONG_SHARE', 'cost', 'duration', 'images', 'price', 'speed']
+           'Store', 'passed', 'weights_of', 'PRESETS', 'Preset', 'Share', 'at_scale', 'preset', 'presets', 'rooted',
+           'scaled', 'ROBUST_SHARE', 'SIZES', 'WRONG_SHARE', 'cost', 'duration', 'images', 'price', 'sizes_of', 'speed']
 
 # %% ../../nbs/runs/99_runs.ipynb #ef4c007a
 from .entry import (Damaged, Entry, FORMAT, home_folder, provenance, read_entry, reading,
@@ -13,11 +13,12 @@ from .entry import (Damaged, Entry, FORMAT, home_folder, provenance, read_entry,
 from .makers import make
 from .store import Store, passed
 from .values import weights_of
-from .scales import PRESETS, Preset, Share, at_scale, preset, presets, scaled
-from .prices import ROBUST_SHARE, SIZES, WRONG_SHARE, cost, duration, images, price, speed
+from .scales import PRESETS, Preset, Share, at_scale, preset, presets, rooted, scaled
+from refine_nb.runs.prices import (ROBUST_SHARE, SIZES, WRONG_SHARE, cost, duration, images, price,
+    sizes_of, speed)
 
 # %% ../../nbs/runs/99_runs.ipynb #ba161b5b
 _all_ = ['Damaged', 'Entry', 'FORMAT', 'home_folder', 'provenance', 'read_entry', 'reading',
          'write_entry', 'writing', 'make', 'Store', 'passed', 'weights_of', 'PRESETS', 'Preset',
-         'Share', 'at_scale', 'preset', 'presets', 'scaled', 'ROBUST_SHARE', 'SIZES', 'WRONG_SHARE',
-         'cost', 'duration', 'images', 'price', 'speed']
+         'Share', 'at_scale', 'preset', 'presets', 'rooted', 'scaled', 'ROBUST_SHARE', 'SIZES',
+         'WRONG_SHARE', 'cost', 'duration', 'images', 'price', 'sizes_of', 'speed']
