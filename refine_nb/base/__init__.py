@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['choose', 'number', 'Call', 'RUNTIME', 'call', 'canonical', 'key', 'public_name', 'seeded', 'Adversarials', 'Cell',
            'Recipe', 'Robustness', 'Spec', 'Worst', 'against', 'ancestors', 'nested', 'rewrite', 'clear', 'commit',
-           'device_name', 'versions', 'whole', 'bar', 'where', 'contents']
+           'device_name', 'locks_hold', 'run_wishes', 'time_budget', 'versions', 'whole', 'bar', 'where', 'contents']
 
 # %% ../../nbs/base/99_base.ipynb #d04bad45
 from .checking import choose, number
 from .calls import Call, RUNTIME, call, canonical, key, public_name, seeded
 from .specs import (Adversarials, Cell, Recipe, Robustness, Spec, Worst, against,
     ancestors, nested, rewrite)
-from .environment import clear, commit, device_name, versions, whole
+from .environment import (clear, commit, device_name, locks_hold, run_wishes,
+    time_budget, versions, whole)
 from .progress import bar, where
 from .doors import contents
 
 # %% ../../nbs/base/99_base.ipynb #e37f19a4
 _all_ = ['choose', 'number', 'Call', 'RUNTIME', 'call', 'canonical', 'key', 'public_name', 'seeded',
          'Adversarials', 'Cell', 'Recipe', 'Robustness', 'Spec', 'Worst', 'against', 'ancestors',
-         'nested', 'rewrite', 'clear', 'commit', 'device_name', 'versions', 'whole', 'bar', 'where',
-         'contents']
+         'nested', 'rewrite', 'clear', 'commit', 'device_name', 'locks_hold', 'run_wishes',
+         'time_budget', 'versions', 'whole', 'bar', 'where', 'contents']

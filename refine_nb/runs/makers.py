@@ -21,6 +21,7 @@ from ..training import Snapshots, fit
 from ..refinement import (Correction, OnSource, Quantised, Share, correct, integers,
                                   mebibytes, on_source, quantise)
 from .entry import _packed, _unpacked, reading, writing
+from .stopping import Stopped
 
 # %% ../../nbs/runs/10_makers.ipynb #a65cd584
 @singledispatch
@@ -36,13 +37,20 @@ def _beside(recipe:Recipe, other:dict,
 
 # %% ../../nbs/runs/10_makers.ipynb #c214d3ab
 class _Shown(Snapshots):
-    "Snapshots in a store, which show the state after each epoch, written or not"
-    def __init__(self, store, spec, see=lambda state: None):
+    "Snapshots in a store, which show the state after each epoch, written or not, and stop where time is up"
+    def __init__(self, store, spec, see=lambda state: None, last=None): # after the `last` epoch all is done
         super().__init__(store.root/'running'/key(spec), store.every, owner=key(spec))
-        self.root, self.see = store.root, see
+        self.root, self.see, self.end, self.until = store.root, see, last, store.until
+        self.since = time.monotonic()
     def save(self, state):
         self.see(state)
-        with writing(self.root): return super().save(state)
+        took, self.since = time.monotonic()-self.since, time.monotonic()
+        # another one would not fit
+        stop = self.until is not None and self.until.left < took and state['epoch'] != self.end
+        if stop: self.every = 0.
+        with writing(self.root): written = super().save(state)
+        if stop: raise Stopped(f"the snapshot of {'epoch' if self.end else 'batch'} {state['epoch']} is kept")
+        return written
     def load(self, device='cpu'):
         with reading(self.folder): return super().load(device)
 
@@ -91,7 +99,8 @@ def _(recipe:Recipe, store, passing=()): # `passing`: the same recipe with fewer
     validate, robust = _judges(recipe, data, method, store)
     log = fit(model, method, recipe.optimiser(model.parameters()), epochs=recipe.epochs, seed=recipe.seed,
               validate=validate, robust=robust, select=recipe.select or 'valid', schedule=recipe.schedule,
-              clip=recipe.clip, snapshots=_Shown(store, recipe, see), engine=store.engine, quiet=store.quiet)
+              clip=recipe.clip, snapshots=_Shown(store, recipe, see, last=recipe.epochs),
+              engine=store.engine, quiet=store.quiet)
     tensors = {**model.state_dict(), **_beside(recipe, log.pop('other'))}
     return result(log), tensors
 

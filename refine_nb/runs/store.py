@@ -13,7 +13,7 @@ from itertools import count
 import filelock
 from fastcore.basics import patch
 
-from ..base import (Recipe, Spec, bar, canonical, clear, commit, device_name, key, nested,
+from ..base import (Recipe, Spec, canonical, clear, commit, device_name, key, locks_hold, nested,
                             public_name, versions)
 from ..training import Engine, engine
 from .entry import Damaged, Entry, home_folder, read_entry, write_entry, writing
@@ -29,7 +29,7 @@ class Store:
         every:float=20.,     # seconds between training snapshots, at least; 0 takes one after each epoch
     ):
         self.root, self.engine, self.quiet, self.every = home_folder(root), engine or _engine(), quiet, every
-        self._data, self._locks = {}, {}
+        self.until, self._data, self._locks = None, {}, {} # `until`: when what is being made is to stop
         _tidy(self.root)
     def folder(self, spec:Spec): return self.root/type(spec).__name__.lower()/key(spec)
 
@@ -38,21 +38,31 @@ _engine = engine # the constructor's argument hides the function's name
 def _tidy(root): # away with what killed processes left beside results that are there
     for folder in (root, *(p for p in root.iterdir() if p.is_dir())): clear(folder)
     for run in root.glob('running/*'):
+        clear(run)
         if any(root.glob(f'*/{run.name}/record.json')): shutil.rmtree(run, ignore_errors=True)
+        elif run.is_dir() and not any(run.iterdir()): _drop_empty(root, run)
+
+def _drop_empty(root, run): # of no use to anyone but who is about to write into it
+    with contextlib.suppress(OSError, filelock.Timeout), _lock(root, run.name).acquire(timeout=0): run.rmdir()
 
 # %% ../../nbs/runs/20_store.ipynb #bfb5657c
-def _lock(store:Store, spec:Spec):
-    with writing(store.root): (store.root/'locks').mkdir(exist_ok=True)
-    return filelock.FileLock(store.root/'locks'/f'{key(spec)}.lock')
+def _lock(root, name):
+    with writing(root): (root/'locks').mkdir(exist_ok=True)
+    if locks_hold(root/'locks'): return filelock.FileLock(root/'locks'/f'{name}.lock')
+    if hasattr(filelock, 'SoftFileLease'):
+        return filelock.SoftFileLease(root/'locks'/f'{name}.lease', lease_duration=120.)
+    raise OSError(f"locks do not hold in the store {root}, and filelock {filelock.__version__} has no leases: "
+                  "install filelock>=4, mount the folder with locks, or set REFINE_HOME to another one")
 
 @patch
 @contextlib.contextmanager
-def claimed(self:Store, spec:Spec):
-    "Hold the right to make a spec, once or more; waits while another process holds it"
-    lock = self._locks.setdefault(spec, _lock(self, spec))
+def claimed(self:Store, spec:Spec, wait=True):
+    "Hold the right to make a spec, once or more; waits while another process holds it, or else `Timeout`"
+    lock = self._locks.setdefault(spec, _lock(self.root, key(spec)))
     with writing(self.root):
         try: lock.acquire(timeout=0)
         except filelock.Timeout:
+            if not wait: raise
             if not self.quiet:
                 print(f"another process makes this {type(spec).__name__.lower()} ({key(spec)}): "
                       "waiting for it", flush=True)
@@ -66,7 +76,7 @@ def taken(self:Store, spec:Spec)->bool:
     "Does another process hold the right to make it?"
     with writing(self.root):
         try:
-            with _lock(self, spec).acquire(timeout=0): return False
+            with _lock(self.root, key(spec)).acquire(timeout=0): return False
         except filelock.Timeout: return True
 
 # %% ../../nbs/runs/20_store.ipynb #bb1559ec
@@ -124,11 +134,12 @@ def get(self:Store, spec:Spec, make=True)->Entry|None:
     found = self.find(spec)
     if found or not make: return found
     for parent in self.plan([spec])[:-1]: self.get(parent)
-    with self.claimed(spec): return self.find(spec) or _made(self, spec)
+    with self.claimed(spec): return _made(self, spec)
 
-def _made(store:Store, spec:Spec, **also)->Entry: # `also` is for `make`
-    start = time.monotonic()
-    entry = store.keep(spec, *make(spec, store, **also), time.monotonic()-start)
+def _made(store:Store, spec:Spec, **also)->Entry: # by us, who may make it, or before; `also` is for `make`
+    start, entry = time.monotonic(), store.find(spec)
+    entry = entry or store.keep(spec, *make(spec, store, **also), time.monotonic()-start)
+    # of one who was killed, too
     shutil.rmtree(store.root/'running'/key(spec), ignore_errors=True)
     return entry
 
@@ -149,17 +160,3 @@ def passed(
         if isinstance(r, Recipe) and (f := _family(r)) is not None: families.setdefault(f, []).append(r)
     return {r: max(rs, key=lambda r: r.epochs) for rs in families.values()
             for r in rs if r.epochs < max(r.epochs for r in rs)}
-
-# %% ../../nbs/runs/20_store.ipynb #230ca35e
-@patch
-def run(self:Store, specs)->None:
-    "Make what is missing for `specs`, with a bar; a longer run makes the shorter ones that it passes, too"
-    todo = dict.fromkeys(self.plan(specs)); longer = passed(todo)
-    with bar(total=len(todo), desc='runs', unit='run', quiet=self.quiet or not todo) as runs:
-        while todo:
-            ready = [s for s in todo if not any(p in todo for p in nested(s))]
-            spec = next((s for s in ready if not self.taken(longer.get(s, s))), ready[0])
-            if (long := longer.get(spec)) and not self.find(spec):
-                with self.claimed(long):
-                    self.find(long) or _made(self, long, passing=[r for r,l in longer.items() if l==long])
-            self.get(spec); del todo[spec]; runs.update()

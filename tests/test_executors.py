@@ -1,0 +1,183 @@
+"""Whoever makes a run, its bits are the same: this process, workers of which one is killed, a Ray cluster.
+
+And whatever stops them, what was made is there: a budget, SIGTERM, Ctrl-C.
+"""
+import importlib.util, json, os, signal, subprocess, sys, threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from refine_nb.base import Cell, call, key
+from refine_nb.attacks import pgd, salt_and_pepper
+from refine_nb.training import Engine
+from refine_nb.refinement import Correction, Quantised, adapt
+from refine_nb.runs import Store, Unmade, here, ray, workers
+from test_recovery import epochs, makers, quiet, same, until
+from toys import recipe
+
+HERE = Path(__file__).parent
+SP = call(salt_and_pepper, targeted=True, steps=50)
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    "The toys, in processes that others begin"
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(HERE), *filter(None, sys.path)]))
+
+def table():
+    "Two rows that share a baseline, one of them by a correction; an int8 network; shorter trainings; a cell under attack"
+    base = recipe()
+    tuned = replace(base, init=base, method=call(adapt, source=Correction(base, SP), coral_weight=.1), epochs=2,
+                    batch_size=16)
+    other = recipe(seed=2)
+    return [Cell(tuned), Cell(base, call(pgd, steps=2), n_eval=50), Cell(Quantised(other, n_calibrate=50)),
+            Cell(replace(base, epochs=5, seed=3)), Cell(recipe(seed=4))]
+
+def all_of(cells, root): return quiet(root).plan(cells)
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    "The table as one process makes it"
+    root = tmp_path_factory.mktemp('alone')
+    quiet(root).run(table(), executor=here())
+    return root
+
+def same_table(alone, root):
+    made = [s for s in quiet(alone).plan(table())]
+    assert made == [] and quiet(root).plan(table()) == []
+    from refine_nb.base import ancestors
+    return all(same(alone, root, s) for s in ancestors(*table()))
+
+
+# ---- the same bits -----------------------------------------------------------------------------------------
+
+def test_one_and_two_threads_differ(tmp_path):
+    "So the number of threads is a part of what every executor is told"
+    wide = recipe(model=call(__import__('toys').net, width=64), batch_size=128, epochs=1)
+    for n in (1, 2): quiet(tmp_path/f'{n}').run([wide], executor=workers(1, threads=n))
+    one, two = (quiet(tmp_path/f'{n}').get(wide, make=False) for n in (1, 2))
+    assert two.made['device'].endswith('2 threads') and one.made['device'].endswith('1 thread')
+    assert any(not torch.equal(one.tensors()[k], v) for k,v in two.tensors().items())
+
+def test_four_workers_one_is_killed(alone, tmp_path, monkeypatch):
+    "It dies in the middle of a training, is begun again, goes on from its snapshot; nothing is made twice"
+    log, root = tmp_path/'log', tmp_path/'store'
+    monkeypatch.setenv('TOY_LOG', str(log)); monkeypatch.setenv('TOY_GATE', f'2:{tmp_path}/go')
+    killed = []
+    def kill():
+        until(lambda: log.exists() and 2 in epochs(log)); killed.append(int(log.read_text().split()[0]))
+        os.kill(killed[0], signal.SIGKILL); (tmp_path/'go').touch()
+    helper = threading.Thread(target=kill, daemon=True); helper.start()
+    assert quiet(root).run(table(), executor=workers(4)) == []
+    helper.join(1)
+    assert killed[0] in makers(log) and killed[0] != os.getpid() and same_table(alone, root)
+    assert len(epochs(log)) == 1 + len(json.loads(json.dumps(epochs(alone_log(table(), tmp_path, monkeypatch)))))
+
+def alone_log(cells, tmp_path, monkeypatch):
+    "The epochs that one process begins"
+    log = tmp_path/'other'; monkeypatch.setenv('TOY_LOG', str(log))
+    quiet(tmp_path/'again').run(cells, executor=here())
+    return log
+
+def test_a_run_that_always_dies_is_named(tmp_path, monkeypatch, capfd):
+    "It is tried four times; everything that does not need it is made"
+    monkeypatch.setenv('TOY_DO', 'kill:4:0'); monkeypatch.setenv('TOY_LOG', str(tmp_path/'log'))
+    bad, store = replace(recipe(), epochs=5), Store(tmp_path/'store', Engine(), quiet=False, every=0.)
+    with pytest.raises(Unmade, match=rf'1 run could not be made: recipe {key(bad)} \(teach\): it died 4 times, '
+                       r'at last: it was killed \(signal 9\).* 1 more waits for that. All else is stored'):
+        store.run([Cell(bad), Cell(recipe(seed=2))], executor=workers(2))
+    assert store.find(Cell(recipe(seed=2))) and store.plan([Cell(bad)]) == [bad, Cell(bad)]
+    assert epochs(tmp_path/'log').count(4) == 4 and epochs(tmp_path/'log').count(3) == 1   # from its snapshot
+    said = capfd.readouterr().out
+    assert said.count(f'recipe {key(bad)} (teach): died after') == 3 and 'failed after' in said
+
+def test_an_error_is_said_and_the_rest_is_made(tmp_path):
+    wrong = Cell(recipe(seed=2), n_eval=5000)
+    with pytest.raises(Unmade, match=f'cell {key(wrong)}: ValueError: n_eval 5000 is more than'):
+        quiet(tmp_path).run([wrong, Cell(recipe())], executor=workers(2))
+    assert quiet(tmp_path).plan([Cell(recipe())]) == []
+
+def test_a_real_ray(alone, tmp_path, monkeypatch):
+    "Two tasks at once, on a cluster that is begun here"
+    if not importlib.util.find_spec('ray'): pytest.skip("wants Ray: pip install 'refine_nb[cluster]'")
+    assert quiet(tmp_path/'store').run(table(), executor=ray(at_most=2)) == []
+    assert same_table(alone, tmp_path/'store')
+
+
+# ---- stopping ----------------------------------------------------------------------------------------------
+
+def test_a_budget_runs_out_in_the_middle(alone, tmp_path, monkeypatch):
+    "A training is stopped at a snapshot; the next run goes on from it"
+    monkeypatch.setenv('TOY_LOG', str(tmp_path/'log')); monkeypatch.setenv('TOY_GATE', f'1:{tmp_path}/go')
+    opener = threading.Timer(1.5, (tmp_path/'go').touch); opener.start()
+    store = quiet(tmp_path/'store')
+    left = store.run(table(), executor=here(), budget=1.)
+    assert left == store.plan(table()) and left[0] == recipe()
+    assert [p.name[:5] for p in (store.root/'running'/key(recipe())).glob('*.pt')] == ['00002']
+    assert store.run(table(), budget='1h') == [] and same_table(alone, store.root)
+    assert epochs(tmp_path/'log')[:3] == [0, 1, 2]
+
+def begun(tmp_path, executor, gate):
+    "A process of its own that runs the table, and has begun"
+    code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); from test_executors import *; "
+            f"Store({str(tmp_path/'store')!r}, Engine(), every=0.).run(table(), executor={executor})")
+    env = {**os.environ, 'TOY_LOG': str(tmp_path/'log'), 'TOY_GATE': f'1:{gate}', 'OMP_NUM_THREADS': '1'}
+    p = subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    until(lambda: (tmp_path/'log').exists() and 1 in epochs(tmp_path/'log'))
+    return p
+
+@pytest.mark.parametrize('executor', ['here()', 'workers(2)'])
+def test_sigterm(alone, tmp_path, executor):
+    "A snapshot, no lock, exit status 143"
+    p = begun(tmp_path, executor, tmp_path/'go')
+    p.send_signal(signal.SIGTERM); (tmp_path/'go').touch()
+    said, _ = p.communicate(timeout=60)
+    assert p.returncode == 143, said.decode()
+    store = quiet(tmp_path/'store')
+    assert list((store.root/'running').glob('*/0000[123]-*.pt'))
+    assert not any(store.taken(s) for s in store.plan(table()))
+    store.run(table(), executor=here()); assert same_table(alone, store.root)
+
+def test_ctrl_c_stops_the_workers(alone, tmp_path):
+    p = begun(tmp_path, 'workers(2)', tmp_path/'go')
+    p.send_signal(signal.SIGINT); (tmp_path/'go').touch()
+    said, _ = p.communicate(timeout=60)
+    assert b'KeyboardInterrupt' in said
+    store = quiet(tmp_path/'store')
+    assert list((store.root/'running').glob('*/0000[123]-*.pt')) and not any(
+        store.taken(s) for s in store.plan(table()))
+    store.run(table(), executor=here()); assert same_table(alone, store.root)
+
+
+# ---- among others ------------------------------------------------------------------------------------------
+
+def test_waits_for_any_not_for_the_first(tmp_path):
+    "Others are at all that is ready: whichever they leave first is taken"
+    first, second = recipe(seed=1), recipe(seed=2)
+    others, mine = quiet(tmp_path), quiet(tmp_path)
+    with others.claimed(first):
+        claim = others.claimed(second); claim.__enter__()
+        helper = threading.Thread(target=lambda: mine.run([Cell(first), Cell(second)]), daemon=True)
+        helper.start(); helper.join(1); assert helper.is_alive() and not mine.find(second)
+        claim.__exit__(None, None, None)
+        until(lambda: mine.find(Cell(second))); assert not mine.find(first)
+    helper.join(60)
+    assert mine.plan([Cell(first), Cell(second)]) == []
+
+def test_an_empty_folder_of_a_killed_run_goes(tmp_path):
+    "Left between the mkdir and the first snapshot, or between the last one's removal and its own"
+    store = quiet(tmp_path)
+    for name in ('a'*32, key(recipe())): (tmp_path/'running'/name).mkdir(parents=True)
+    with store.claimed(recipe()):
+        helper = threading.Thread(target=lambda: quiet(tmp_path)); helper.start(); helper.join()
+    assert [p.name for p in (tmp_path/'running').iterdir()] == [key(recipe())]      # its maker is alive
+    quiet(tmp_path); assert not list((tmp_path/'running').iterdir())
+
+def test_who_waited_clears_up_behind_who_was_killed(alone, tmp_path):
+    "Killed after the result was there: who takes over finds it, and clears what was left"
+    store = quiet(tmp_path); store.get(recipe())
+    left = tmp_path/'running'/key(recipe()); left.mkdir()
+    with store.claimed(recipe()): pass
+    store.run([Cell(recipe())]); quiet(tmp_path); assert not left.exists()
