@@ -10,5 +10,6 @@ setup(name=c['lib_name'], version=c['version'], description=c['description'], au
       long_description=open('README.md', encoding='utf-8').read(),
       long_description_content_type='text/markdown', install_requires=c['requirements'].split(),
       extras_require={'dev': [*c['dev_requirements'].split(), *c['docs_requirements'].split()],
-                      'docs': c['docs_requirements'].split()},
+                      'docs': c['docs_requirements'].split(),
+                      'cluster': c['cluster_requirements'].split()},
       entry_points={'console_scripts': c.get('console_scripts', '').split()})
