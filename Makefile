@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 # where bytecode isn't kept each process compiles torch anew, which takes 15 seconds
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup demo test bench lab report doors notebooks readme site site-test clean
+.PHONY: help setup demo test bench scale soak lab report doors notebooks readme site site-test clean
 
 PYTHONS  ?= python3 python3.12 python3.11 python3.10
 VENV     := .venv
@@ -45,6 +45,12 @@ test: $(READY) ## every test: the notebooks' own, then tests/; GPU=0 shows them 
 
 bench: $(READY) ## our speed beside that of other codes, into reports/bench/; ARGS=--quick takes a minute, ARGS="--rows pgd_foolbox" one row
 	$(BIN)/python tools/bench.py $(ARGS)
+
+scale: $(READY) ## how the plan of all artefacts scales to 64 GPUs, simulated from this machine's prices, into reports/scale/
+	$(BIN)/python tools/scale.py $(ARGS)
+
+soak: $(READY) ## kills, damages, full disks: what a store survives, into reports/reliability/; ARGS="--kills 100 --damages 300"
+	$(BIN)/python tools/soak.py $(ARGS)
 
 lab: $(READY) ## Jupyter Lab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir nbs

@@ -1,0 +1,118 @@
+"""How the plan of all artefacts scales: their runs at the published settings, priced here, for 1 to 64 hands.
+
+`make scale` writes reports/scale/. Prices are measured on this machine: on one with a GPU the hours are
+that GPU's, elsewhere only their ratios count. ARGS="--only tab1_adcorda,tab3_4_spat" takes some pages,
+"--preset small" another scale, "--out FOLDER" another place.
+"""
+import argparse, contextlib, io, json, os, sys, tempfile, warnings
+from pathlib import Path
+
+from refine_nb.base import ancestors, commit, device_name, whole
+from refine_nb.training import engine
+from refine_nb.runs import duration, priced, scaled, scaling, tasks, weights_of_ways
+from refine_nb.reporting import ARTEFACTS, Sheet, leaves
+
+NBS = Path(__file__).resolve().parents[1]/'nbs'
+
+
+class Asked(BaseException):
+    "A page has said what it needs; the rest of it is not run"
+
+def wants(name, preset):
+    "What a page asks for at a preset; nothing where it runs nothing"
+    cells = json.loads((NBS/f'{name}.ipynb').read_text(encoding='utf-8'))['cells']
+    space, found = {'__name__': f'page_{name}'}, []
+    def ask(self, wanted, demo=None, instead=None):
+        all_of = leaves(wanted if instead is None else instead)
+        found.extend(scaled(s, self.p.preset) for s in all_of); raise Asked
+    real, Sheet.ask = Sheet.ask, ask
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            for c in cells:
+                if c['cell_type'] != 'code': continue
+                exec(compile(''.join(c['source']), name, 'exec'), space)
+                if 'parameters' in c['metadata'].get('tags', []): space['preset'] = preset
+                if 'sheet.drawn(' in ''.join(c['source']): return []
+    except Asked: pass
+    finally: Sheet.ask = real
+    return found
+
+def plan_of(pages):
+    "All tasks of some pages' cells in one plan, each run once however many pages ask"
+    return tasks(ancestors(*dict.fromkeys(s for cells in pages.values() for s in cells)))
+
+def chain_of(todo, ways):
+    "The longest chain of tasks, from its start"
+    behind = {t: [] for t in todo}
+    for t in todo:
+        for p in t.needs: behind[p].append(t)
+    chain = [max(ways, key=ways.get)]
+    while behind[chain[-1]]: chain.append(max(behind[chain[-1]], key=ways.get))
+    return chain
+
+def shown(table):
+    "The table as a reader sees it"
+    named = {'hours': 'hours', 'plan_order': "hours in the plan's order", 'hand_hours': 'GPU-hours'}
+    t = table[['hands', *named, 'efficiency']].rename(columns=named).round(1)
+    return t.assign(efficiency=[f'{100*e:.0f} %' for e in table.efficiency]).to_markdown(index=False)
+
+def summary(table, todo, price, pages, about):
+    "The page: what was put to the test, the table, what limits"
+    ways = weights_of_ways(todo, price); chain = chain_of(todo, ways)
+    gain = (1 - table.hours/table.plan_order).max()
+    unread = f" Not read: {', '.join(about['unread'])}." if about['unread'] else ''
+    return '\n\n'.join([
+        '# How the plan scales',
+        f"The runs of {sum(map(bool, pages.values()))} pages at the preset {about['preset']}, with the "
+        f"parameters that stand in them: {sum(len(t.specs) for t in todo)} results in {len(todo)} tasks, "
+        f"{duration(sum(map(price, todo)))} of work for one hand. Simulated from prices measured on "
+        f"{about['device']}, not run. A hand is a GPU, or a process, that does one task at a time; who is "
+        f"free takes the task that is ready and has the longest way behind it.{unread}",
+        shown(table), '![Hours with many hands](figure.png)',
+        f"**What limits** is the longest chain, {duration(ways[chain[0]])}: no number of hands is faster.",
+        '\n'.join(f'1. {t}: {duration(price(t))}' for t in chain),
+        f"**What was changed because of it**: with more than one worker the longest way goes first. Against "
+        f"the plan's own order this saves up to {gain:.0%} of the time.",
+        "**Whose hours these are**: those of the machine above. Where another one is faster by one factor "
+        "for all runs, its hours are fewer by that factor and its efficiencies the same; `make scale` there "
+        "measures them."]) + '\n'
+
+def picture(table, path):
+    import matplotlib; matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(5, 3.2), layout='constrained')
+    ax.plot(table.hands, table.hours[0]/table.hands, ':', color='.6', label='all hands always busy')
+    ax.plot(table.hands, table.plan_order, 's--', ms=4, color='C1', label="in the plan's order")
+    ax.plot(table.hands, table.hours, 'o-', ms=4, color='C0', label='longest way first')
+    ax.axhline(table.longest_way[0], color='.3', lw=.8, label='longest chain')
+    ax.set(xscale='log', yscale='log', xlabel='hands (GPUs)', ylabel='hours')
+    ax.set_xticks(table.hands, map(str, table.hands)); ax.minorticks_off(); ax.legend(frameon=False)
+    fig.savefig(path, dpi=150); plt.close(fig)
+
+def main():
+    ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ask.add_argument('--only'); ask.add_argument('--preset', default='paper')
+    ask.add_argument('--out', default=str(NBS.parent/'reports'/'scale'))
+    said = ask.parse_args()
+    names = said.only.split(',') if said.only else [i for i,a in ARTEFACTS.items() if a.ready]
+    here, pages, unread = engine(), {}, []
+    for name in names:
+        try: pages[name] = wants(name, said.preset)
+        except Exception as e: unread.append(name); print(f'{name} was not read: {e}', file=sys.stderr)
+        else: print(f'{name}: {len(pages[name])} cells', flush=True)
+    todo = plan_of(pages)
+    prices = {t: priced(t.head, here) or 0. for t in todo}
+    table = scaling(todo, prices.get)
+    about = {'preset': said.preset, 'device': device_name(here.device), **(commit() or {}),
+             'pages': {n: len(c) for n,c in pages.items()}, 'tasks': len(todo), 'unread': unread}
+    with whole(said.out) as new:
+        new.mkdir(); table.to_csv(new/'table.csv', index=False); picture(table, new/'figure.png')
+        (new/'README.md').write_text(summary(table, todo, prices.get, pages, about), encoding='utf-8')
+        (new/'run.json').write_text(json.dumps(about, indent=1)+'\n')
+    print(table.round(2).to_string(index=False))
+
+
+if __name__ == '__main__':
+    with tempfile.TemporaryDirectory() as d: # pages open a store: not the user's
+        os.environ['REFINE_HOME'] = d; main()
