@@ -109,7 +109,7 @@ def _excludes(folder)->bool: # does a lock keep out a second one?
 def locks_hold(
     folder:str|Path, # that exists; one that may not be written to counts as safe
 )->bool:
-    "Whether a lock on a file of a folder keeps others out, those on other machines too (flock(2), mount.nfs(8))"
+    "Whether a lock on a file of a folder keeps others out, on other machines too (flock(2), mount.nfs(8))"
     kind, options = _mounted(folder)
     if kind == 'lustre' and 'flock' not in options: return False # `localflock` is of one machine
     if kind.startswith('nfs') and options & {'nolock', 'local_lock=all', 'local_lock=flock'}: return False

@@ -63,7 +63,8 @@ def tried(
         warnings.simplefilter('default')
         try: how, why = 'made' if attempt(store, specs) else 'taken', ''
         except Stopped as e: how, why = 'stopped', str(e)
-        except (MemoryError, torch.OutOfMemoryError) as e: how, why = 'died', f'out of memory ({_one_line(e)})'
+        except (MemoryError, torch.OutOfMemoryError) as e:
+            how, why = 'died', f'out of memory ({_one_line(e)})'
         except Exception as e: how, why = 'failed', f'{type(e).__name__}: {_one_line(e)}'
     return how, why, tuple(str(w.message) for w in heard if issubclass(w.category, UserWarning))
 

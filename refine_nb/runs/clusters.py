@@ -10,8 +10,6 @@ import logging, os, sys
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fastcore.basics import patch
-
 from ..base import Recipe, Spec
 from ..training import Engine
 from .attempts import Setting, tried
@@ -47,7 +45,23 @@ def _gpu_share(spec:Spec, engine:Engine)->float:
     return .25 if speed(model, (C,size,size) if size else (C,H,W), K, engine)['train'] < _BRIEF else 1.
 
 # %% ../../nbs/runs/58_clusters.ipynb #1e18d904
-class _Cluster:
+class _UnderWay:
+    "Tasks that a cluster is at: reference -> task"
+    def wait(self):
+        ended, _ = self.engine.wait(list(self.tasks), timeout=1.)
+        return [(self.tasks.pop(r), *self._how(r)) for r in ended]
+    def _how(self, ref):
+        try: return self.engine.get(ref)
+        except self.engine.exceptions.RayError as e: return 'died', type(e).__name__, ()
+    def stop(self):
+        for ref in self.tasks: self.engine.cancel(ref)
+    def close(self):
+        self.stop()
+        if self.tasks: self.engine.wait(list(self.tasks), num_returns=len(self.tasks), timeout=10.)
+        if self.ours: self.engine.shutdown()
+
+# %% ../../nbs/runs/58_clusters.ipynb #7a5883e2
+class _Cluster(_UnderWay):
     def __init__(self, store, address, at_most):
         self.setting, self.store, self.refs, self.engine = Setting.of(store), store, {}, _ray()
         self.ours = not self.engine.is_initialized()
@@ -68,26 +82,6 @@ class _Cluster:
         parents = [self.refs[p] for p in task.needs if p in self.refs]
         ref = self.remote.options(**takes).remote(self.setting, task.specs, self.store.until.left, *parents)
         self.refs[task] = ref; self.tasks[ref] = task
-
-# %% ../../nbs/runs/58_clusters.ipynb #7a5883e2
-@patch
-def wait(self:_Cluster):
-    ended, _ = self.engine.wait(list(self.tasks), timeout=1.)
-    return [(self.tasks.pop(r), *self._how(r)) for r in ended]
-
-@patch
-def _how(self:_Cluster, ref):
-    try: return self.engine.get(ref)
-    except self.engine.exceptions.RayError as e: return 'died', f'{type(e).__name__}', ()
-
-@patch
-def stop(self:_Cluster):
-    for ref in self.tasks: self.engine.cancel(ref)
-
-@patch
-def close(self:_Cluster):
-    if self.tasks: self.stop(); self.engine.wait(list(self.tasks), num_returns=len(self.tasks), timeout=10.)
-    if self.ours: self.engine.shutdown()
 
 # %% ../../nbs/runs/58_clusters.ipynb #556fd56b
 def _ray(): # the package, told to send no statistics home

@@ -10,7 +10,6 @@ import multiprocessing, os, subprocess, sys, time
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
-from pathlib import Path
 
 from ..base import number
 from .attempts import Setting, tried

@@ -19,17 +19,35 @@ from .clusters import ray
 from .processes import workers
 from .stopping import Until, terminated
 from .store import Store
-from .tasks import Task, by_want, tasks, weights_of_ways
+from .divided import Task, by_want, tasks, weights_of_ways
 
 # %% ../../nbs/runs/60_running.ipynb #6159b356
 _TRIES = 4 # a run is tried, and tried again three times
 
-class _Course:
-    "A plan under way: what was made, what cannot be made, who is at work"
+class _Heard:
+    "What has become of a plan so far: what was made, what cannot be made, who is at work"
     def __init__(self, store, todo, team, done):
         self.store, self.todo, self.team, self.done = store, todo, team, done
         self.at, self.made, self.over, self.failed, self.tries = {}, set(), set(), {}, Counter()
         self.waited = False
+    def hear(self, ended): # how some tasks ended
+        for t, how, why, notes in ended:
+            seconds = time.monotonic()-self.at.pop(t)
+            for n in notes: warnings.warn(n, stacklevel=2)
+            if any(p not in self.made for p in t.needs): how = 'waits' # it was begun ahead, for nothing
+            if how == 'stopped':
+                if self.store.until.end < math.inf or self.store.until.asked: self.over.add(t)
+                else: how, why = 'died', 'it was told to stop'
+            if how == 'died':
+                self.tries[t] += 1
+                if self.tries[t] == _TRIES: how, why = 'failed', f'it died {_TRIES} times, at last: {why}'
+            if how == 'made': self.made.add(t)
+            if how == 'failed': self.failed[t] = why; self.over.add(t)
+            self.done(t, how, why, seconds)
+
+# %% ../../nbs/runs/60_running.ipynb #430eb97f
+class _Course(_Heard):
+    "A plan under way"
     def ready(self)->Iterator[Task]:
         left, there = self.store.until.left, lambda p: p in self.made or self.team.ahead and p in self.at
         for t in self.todo:
@@ -47,29 +65,10 @@ class _Course:
             if self.store.until.asked: self.team.stop()
             if self.at: self.hear(self.team.wait())
             else: self.wait_for_others(first)
-
-# %% ../../nbs/runs/60_running.ipynb #430eb97f
-@patch
-def wait_for_others(self:_Course, first):
-    if not self.waited and not self.store.quiet:
-        print(f"other processes make all that is ready: waiting for {first} or another", flush=True)
-    self.waited = True; time.sleep(.2)
-
-@patch
-def hear(self:_Course, ended): # how some tasks ended
-    for t, how, why, notes in ended:
-        seconds = time.monotonic()-self.at.pop(t)
-        for n in notes: warnings.warn(n, stacklevel=2)
-        if any(p not in self.made for p in t.needs): how = 'waits' # it was begun ahead, for nothing
-        if how == 'stopped':
-            if self.store.until.end < math.inf or self.store.until.asked: self.over.add(t)
-            else: how, why = 'died', 'it was told to stop'
-        if how == 'died':
-            self.tries[t] += 1
-            if self.tries[t] == _TRIES: how, why = 'failed', f'it died {_TRIES} times, at last: {why}'
-        if how == 'made': self.made.add(t)
-        if how == 'failed': self.failed[t] = why; self.over.add(t)
-        self.done(t, how, why, seconds)
+    def wait_for_others(self, first):
+        if not self.waited and not self.store.quiet:
+            print(f"other processes make all that is ready: waiting for {first} or another", flush=True)
+        self.waited = True; time.sleep(.2)
 
 # %% ../../nbs/runs/60_running.ipynb #4948ed11
 class Unmade(RuntimeError):

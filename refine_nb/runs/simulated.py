@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import pandas as pd
 
-from .tasks import Task, weights_of_ways
+from .divided import Task, weights_of_ways
 
 # %% ../../nbs/runs/64_simulated.ipynb #69fb4a21
 def makespan(

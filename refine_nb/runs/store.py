@@ -51,7 +51,8 @@ def _lock(root, name):
     if locks_hold(root/'locks'): return filelock.FileLock(root/'locks'/f'{name}.lock')
     if hasattr(filelock, 'SoftFileLease'):
         return filelock.SoftFileLease(root/'locks'/f'{name}.lease', lease_duration=120.)
-    raise OSError(f"locks do not hold in the store {root}, and filelock {filelock.__version__} has no leases: "
+    raise OSError(f"locks do not hold in the store {root}, "
+                  f"and filelock {filelock.__version__} has no leases: "
                   "install filelock>=4, mount the folder with locks, or set REFINE_HOME to another one")
 
 @patch

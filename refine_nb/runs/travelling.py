@@ -13,7 +13,7 @@ from typing import BinaryIO
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from ..base import Adversarials, Recipe, Spec, ancestors, key, whole
+from ..base import Adversarials, Recipe, ancestors, key, whole
 from ..refinement import Correction, Quantised
 from .entry import FORMAT, NUMBERS_ONLY, Damaged, _put, _record, writing
 from .store import Store
@@ -124,6 +124,13 @@ def _compared(store:Store, folder:str, record:dict)->str: # 'new', 'there' or 'd
     same = [_numbers(r['result']) for r in (mine, record)]
     return 'there' if same[0] == same[1] and mine['tensors'] == record['tensors'] else 'different'
 
+def _keep(store, folder, raws):
+    with writing(store.root), whole(store.root/folder) as new:
+        new.mkdir()
+        for name,raw in raws.items(): _put(new/name, raw)
+        if len(raws) == 1 and _record(raws['record.json'], folder.rpartition('/')[2])['tensors']:
+            (new/NUMBERS_ONLY).touch()
+
 # %% ../../nbs/runs/62_travelling.ipynb #d31d2a7f
 def import_results(
     store:Store,
@@ -143,13 +150,6 @@ def import_results(
     except tarfile.TarError as e: raise BadArchive(f'{path} is no whole tar file ({e})') from None
     except BadArchive as e: raise BadArchive(f'nothing was taken from {path}: {e}') from None
     if found['different']:
-        warnings.warn(f"{len(found['different'])} results have other numbers here than in {path}, and stay as "
-                      f"they are here: {', '.join(found['different'][:5])}", stacklevel=2)
+        warnings.warn(f"{len(found['different'])} results have other numbers here than in {path}, and stay "
+                      f"as they are here: {', '.join(found['different'][:5])}", stacklevel=2)
     return found
-
-def _keep(store, folder, raws):
-    with writing(store.root), whole(store.root/folder) as new:
-        new.mkdir()
-        for name,raw in raws.items(): _put(new/name, raw)
-        if len(raws) == 1 and _record(raws['record.json'], folder.rpartition('/')[2])['tensors']:
-            (new/NUMBERS_ONLY).touch()
