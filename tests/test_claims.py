@@ -10,7 +10,8 @@ import nbformat
 import pandas as pd
 import pytest
 
-from refine_nb.reporting import ARTEFACTS, judge, our_tables, published, report_folder
+from refine_nb.reporting import (ARTEFACTS, Claim, cell, judge, our_tables, ours_of, published, report_folder,
+                                 stored, weigh)
 from refine_nb.papers.adcorda_tables import robust_table
 from refine_nb.papers.adcorda_text import CLAIMS, FOUND, known_losses, known_points
 from refine_nb.artefacts.claims_adcorda import tidy as adcorda_page
@@ -187,3 +188,34 @@ def test_figure_2_of_adcorda_at_any_rates(rates):
     assert ('a straight line explains' in FOUND['fig2_adcorda'](ours)) == (len(rates) > 2)
     said = judge(CLAIMS['fig2_adcorda'], known_points(), ours, 'paper').set_index('claim').ours
     assert ('not judged' in said['A12']) == (len(rates) < 3)
+
+
+# ---- across documents --------------------------------------------------------------------------------------
+
+def test_the_stored_scoreboard_is_what_the_reports_say():
+    "Each row as the code makes it from the reports of today, and in the ledger's words where it is judged"
+    from refine_nb.papers.documents import scoreboard
+    now, then = scoreboard().fillna(''), stored('scoreboard')[0].tidy.fillna('')
+    same = [c for c in now if c != 'share']
+    pd.testing.assert_frame_equal(now[same].astype(str), then[same].astype(str))
+    pages = pd.concat([adcorda_page(), spat_page(), dra_page(), mixture_page()])
+    assert len(now) == len(pages)
+    both = now.merge(pages.rename(columns={'ours': 'said'}), on=['artefact','claim','source'])
+    both = both[[q in t for q,t in zip(both.sentence.str.strip('“”'), both.text)]]
+    assert (both.on_print == both[OWN]).all()
+    judged = both[both.verdict.isin(['holds','fails'])]
+    assert len(judged) and (judged.verdict == judged.said).all()
+    assert not both[both.scale != 'paper'].said.isin(['holds','fails']).any()
+
+def test_a_direction_needs_more_than_luck():
+    "The same difference on 50 and on 10,000 images"
+    claim = Claim('A1', 'a is above b', 'made up', lambda t: cell(t, attack='a') > cell(t, attack='b'))
+    few = pd.DataFrame({'attack': ['a','b'], 'accuracy': [52., 50.], 'n': 50, 'key': ['k','l']})
+    assert (weigh(claim, few).word, weigh(claim, few.assign(n=10_000)).word) == ('undecided', 'with')
+    assert weigh(claim, few.assign(n=10_000, accuracy=[50., 52.])).word == 'against'
+
+def test_what_stands_in_gets_no_verdict_at_any_scale():
+    claim = Claim('A1', 'on CIFAR-10', 'made up', lambda t: cell(t, attack='a') > 0, about={'dataset': 'cifar10'})
+    jpeg = pd.DataFrame({'attack': ['a'], 'accuracy': [50.], 'n': 10_000, 'key': 'k', 'dataset': 'cifar10_jpeg'})
+    assert ours_of(claim, {'x': jpeg}, 'paper')['verdict'] == 'with'
+    assert ours_of(claim, {'x': jpeg.assign(dataset='cifar10')}, 'paper')['verdict'] == 'holds'

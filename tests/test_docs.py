@@ -55,20 +55,31 @@ FINDINGS = re.findall(r'^- \*\*\[.*?\]\(nbs/(\w+)\.ipynb\)', text('README.md'), 
 
 @pytest.mark.parametrize('artefact', FINDINGS)
 def test_findings_are_those_of_the_reports(artefact):
-    from refine_nb.papers import adcorda_tables, adcorda_text, mixture_study, mixture_tables, mixture_text
+    from refine_nb.papers.documents import FOUND
     from refine_nb.reporting import stored
-    rooms = (adcorda_tables, adcorda_text, mixture_study, mixture_tables, mixture_text)
-    found = {a: f for room in rooms for a,f in room.FOUND.items()}
-    assert found[artefact](stored(artefact)[0].tidy) in text('README.md'), (
+    assert FOUND[artefact](stored(artefact)[0].tidy) in text('README.md'), (
         f'README.md says of {artefact} what its largest report does not: run nbs/index.ipynb, make readme')
 
-def test_the_readme_begins_with_findings_and_lists_what_is_ready():
-    from refine_nb.reporting import ARTEFACTS, PAPERS
+def test_the_readme_says_what_the_scoreboard_found():
+    from refine_nb.papers.documents import on_ours, on_print
+    from refine_nb.reporting import stored
+    rows = stored('scoreboard')[0].tidy.fillna('')
+    assert all(f'- {s}' in text('README.md') for s in (on_print(rows), *on_ours(rows)))
+
+def test_the_readme_is_short_begins_with_findings_and_cites_all_documents():
+    from refine_nb.reporting import PAPERS
     said = text('README.md'); heads = re.findall(r'^## (.*)', said, re.M)
-    assert heads[0] == 'What we found' and FINDINGS
-    assert all(p.citation in said for p in PAPERS.values())
-    listed = {i for i in ARTEFACTS if re.search(rf'^\|\[.*\]\(nbs/{i}\.ipynb\)\|', said, re.M)}
+    assert len(said.splitlines()) < 150 and heads[0] == 'What was found' and FINDINGS
+    assert all(p.citation in said and f'title={{{p.title}}}' in said for p in PAPERS.values())
+    assert said.count('@misc{') == len(PAPERS)
+
+def test_every_page_that_is_ready_is_listed():
+    "On the scoreboard, which the README leads to"
+    from refine_nb.reporting import ARTEFACTS
+    said = shown(ROOT/'nbs'/'scoreboard.ipynb')
+    listed = {i for i in ARTEFACTS if f'|[{i}]({i}.ipynb)|ready|' in said}
     assert listed == {i for i,a in ARTEFACTS.items() if a.ready}
+    assert '](nbs/scoreboard.ipynb)' in text('README.md') and '](nbs/errata.ipynb)' in text('README.md')
 
 def test_the_three_commands_stand_word_for_word():
     assert ('```\npapermill nbs/tab1_adcorda.ipynb out.ipynb -p model resnet34\nnbdev_test\n'

@@ -119,7 +119,7 @@ _READY = {'claims_adcorda', 'claims_dra', 'claims_mixture', 'claims_spat', 'fig1
           'tab2_adcorda', 'tab2_dra', 'tab2_mixture', 'tab3_1_spat', 'tab3_2_spat', 'tab3_3_spat',
           'tab3_4_spat', 'tab3_5_spat', 'tab3_6_spat', 'tab3_7_spat', 'tab3_8_spat',
           'tab3_9_spat', 'tab3_adcorda', 'tab3_dra', 'tab4_adcorda', 'tab4_dra', 'tab5_dra',
-          'tab6_dra', 'tab7_dra', 'scoreboard', 'errata'}
+          'tab6_dra', 'tab7_dra', 'scoreboard', 'errata', 'matrix'}
 ARTEFACTS = {i: Artefact(i, t, i in _READY) for i,t in _TITLES.items()}
 
 # %% ../../nbs/reporting/40_listing.ipynb #78eb8439

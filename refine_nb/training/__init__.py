@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['clean', 'halves', 'trades', 'trades_as_coded', 'weighted_ce', 'alp', 'boosted_ce', 'mart', 'inconsistency', 'nce',
            'pace', 'self_paced_ce', 'self_paced_kl', 'self_paced_nce', 'spat', 'spat_pgd', 'spat_plain', 'GAIRAT_KINDS',
-           'gairat', 'mail', 'mail_clean', 'probability_margin', 'TIES', 'als', 'als_halves', 'als_target', 'coral',
-           'covariance', 'Engine', 'engine', 'cosine', 'linear', 'piecewise', 'set_rate', 'sgd', 'Snapshots', 'cloned',
-           'resume', 'run_identity', 'Diverged', 'Method', 'fine_tune', 'fit', 'train_epoch', 'STEP_GIVES', 'asks_for',
-           'attacker', 'counting', 'mean_loss', 'step_cosines', 'step_logits', 'train_accuracies', 'adversarial',
-           'adversarial_training', 'DEFENCES', 'defence', 'TOTALS', 'fading', 'regulated', 'regulated_training',
-           'advprop', 'advprop_step']
+           'gairat', 'mail', 'mail_clean', 'probability_margin', 'TIES', 'als', 'als_halves', 'als_target',
+           'als_trades', 'coral', 'covariance', 'Engine', 'engine', 'cosine', 'linear', 'piecewise', 'set_rate', 'sgd',
+           'Snapshots', 'cloned', 'resume', 'run_identity', 'Diverged', 'Method', 'fine_tune', 'fit', 'train_epoch',
+           'STEP_GIVES', 'asks_for', 'attacker', 'counting', 'mean_loss', 'step_cosines', 'step_logits',
+           'train_accuracies', 'adversarial', 'adversarial_training', 'DEFENCES', 'defence', 'TOTALS', 'fading',
+           'regulated', 'regulated_training', 'advprop', 'advprop_step']
 
 # %% ../../nbs/training/99_training.ipynb #d222115e
 from .losses import clean, halves, trades, trades_as_coded, weighted_ce
@@ -20,7 +20,7 @@ from .self_paced import (inconsistency, nce, pace, self_paced_ce, self_paced_kl,
     self_paced_nce, spat, spat_pgd, spat_plain)
 from refine_nb.training.example_weights import (GAIRAT_KINDS, gairat, mail, mail_clean,
     probability_margin)
-from .label_smoothing import TIES, als, als_halves, als_target
+from .label_smoothing import TIES, als, als_halves, als_target, als_trades
 from .deep_coral import coral, covariance
 from .engines import Engine, engine
 from .optimisers import cosine, linear, piecewise, set_rate, sgd
@@ -37,9 +37,9 @@ from .two_norms import advprop, advprop_step
 _all_ = ['clean', 'halves', 'trades', 'trades_as_coded', 'weighted_ce', 'alp', 'boosted_ce', 'mart',
          'inconsistency', 'nce', 'pace', 'self_paced_ce', 'self_paced_kl', 'self_paced_nce', 'spat',
          'spat_pgd', 'spat_plain', 'GAIRAT_KINDS', 'gairat', 'mail', 'mail_clean',
-         'probability_margin', 'TIES', 'als', 'als_halves', 'als_target', 'coral', 'covariance',
-         'Engine', 'engine', 'cosine', 'linear', 'piecewise', 'set_rate', 'sgd', 'Snapshots', 'cloned',
-         'resume', 'run_identity', 'Diverged', 'Method', 'fine_tune', 'fit', 'train_epoch',
-         'STEP_GIVES', 'asks_for', 'attacker', 'counting', 'mean_loss', 'step_cosines', 'step_logits',
-         'train_accuracies', 'adversarial', 'adversarial_training', 'DEFENCES', 'defence', 'TOTALS',
-         'fading', 'regulated', 'regulated_training', 'advprop', 'advprop_step']
+         'probability_margin', 'TIES', 'als', 'als_halves', 'als_target', 'als_trades', 'coral',
+         'covariance', 'Engine', 'engine', 'cosine', 'linear', 'piecewise', 'set_rate', 'sgd',
+         'Snapshots', 'cloned', 'resume', 'run_identity', 'Diverged', 'Method', 'fine_tune', 'fit',
+         'train_epoch', 'STEP_GIVES', 'asks_for', 'attacker', 'counting', 'mean_loss', 'step_cosines',
+         'step_logits', 'train_accuracies', 'adversarial', 'adversarial_training', 'DEFENCES',
+         'defence', 'TOTALS', 'fading', 'regulated', 'regulated_training', 'advprop', 'advprop_step']
