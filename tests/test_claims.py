@@ -195,7 +195,7 @@ def test_figure_2_of_adcorda_at_any_rates(rates):
 def test_the_stored_scoreboard_is_what_the_reports_say():
     "Each row as the code makes it from the reports of today, and in the ledger's words where it is judged"
     from refine_nb.papers.documents import scoreboard
-    now, then = scoreboard().fillna(''), stored('scoreboard')[0].tidy.fillna('')
+    now, then = scoreboard().fillna(''), stored('scoreboard')[0].tidy.astype(object).fillna('')
     same = [c for c in now if c != 'share']
     pd.testing.assert_frame_equal(now[same].astype(str), then[same].astype(str))
     pages = pd.concat([adcorda_page(), spat_page(), dra_page(), mixture_page()])

@@ -63,7 +63,7 @@ def test_findings_are_those_of_the_reports(artefact):
 def test_the_readme_says_what_the_scoreboard_found():
     from refine_nb.papers.documents import on_ours, on_print
     from refine_nb.reporting import stored
-    rows = stored('scoreboard')[0].tidy.fillna('')
+    rows = stored('scoreboard')[0].tidy.astype(object).fillna('')
     assert all(f'- {s}' in text('README.md') for s in (on_print(rows), *on_ours(rows)))
 
 def test_the_readme_is_short_begins_with_findings_and_cites_all_documents():

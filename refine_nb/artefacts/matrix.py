@@ -12,7 +12,7 @@ from ..papers.spat_tables import rows
 
 # %% ../../nbs/matrix.ipynb #0592cde7
 COLUMNS = ('Clean', 'PGD-20', 'AA')
-PARTS = ('TRADES', 'SPAT') # of the compositions
+PARTS = ('TRADES', 'SPAT') # of what the compositions are made
 
 def grid(
     dataset:str='cifar10', seed:int=0, model:str='resnet18',

@@ -18,18 +18,19 @@ from . import adcorda, dra as dra_document, mixture, spat
 # %% ../../nbs/papers/88_compositions.ipynb #41a6b246
 ATTACK = call(pgd, **spat.BUDGET['cifar'])               # of all trainings, but those of DRA
 DYNAMIC = call(dra, eps=1/255, p=1/3, steps=5)           # as in Table V of DRA
-WORDS = {'Undefended': 'ordinary training', 'Mixture': 'clean and attacked images, half and half',
-         'ALS, SAT, AdvProp': 'the same with adversarial label smoothing, smooth activations, two batch norms',
+WORDS = {'Traditional': 'ordinary training', 'Adversarial': 'clean and attacked images, half and half',
+         'ALS': 'adversarial label smoothing', 'SAT': 'smooth activations', 'AdvProp': 'two batch norms',
          'DRA': 'fine-tuned on dynamically regulated attacks', 'AdCorDA': 'adapted from its corrected training images',
          **spat.WORDS} # what a page calls them
 
 def of_mixture(
-    base:Recipe, # the undefended network
+    base:Recipe, # the traditional network
     method:str,  # one of the mixture document's
 )->Recipe:
     "A method of the mixture document, at the base's data, epochs and budget"
     parts = mixture.techniques(method)
-    how = call(advprop if 'AdvProp' in parts else adversarial_training, attack=ATTACK,
+    attack = ATTACK if 'Adversarial' in parts else None
+    how = call(advprop if 'AdvProp' in parts else adversarial_training, attack=attack,
                objective=mixture.objective(method), augment=base.method['augment'])
     return replace(base, model=mixture.network(method, model=base.model['name']), method=how)
 
@@ -50,10 +51,8 @@ def documented(
 )->dict[str,Recipe]: # method -> recipe
     "Every method of the four documents on equal terms"
     base = spat.surrogate(dataset, seed, model=model)
-    mixed = {'Mixture' if m=='Adversarial' else f'Mixture, {m}': of_mixture(base, m)
-             for m in ('Adversarial', 'ALS + Adversarial', 'SAT', 'AdvProp', 'ALS + SAT + AdvProp')
-             if m in mixture.METHODS}
-    return {'Undefended': base, **{r: spat.trained(r, dataset, seed, model=model) for r in spat.DEFENCES_AS}, **mixed,
+    mixed = {m: of_mixture(base, m) for m in mixture.METHODS if m != 'Traditional'}
+    return {'Traditional': base, **{r: spat.trained(r, dataset, seed, model=model) for r in spat.DEFENCES_AS}, **mixed,
             'DRA': dra_document.ours(base), 'AdCorDA': after(base)}
 
 # %% ../../nbs/papers/88_compositions.ipynb #cd916e7a

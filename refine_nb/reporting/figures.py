@@ -50,7 +50,9 @@ _METHODS = { # paper -> method -> (colour, marker); adversarial correction, then
     'dra':     {'Vanilla': 'black s', 'PGD': 'orange D', 'DRA': 'blue D', 'Ours': 'purple D'},
     'mixture': {'Traditional': 'black ^', 'Adversarial': 'red ^', 'AdvProp': 'blue ^', 'ALS': 'orange ^',
                 'SAT': 'green ^', 'ALS + AdvProp': 'purple ^',
-                'SAT + AdvProp': 'sky ^', 'ALS + SAT': 'yellow ^', 'ALS + SAT + AdvProp': 'grey ^'}}
+                'SAT + AdvProp': 'sky ^', 'ALS + SAT': 'yellow ^', 'ALS + SAT + AdvProp': 'grey ^'},
+    'matrix':  {'AdCorDA': 'black P', 'AdCorDA after SPAT': 'blue P', 'DRA inside TRADES': 'sky P',
+                'DRA inside SPAT': 'purple P', 'ALS with TRADES': 'orange P', 'SAT with SPAT': 'green P'}}
 
 _STYLES = {name: style.split() for group in _METHODS.values() for name,style in group.items()}
 
