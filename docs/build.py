@@ -1,4 +1,4 @@
-"Build the site: python docs/build.py [TARGET], by default _docs/html. Nothing is executed, no network is asked"
+"Build the site: python docs/build.py [TARGET], by default _docs/html. Nothing is run, no network is asked"
 import shutil, sys
 from pathlib import Path
 
@@ -22,7 +22,8 @@ def build(target):
     "The exit status: 0 without a warning"
     from sphinx.cmd.build import main
     work = target.parent
-    status = main(['-q', '-n', '-W', '--keep-going', '-j', 'auto', '-c', str(ROOT/'docs'), '-d', str(work/'doctrees'),
+    strict = ['-q', '-n', '-W', '--keep-going', '-j', 'auto']
+    status = main([*strict, '-c', str(ROOT/'docs'), '-d', str(work/'doctrees'),
                    str(source(work/'source')), str(target)])
     shutil.rmtree(work/'jupyter_execute', ignore_errors=True)
     return status

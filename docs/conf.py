@@ -1,11 +1,13 @@
-"The site: notebooks and reports as they are stored, with what a reader needs around them. `make site` builds it"
+"The site: notebooks and reports as they are stored, and what a reader needs around them. `make site`"
 import importlib.util, sys
 from configparser import ConfigParser
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-ini = ConfigParser(delimiters=['=']); ini.read(HERE.parent/'settings.ini', encoding='utf-8'); ini = ini['DEFAULT']
+ini = ConfigParser(delimiters=['='])
+ini.read(HERE.parent/'settings.ini', encoding='utf-8')
+ini = ini['DEFAULT']
 
 project, author, version, copyright = ini['title'], ini['author'], ini['version'], ini['copyright']
 language, root_doc = 'en', 'index'
@@ -35,6 +37,8 @@ html_sidebars = {'index': [], 'search': [], 'genindex': []}
 html_theme_options = dict(
     logo={'text': project}, header_links_before_dropdown=7, navigation_depth=2, show_nav_level=1,
     show_toc_level=2, navbar_align='left', navbar_persistent=['search-button'], navbar_end=['theme-switcher'],
-    secondary_sidebar_items={p: ['page-toc'] for p in ('nbs/**', 'library/**', 'CONTRIBUTING')}, # elsewhere tables show_prev_next=True, back_to_top_button=True,
+    # beside tables, which need the width, there is none
+    secondary_sidebar_items={p: ['page-toc'] for p in ('nbs/**', 'library/**', 'CONTRIBUTING')},
+    show_prev_next=True, back_to_top_button=True,
     pygments_light_style='a11y-high-contrast-light', pygments_dark_style='a11y-high-contrast-dark',
     search_bar_text='Search notebooks, functions, claims', footer_start=['copyright'], footer_end=[])

@@ -1,10 +1,8 @@
 "What the repository says about itself, read from its files: nothing is imported, so torch is not needed"
-import ast, json, re
+import ast, csv, json, re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-
-import csv
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS, REPORTS, PACKAGE = ROOT/'nbs', ROOT/'reports', ROOT/'refine_nb'
@@ -95,7 +93,8 @@ class Run:
     @property
     def variant(self): return ' '.join(self.parts[2:])
     @property
-    def label(self): return self.preset + (f': {self.variant.replace("_", " on ", 1)}' if self.variant else '')
+    def label(self):
+        return self.preset + (f': {self.variant.replace("_", " on ", 1)}' if self.variant else '')
     @property
     def page(self): return '/'.join(('runs', *self.parts))
     @property

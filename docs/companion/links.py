@@ -1,5 +1,5 @@
 "Names, codes and keys become links: in prose, in code, in tables"
-import html, re
+import re
 
 from docutils import nodes
 from sphinx import addnodes
@@ -20,17 +20,18 @@ def target_of(text):
     if re.fullmatch(r'[\w/]+', bare) and (NBS/f'{bare}.ipynb').is_file() and bare != 'index':
         return 'doc', f'/nbs/{bare}'
     if bare in HOME: return 'obj', f'{HOME[bare].name}.{bare}'
-    if (full := bare if bare.startswith('refine_nb.') else f'refine_nb.{bare}') in QUALIFIED: return 'obj', full
+    full = bare if bare.startswith('refine_nb.') else f'refine_nb.{bare}'
+    return ('obj', full) if full in QUALIFIED else None
 
 def names(app, doctree):
     "Backticked names, and codes of open points"
     doc = app.env.docname
     for lit in [*doctree.findall(nodes.literal)]:
-        inside = {type(p) for p in parents(lit)}
-        if inside & {nodes.reference, nodes.title, addnodes.pending_xref} or not (t := target_of(lit.astext())):
-            continue
-        ref = addnodes.pending_xref('', refdomain='std' if t[0]=='doc' else 'py', reftype=t[0], reftarget=t[1],
-                                    refdoc=doc, refexplicit=True, refwarn=True)
+        inside, found = {type(p) for p in parents(lit)}, target_of(lit.astext())
+        if not found or inside & {nodes.reference, nodes.title, addnodes.pending_xref}: continue
+        kind, target = found
+        ref = addnodes.pending_xref('', refdomain='std' if kind=='doc' else 'py', reftype=kind,
+                                    reftarget=target, refdoc=doc, refexplicit=True, refwarn=True)
         lit.replace_self(ref); ref += lit
     for text in [*doctree.findall(nodes.Text)]:
         if any(isinstance(p, LEFT_ALONE) for p in parents(text)) or not OPEN.search(text): continue
@@ -44,7 +45,8 @@ def coded(app, doc, text):
         if part in CONFLICTS:
             paper, row = CONFLICTS[part]
             uri = f"{app.builder.get_relative_uri(doc, f'papers/{paper}_open')}#{part.lower()}"
-            yield nodes.reference('', part, refuri=uri, internal=True, reftitle=row['open'], classes=['open-point'])
+            yield nodes.reference('', part, refuri=uri, internal=True, reftitle=row['open'],
+                                  classes=['open-point'])
         elif part: yield nodes.Text(part)
 
 # ---- in the page as it is written ---------------------------------------------------------------
@@ -81,8 +83,9 @@ SPAN = re.compile(r'<span class="(n[a-z]?)">(\w+)</span>')
 def code(app, page, text):
     "Names of the package inside code, where the page imports or defines them"
     source = (NBS/f'{page[4:]}.ipynb').read_text(encoding='utf-8')
-    used = {n for names in re.findall(r'from refine_nb[\w.]* import ([\w, ]+)', source) for n in re.findall(r'\w+', names)}
-    here = MODULES.get(page[4:]); used |= set(here.public if here else ())
+    imported = re.findall(r'from refine_nb[\w.]* import ([\w, ]+)', source)
+    here = MODULES.get(page[4:])
+    used = {n for names in imported for n in re.findall(r'\w+', names)} | set(here.public if here else ())
     known, objects = {n: f'{HOME[n].name}.{n}' for n in used if n in HOME}, app.env.get_domain('py').objects
     def link(m):
         if (full := known.get(m[2])) not in objects: return m[0]
@@ -101,18 +104,23 @@ def html_links(app, page, text):
         doc = re.sub(r'/[\w.-]+\.(md|json|csv)$', '', doc)
         if doc in app.env.found_docs: return f'{m[1]}{app.builder.get_relative_uri(page, doc)}{m[3] or ""}"'
         return f'<a class="no-record" title="{path} is not stored"' if doc.startswith('runs/') else m[0]
-    return re.sub(r'(<a\b[^>]*?href=")(?!https?:)([^"#]+?\.ipynb|(?:\.\./)*reports/[^"#]+)(#[^"]*)?"', there, text)
+    return HREF.sub(there, text)
 
-VERDICT = re.compile(r'(<td\b[^>]*>\s*(?:<p>)?[^\w<]*)(holds|fails|with|against|undecided|not judged|not carried|not run|stands in the text only|'
-                     r'cannot be read from it)\b(?=[^<]*(?:</p>)?\s*</td>)')
+HREF = re.compile(r'(<a\b[^>]*?href=")(?!https?:)([^"#]+?\.ipynb|(?:\.\./)*reports/[^"#]+)(#[^"]*)?"')
+
+VERDICT = re.compile(r'(<td\b[^>]*>\s*(?:<p>)?[^\w<]*)(holds|fails|with|against|undecided|not judged|'
+                     r'not carried|not run|stands in the text only|cannot be read from it)\b'
+                     r'(?=[^<]*(?:</p>)?\s*</td>)')
 TONE = {'holds': 'good', 'with': 'good', 'fails': 'bad', 'against': 'bad'}
 
 def boards(text):
     "Scoreboards: the theme's looks, room to scroll, a verdict in colour and word"
     def board(m):
-        inner = VERDICT.sub(lambda v: f'{v[1]}<span class="verdict {TONE.get(v[2], "open")}">{v[2]}</span>', m[2])
-        return f'<table class="table {m[1]}"{inner}</table>'
-    return re.sub(r'<table\b[^>]*?class="((?:[\w -]* )?scoreboard(?: [\w -]*)?)"(.*?)</table>', board, text, flags=re.S)
+        return f'<table class="table {m[1]}"{VERDICT.sub(badge, m[2])}</table>'
+    def badge(v): return f'{v[1]}<span class="verdict {TONE.get(v[2], "open")}">{v[2]}</span>'
+    return BOARD.sub(board, text)
+
+BOARD = re.compile(r'<table\b[^>]*?class="((?:[\w -]* )?scoreboard(?: [\w -]*)?)"(.*?)</table>', re.S)
 
 def in_page(app, page, template, context, doctree):
     "Sphinx's `html-page-context`"

@@ -1,7 +1,7 @@
 "A stored notebook as a page: directives of nbdev out, code folded, public names made known, pictures named"
 import ast, json, re
 
-from .facts import ARTEFACTS, MODULES, NBS, runs_of
+from .facts import MODULES, NBS, runs_of
 
 def split(source):
     "The `#|` lines above a cell, and the cell"

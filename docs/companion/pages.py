@@ -1,8 +1,8 @@
 "The pages that are made: the front, one for each document, room and run, and what the documents leave open"
 import json, re
 
-from .facts import (ARTEFACTS, KEY, LIBRARY, NBS, PAPERS, REPORTS, ROOMS, ROOT, RUNS, conflicts, notebook, outputs, rooms,
-                    rows_of, runs_of, text_of)
+from .facts import (ARTEFACTS, KEY, LIBRARY, NBS, PAPERS, REPORTS, ROOMS, ROOT, RUNS,
+                    conflicts, notebook, outputs, rooms, rows_of, runs_of, text_of)
 from .notebooks import page, relinked
 
 FRAME = ROOT/'docs'
@@ -15,8 +15,8 @@ def table(head, rows, css=''):
     return '\n'.join([':::{table}', f':class: {css}', '', *lines, ':::'] if css else lines)
 
 def toctree(entries, caption='', depth=1):
-    return '\n'.join(['```{toctree}', ':hidden:', f':maxdepth: {depth}', *([f':caption: {caption}'] if caption else []),
-                      '', *entries, '```', ''])
+    said = [f':caption: {caption}'] if caption else []
+    return '\n'.join(['```{toctree}', ':hidden:', f':maxdepth: {depth}', *said, '', *entries, '```', ''])
 
 def top(name): return (NBS/f'{name}.ipynb').exists()
 def title_of(name):
@@ -50,8 +50,8 @@ def from_top(text):
     return re.sub(r'(\]\(|src=")\.\./reports/', r'\1/reports/', text)
 
 def front_tree():
-    return toctree([*(f'{SHORT.get(p, p)} <papers/{p}>' for p in PAPERS), 'All four <across>', 'Library <library/index>',
-                    'Contributing <CONTRIBUTING>', 'Cite <cite>'])
+    return toctree([*(f'{SHORT.get(p, p)} <papers/{p}>' for p in PAPERS), 'All four <across>',
+                    'Library <library/index>', 'Contributing <CONTRIBUTING>', 'Cite <cite>'])
 
 # ---- a document ---------------------------------------------------------------------------------
 def found(artefact):
@@ -62,29 +62,32 @@ def found(artefact):
                 return relinked(part.partition('**: ' if '**: ' in part else '): ')[2])
     return ''
 
-def run_links(artefact): return ' · '.join(f'[{r.label}](/{r.page}.md)' for r in runs_of(artefact)) or 'none yet'
+def run_links(artefact):
+    return ' · '.join(f'[{r.label}](/{r.page}.md)' for r in runs_of(artefact)) or 'none yet'
 
 def artefact_rows(its):
     for a in its:
-        said = found(a.id)
-        yield f'[{a.name}](/nbs/{a.id}.ipynb)', a.title + (f'. *Found:* {said}' if said else ''), run_links(a.id)
+        said = f'. *Found:* {f}' if (f := found(a.id)) else ''
+        yield f'[{a.name}](/nbs/{a.id}.ipynb)', a.title + said, run_links(a.id)
 
 def figures(its):
     "The figure of the largest run of each artefact"
     cards = []
     for a in its:
         if (r := next((r for r in runs_of(a.id) if r.file('figure.svg')), None)) is None: continue
-        cards.append(f':::{{grid-item-card}} {a.name}: {a.title}\n:link: /nbs/{a.id}\n:link-type: doc\n'
-                     f'```{{image}} /reports/{"/".join(r.parts)}/figure.svg\n:alt: {a.name}, {a.title} ({r.label})\n```\n'
-                     f'{r.label}\n:::')
-    return ['## Figures', '', 'Each drawn from our largest run of it.', '', '::::{grid} 1 1 2 2', ':gutter: 3', '', *cards,
-            '::::', ''] if cards else []
+        cards += [f':::{{grid-item-card}} {a.name}: {a.title}', f':link: /nbs/{a.id}', ':link-type: doc',
+                  f'```{{image}} /reports/{"/".join(r.parts)}/figure.svg',
+                  f':alt: {a.name}, {a.title} ({r.label})', '```', r.label, ':::']
+    if not cards: return []
+    return ['## Figures', '', 'Each drawn from our largest run of it.', '',
+            '::::{grid} 1 1 2 2', ':gutter: 3', '', *cards, '::::', '']
 
 def ledger(paper):
-    "The claims of a document as their page has them: code, sentence, source, where, on its own numbers, on ours"
-    its = {a.name: f'[{a.name}](/nbs/{a.id}.ipynb)' for a in ARTEFACTS.values() if a.paper == paper and top(a.id)}
+    "The claims of a document as their page has them: code, sentence, source, where, on its numbers, on ours"
+    its = {a.name: f'[{a.name}](/nbs/{a.id}.ipynb)' for a in pages_of(paper)}
     for text in outputs(f'claims_{paper}') if top(f'claims_{paper}') else ():
-        lines = [[c.strip() for c in re.split(r'(?<!\\)\|', l)[1:-1]] for l in text.splitlines() if l.startswith('|')]
+        lines = [[c.strip() for c in re.split(r'(?<!\\)\|', l)[1:-1]]
+                 for l in text.splitlines() if l.startswith('|')]
         if len(lines) > 2 and lines[0][:3] == ['claim', 'text', 'source'] and 'ours' in lines[0]:
             own, ours = (lines[0].index(c) for c in ("the paper's own table", 'ours'))
             return [[*l[:3], its.get(l[3], in_nbs(l[3])), l[own], l[ours]] for l in lines[2:]]
@@ -93,32 +96,42 @@ def ledger(paper):
 def claims(paper):
     if not (rows := ledger(paper)): return []
     n, own = len(rows), [r[4] for r in rows]
-    body = [[r[0], f'{r[1].replace(chr(92)+"|", "|")}<br><small>{r[2]}</small>', r[3], r[4], r[5]] for r in rows]
-    return ['## Claims', '', f'{n} sentences, put to the document\'s own numbers and to ours: {own.count("holds")} hold on '
-            f'its own numbers, {own.count("fails")} fail. [With all numbers](/nbs/claims_{paper}.ipynb).', '',
-            table(['claim', 'sentence', 'stands beside', 'on its own numbers', 'on ours'], body, 'scoreboard'), '']
+    body = [[code, text.replace('\\|', '|') + f'<br><small>{source}</small>', *rest]
+            for code,text,source,*rest in rows]
+    return ['## Claims', '', f"{n} sentences, put to the document's own numbers and to ours: "
+            f'{own.count("holds")} hold on its own numbers, {own.count("fails")} fail. '
+            f'[With all numbers](/nbs/claims_{paper}.ipynb).', '',
+            table(['claim', 'sentence', 'stands beside', 'on its own numbers', 'on ours'], body, 'scoreboard'),
+            '']
 
 def in_nbs(text): return re.sub(r'\]\(([\w/]+\.ipynb)', r'](/nbs/\1', text)
 
+def pages_of(paper): return [a for a in ARTEFACTS.values() if a.paper == paper and top(a.id)]
+
+def tree_of(runs, name):
+    return toctree([f'{name(r)}, {r.preset} </{r.page}>' for r in runs], 'Our runs') if runs else ''
+
 def document(write, paper):
-    p, its = PAPERS[paper], [a for a in ARTEFACTS.values() if a.paper == paper and top(a.id)]
+    p, its = PAPERS[paper], pages_of(paper)
     runs = [r for a in its for r in runs_of(a.id)]
-    text = [f'# {p.short[0].upper()+p.short[1:]}', '', f'{p.citation}.', '', text_of(FRAME/'papers'/f'{paper}.md'), '',
-            '## Tables, figures, studies', '',
+    text = [f'# {p.short[0].upper()+p.short[1:]}', '', f'{p.citation}.', '',
+            text_of(FRAME/'papers'/f'{paper}.md'), '', '## Tables, figures, studies', '',
             table(['page', 'what it shows, and what we found', 'our runs'], artefact_rows(its), 'cards'), '',
             *figures(its), *claims(paper),
             toctree([*(f'{a.name} </nbs/{a.id}>' for a in its), f'Open points <{paper}_open>'], 'Pages'),
-            toctree([f'{ARTEFACTS[r.artefact].name}, {r.preset} </{r.page}>' for r in runs], 'Our runs') if runs else '']
+            tree_of(runs, lambda r: ARTEFACTS[r.artefact].name)]
     write(f'papers/{paper}.md', '\n'.join(text))
 
 def left_open(write, paper):
     rows = [r for p,r in conflicts().values() if p == paper]
     of = PAPERS[paper].short if paper in PAPERS else 'the documents, one against another'
-    text = [f'# Open points of {of}', '', 'Where a document contradicts itself or does not say, we had to decide.', '']
+    text = [f'# Open points of {of}', '',
+            'Where a document contradicts itself or does not say, we had to decide.', '']
     for r in rows:
         where = ', '.join(f'`{n}`' for n in r['notebook'].split())
-        text += [f"## {r['conflict']}", '', f"**Open**{weight(r)}: {r['open']}.", '', f"**We**: {r['decision']}.", '',
-                 *([f"**Note**: {r['note']}.", ''] if r.get('note') else []), f"{where}: {named(r['name'])} · {r['source']}", '']
+        note = [f"**Note**: {r['note']}.", ''] if r.get('note') else []
+        text += [f"## {r['conflict']}", '', f"**Open**{weight(r)}: {r['open']}.", '',
+                 f"**We**: {r['decision']}.", '', *note, f"{where}: {named(r['name'])} · {r['source']}", '']
     write(f'papers/{paper}_open.md', '\n'.join(text))
 
 def weight(row): return f" ({row['weight']})" if row.get('weight') else ''
@@ -130,14 +143,16 @@ def across(write):
     its = [n.stem for n in sorted(NBS.glob('*.ipynb')) if n.stem not in (*known, 'index')]
     bench = sorted(REPORTS.glob('bench/*/bench.md'))
     runs = [r for n in its for r in runs_of(n)]
-    rows = [(f'[{title_of(n)[0]}](/nbs/{n}.ipynb)', title_of(n)[1] + (f' *Found:* {found(n)}' if found(n) else ''), run_links(n))
-            for n in its]
-    text = ['# All four documents', '', *([table(['page', 'what it shows', 'our runs'], rows), ''] if rows else []),
+    rows = [(f'[{title_of(n)[0]}](/nbs/{n}.ipynb)',
+             title_of(n)[1] + (f' *Found:* {f}' if (f := found(n)) else ''), run_links(n)) for n in its]
+    shown = [table(['page', 'what it shows', 'our runs'], rows), ''] if rows else []
+    text = ['# All four documents', '', *shown,
             '- [Open points between documents](papers/across_open.md)',
-            *(f'- [Our speed beside that of other codes: {b.parent.name}](runs/bench/{b.parent.name}.md)' for b in bench), '',
+            *(f'- [Our speed beside that of other codes: {b.parent.name}](runs/bench/{b.parent.name}.md)'
+              for b in bench), '',
             toctree([*(f'{title_of(n)[0]} </nbs/{n}>' for n in its), 'Open points </papers/across_open>',
                      *(f'Speed: {b.parent.name} </runs/bench/{b.parent.name}>' for b in bench)], 'Pages'),
-            toctree([f'{title_of(r.artefact)[0]}, {r.preset} </{r.page}>' for r in runs], 'Our runs') if runs else '']
+            tree_of(runs, lambda r: title_of(r.artefact)[0])]
     write('across.md', '\n'.join(text))
     for b in bench: write(f'runs/bench/{b.parent.name}.md', untitled(text_of(b), f'Speed: {b.parent.name}'))
 
@@ -145,7 +160,8 @@ def across(write):
 def untitled(markdown, title):
     "A saved table below a heading of its own"
     first, _, rest = markdown.partition('\n')
-    return f'# {title}\n\n{first.strip("*")}\n{rest}' if first.startswith('**') else f'# {title}\n\n{markdown}'
+    body = f'{first.strip("*")}\n{rest}' if first.startswith('**') else markdown
+    return f'# {title}\n\n{body}'
 
 def table_of(run, name):
     "A saved table without its title and notes, which the page says once"
@@ -183,21 +199,25 @@ def made_by(record):
              **{k: value(v) for k,v in record['settings'].items() if v is not None and k != 'preset'}}
     return table(['', ''], facts.items())
 
-def spent(seconds): return f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.0f} min' if seconds < 7200 else f'{seconds/3600:.1f} h'
+def spent(seconds):
+    if seconds < 120: return f'{seconds:.0f} s'
+    return f'{seconds/60:.0f} min' if seconds < 7200 else f'{seconds/3600:.1f} h'
 
 def anchor(key): return f'<span id="run-{key}">{key}</span>'
 
 def parts(run):
     "All results that this run is made of; and the keys that its tables name without a record, said as such"
     made = run.record.get('made', [])
-    rows = [(m['kind'], anchor(m['key']), spent(m['seconds']), m.get('precision') or '', f"`{(m.get('commit') or 'not known')[:8]}`"
-             + (' (changed)' if m.get('dirty') else ''), m['device']) for m in made]
+    rows = [(m['kind'], anchor(m['key']), spent(m['seconds']), m.get('precision') or '',
+             f"`{(m.get('commit') or 'not known')[:8]}`{' (changed)' if m.get('dirty') else ''}", m['device'])
+            for m in made]
     there = {m['key'] for m in made}
     lost = [k for k in dict.fromkeys(KEY.findall(text_of(run.folder/'tidy.csv'))) if k not in there]
-    text = ['### Each result', '', table(['what', 'key', 'time', 'precision', 'commit', 'device'], rows), ''] if made else []
-    if lost: text += ['### Without a record', '', 'Named in the tables; the record of this run has nothing about them.', '',
-                      *(f'- {anchor(k)}' for k in lost), '']
-    return text
+    columns = ['what', 'key', 'time', 'precision', 'commit', 'device']
+    text = ['### Each result', '', table(columns, rows), ''] if made else []
+    return [*text, '### Without a record', '',
+            'Named in the tables; the record of this run has nothing about them.', '',
+            *(f'- {anchor(k)}' for k in lost), ''] if lost else text
 
 HEADING = {'claims': 'Claims', 'side_by_side': 'Beside what is printed', 'table': 'Our numbers'}
 
@@ -205,12 +225,13 @@ def run_page(write, run):
     record, path = run.record, '/reports/' + '/'.join(run.parts)
     title = record.get('title', run.page)
     names = sorted((f.stem for f in run.folder.glob('*.md')), key=lambda n: (n != 'table', n == 'claims', n))
-    text = [f'# {title}', '', *(f'*{n}*\n' for n in record.get('notes', [])),
-            f'Its page: [{title_of(run.artefact)[0]}](/nbs/{run.artefact}.ipynb).' if top(run.artefact) else '', '']
+    up = f'Its page: [{title_of(run.artefact)[0]}](/nbs/{run.artefact}.ipynb).' if top(run.artefact) else ''
+    text = [f'# {title}', '', *(f'*{n}*\n' for n in record.get('notes', [])), up, '']
     for f in sorted(run.folder.glob('*.svg')):
         alt = title if f.stem == 'figure' else f'{title}: {f.stem}'
         text += [f'```{{image}} {path}/{f.name}', f':alt: {alt}', ':class: report', '```', '']
-    for n in names: text += [f"## {HEADING.get(n, n.replace('_', ' ').capitalize())}", '', table_of(run, n), '']
+    for n in names:
+        text += [f"## {HEADING.get(n, n.replace('_', ' ').capitalize())}", '', table_of(run, n), '']
     text += ['## What made it', '', made_by(record), '', *parts(run), '## Files', '',
              ' · '.join(f'{{download}}`{f.name} <{path}/{f.name}>`' for f in sorted(run.folder.iterdir())
                         if f.suffix in ('.json', '.csv', '.svg', '.png')), '']
@@ -222,27 +243,31 @@ def run_page(write, run):
 def library(write):
     about = {r: title_of(ROOMS[r].notebook)[1] for r in rooms() if r in ROOMS}
     of = {r: [m for m in LIBRARY if m.room == r] for r in rooms()}
-    text = ['# Library', '', 'One room is one folder of notebooks and one sub-package; a room builds on those above it. '
+    text = ['# Library', '',
+            'One room is one folder of notebooks and one sub-package; a room builds on those above it. '
             'Every public name is in the {ref}`index <genindex>` and in the search.', '',
             table(['room', 'what it holds', 'public names'],
-                  [(f'[{r}]({r}.md)', about.get(r, ''), sum(len(m.public) for m in ms)) for r,ms in of.items()]), '',
+                  [(f'[{r}]({r}.md)', about.get(r, ''), sum(len(m.public) for m in ms))
+                   for r,ms in of.items()]), '',
             toctree([f'{r} <{r}>' for r in of], 'Rooms', 2)]
     write('library/index.md', '\n'.join(text))
     for r,ms in of.items(): write(f'library/{r}.md', '\n'.join(room(r, ms, about.get(r, ''))))
 
 def room(r, modules, about):
-    names = [(f'`{m.name}.{n}`' if r == 'papers' else f'`{n}`', m.docs.get(n, '').partition('\n')[0], f'`{m.notebook}`')
-             for m in modules for n in m.public]
+    names = [(f'`{m.name}.{n}`' if r == 'papers' else f'`{n}`', m.docs.get(n, '').partition('\n')[0],
+              f'`{m.notebook}`') for m in modules for n in m.public]
+    books = [(f'[{title}](/nbs/{m.notebook}.ipynb)', what)
+             for m in modules for title,what in [title_of(m.notebook)]]
     return [f'# {r}', '', about, '', '## Notebooks', '',
-            table(['notebook', 'what it is'], [(f'[{title_of(m.notebook)[0]}](/nbs/{m.notebook}.ipynb)', title_of(m.notebook)[1])
-                                               for m in modules]), '',
+            table(['notebook', 'what it is'], books), '',
             '## Public names', '', f'`from refine_nb.{r} import ...`' if r in ROOMS else '', '',
             table(['name', 'what it does', 'notebook'], sorted(names, key=lambda n: n[0].lower())), '',
             toctree([f'/nbs/{m.notebook}' for m in modules])]
 
 def cite(write):
-    text = ['# How to cite', '', 'The companion, as `CITATION.cff` has it:', '', '```yaml', text_of(ROOT/'CITATION.cff').strip(),
-            '```', '', 'The four documents:', '', '```bibtex', text_of(FRAME/'references.bib').strip(), '```', '']
+    text = ['# How to cite', '', 'The companion, as `CITATION.cff` has it:', '', '```yaml',
+            text_of(ROOT/'CITATION.cff').strip(), '```', '', 'The four documents:', '', '```bibtex',
+            text_of(FRAME/'references.bib').strip(), '```', '']
     write('cite.md', '\n'.join(text))
 
 def make(write):
