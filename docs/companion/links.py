@@ -122,8 +122,16 @@ def boards(text):
 
 BOARD = re.compile(r'<table\b[^>]*?class="((?:[\w -]* )?scoreboard(?: [\w -]*)?)"(.*?)</table>', re.S)
 
+MARKS = {'\U0001f7e6': ('good', '\u25a0'), '\U0001f7e7': ('bad', '\u25a0'), '\u2b1c': ('', '\u25a0'),
+         '\U0001f539': ('good', '\u25aa'), '\U0001f538': ('bad', '\u25aa'), '\u25ab': ('', '\u25aa')}
+
+def marks(text):
+    "Coloured squares that need no font of pictures"
+    def mark(m): return '<span class="mark {}" aria-hidden="true">{}</span>'.format(*MARKS[m[1]])
+    return re.sub(f"([{''.join(MARKS)}])\ufe0f?", mark, text)
+
 def in_page(app, page, template, context, doctree):
     "Sphinx's `html-page-context`"
     if 'body' not in context: return
-    text = boards(keys(app, page, html_links(app, page, context['body'])))
+    text = marks(boards(keys(app, page, html_links(app, page, context['body']))))
     context['body'] = code(app, page, text) if page.startswith('nbs/') else text

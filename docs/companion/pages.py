@@ -3,7 +3,7 @@ import json, re
 
 from .facts import (ARTEFACTS, KEY, LIBRARY, NBS, PAPERS, REPORTS, ROOMS, ROOT, RUNS,
                     conflicts, notebook, outputs, rooms, rows_of, runs_of, text_of)
-from .notebooks import page, relinked
+from .notebooks import markdown, page, relinked
 
 FRAME = ROOT/'docs'
 SHORT = {'adcorda': 'AdCorDA', 'spat': 'SPAT', 'dra': 'DRA', 'mixture': 'Mixture'}
@@ -38,10 +38,10 @@ def front(write):
         for o in c.get('outputs', []):
             for mime in ('text/markdown', 'text/html') if 'data' in o else ():
                 if mime in o['data']: o['data'][mime] = from_top(''.join(o['data'][mime]))
-    hello = text_of(FRAME/'front.md')
-    nb['cells'] = [{'cell_type': 'markdown', 'id': 'hello', 'metadata': {}, 'source': hello},
-                   *[c for c in cells if not c['source'].startswith('# ')],
-                   {'cell_type': 'markdown', 'id': 'tree', 'metadata': {}, 'source': front_tree()}]
+    start = next(i for i,c in enumerate(cells) if c['source'].startswith('## '))
+    opening = re.sub(r'^[#>] .*$', '', cells[0]['source'], flags=re.M) # without its title
+    nb['cells'] = [dict(markdown(f"{text_of(FRAME/'front.md')}\n{opening}"), id='hello'), *cells[start:],
+                   dict(markdown(front_tree()), id='tree')]
     write('index.ipynb', json.dumps(nb))
 
 def from_top(text):
