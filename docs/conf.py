@@ -38,7 +38,7 @@ html_theme_options = dict(
     logo={'text': project}, header_links_before_dropdown=7, navigation_depth=2, show_nav_level=1,
     show_toc_level=2, navbar_align='left', navbar_persistent=['search-button'], navbar_end=['theme-switcher'],
     # beside tables, which need the width, there is none
-    secondary_sidebar_items={p: ['page-toc'] for p in ('nbs/**', 'library/**', 'CONTRIBUTING')},
+    secondary_sidebar_items={p: ['page-toc'] for p in ('nbs/*/*', 'library/*', 'CONTRIBUTING')},
     show_prev_next=True, back_to_top_button=True,
     pygments_light_style='a11y-high-contrast-light', pygments_dark_style='a11y-high-contrast-dark',
     search_bar_text='Search notebooks, functions, claims', footer_start=['copyright'], footer_end=[])

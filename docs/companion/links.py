@@ -127,7 +127,7 @@ MARKS = {'\U0001f7e6': ('good', '\u25a0'), '\U0001f7e7': ('bad', '\u25a0'), '\u2
 
 def marks(text):
     "Coloured squares that need no font of pictures"
-    def mark(m): return '<span class="mark {}" aria-hidden="true">{}</span>'.format(*MARKS[m[1]])
+    def mark(m): return '<span class="tone {}" aria-hidden="true">{}</span>'.format(*MARKS[m[1]])
     return re.sub(f"([{''.join(MARKS)}])\ufe0f?", mark, text)
 
 def in_page(app, page, template, context, doctree):
