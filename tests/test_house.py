@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
 from run_notebooks import ROOMS
 
-COMPONENTS = ROOMS[:-1]                          # with a front door; the last room is that of the papers
+COMPONENTS = ROOMS[:-2]                          # with a front door; the papers and the command have none
 ACROSS = ('scoreboard', 'matrix', 'errata')      # artefacts over all papers
 TOP = re.compile(rf'(?:(?:tab|fig)\d\w*|study|claims)_\w+|index|{"|".join(ACROSS)}')
 LINES = 25                                       # of an export cell, without directives
