@@ -13,7 +13,8 @@ from outputs import record
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
 # a room imports from those before it only
-ROOMS = ('base', 'vision', 'attacks', 'evaluation', 'training', 'refinement', 'runs', 'reporting', 'papers', 'command')
+ROOMS = ('base', 'vision', 'attacks', 'evaluation', 'training', 'refinement', 'runs', 'reporting', 'papers',
+         'command')
 
 def rank(path):
     "Rooms from the ground up, a room's notebooks by number, then artefacts, the index last"

@@ -25,10 +25,11 @@ def _refine():
     refine adcorda ~/pets            a method on images of your own
     refine evaluate mine:net ~/pets  the robustness of a network of your own
 
-    Completion of commands and artefacts: put eval "$(_REFINE_COMPLETE=bash_source refine)" into ~/.bashrc, with
-    zsh_source or fish_source for those shells. Status: 0 done, 1 failed, 2 not understood, 130 Ctrl-C, 143 ended."""
+    Completion: put eval "$(_REFINE_COMPLETE=bash_source refine)" into ~/.bashrc, zsh_source for zsh.
+    Status: 0 done, 1 failed, 2 not understood, 130 Ctrl-C, 143 ended."""
 
-for _command in (_list, _plan, _run, _show, _adcorda, _evaluate, _audit, _explain, _doctor, _store): _refine.add_command(_command)
+for _command in (_list, _plan, _run, _show, _adcorda, _evaluate, _audit, _explain, _doctor, _store):
+    _refine.add_command(_command)
 
 def main():
     "The program `refine`"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ATTACKERS', 'network_from', 'images_from', 'fitting', 'robustness_of', 'three_arms']
 
-# %% ../../nbs/command/30_own_networks.ipynb #aafd628b
-import importlib, os, sys
+# %% ../../nbs/command/30_own_networks.ipynb #341a7fa4
+import hashlib, importlib, os, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,8 @@ def network_from(
     "The network that a factory makes; `ValueError` in a sentence where it makes none"
     from torch import nn
     module,_,name = where.partition(':')
-    if not module or not name: raise ValueError(f"a network is MODULE:FACTORY, such as mine:network, got {where!r}")
+    if not module or not name:
+        raise ValueError(f"a network is MODULE:FACTORY, such as mine:network, got {where!r}")
     if '' not in sys.path and os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
     try: found = importlib.import_module(module)
     except Exception as e: raise ValueError(f"{module} cannot be imported ({type(e).__name__}: {e})") from e
@@ -30,8 +31,8 @@ def network_from(
         raise ValueError(f"{module} has no function {name}: it has {', '.join(its) or 'none'}")
     try: net = factory()
     except Exception as e: raise ValueError(f"{where}() failed ({type(e).__name__}: {e})") from e
-    if not isinstance(net, nn.Module): raise ValueError(f"{where}() returns no torch module, got {type(net).__name__}")
-    return net.eval()
+    if isinstance(net, nn.Module): return net.eval()
+    raise ValueError(f"{where}() returns no torch module, got {type(net).__name__}")
 
 # %% ../../nbs/command/30_own_networks.ipynb #120ed196
 def images_from(
@@ -46,6 +47,7 @@ def images_from(
     x,y = (torch.cat([getattr(s, k) for s in parts])[:n] for k in 'xy')
     return d.name, d.classes, to_input(x, d.size), y
 
+# %% ../../nbs/command/30_own_networks.ipynb #264dba9e
 def fitting(
     net, x, classes,
 )->None:
@@ -55,13 +57,15 @@ def fitting(
     try:
         with torch.no_grad(), attacking(net): z = net(x[:2])
     except Exception as e:
-        raise ValueError(f"the network cannot take images {list(x.shape[1:])} ({' '.join(str(e).split())[:200]}): "
-                         "say --size, or give images of its size and channels") from e
-    if not isinstance(z, torch.Tensor) or z.ndim != 2:
-        raise ValueError(f"the network must return logits [B,K], got {list(z.shape) if hasattr(z, 'shape') else type(z).__name__}")
+        why = ' '.join(str(e).split())[:200]
+        raise ValueError(f"the network cannot take images {list(x.shape[1:])} ({why}): say --size, or give "
+                         "images of its size and channels") from e
+    got = list(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
+    if got != [*x[:2].shape[:1], z.shape[-1] if isinstance(z, torch.Tensor) else 0]:
+        raise ValueError(f"the network must return logits [B,K], got {got}")
     if z.shape[1] != len(classes):
-        raise ValueError(f"the network knows {z.shape[1]} classes, the data has {len(classes)} ({', '.join(classes[:12])}): "
-                         "labels and logits have to be in the same order")
+        raise ValueError(f"the network knows {z.shape[1]} classes, the data has {len(classes)} "
+                         f"({', '.join(classes[:12])}): labels and logits have to be in the same order")
 
 # %% ../../nbs/command/30_own_networks.ipynb #c156af05
 ATTACKERS = ('fgsm', 'pgd', 'mim', 'cw_linf', 'apgd', 'square', 'fab_t') # by name, all in the L-inf ball
@@ -76,16 +80,19 @@ def _budget(ctx, param, text): # 8/255, .03
 def _attackers(ctx, param, text):
     return [near(a.strip(), ATTACKERS, 'attack') for a in text.split(',') if a.strip()]
 
+# %% ../../nbs/command/30_own_networks.ipynb #e8074701
 def _judging(f):
     for add in (click.option('--json', 'as_json', is_flag=True, help='The same as JSON.'),
                 click.option('--device', help='cpu or cuda [the first GPU where there is one].'),
-                click.option('--every', is_flag=True, help='All images, not only the test part: the network has seen none.'),
-                click.option('--size', type=click.IntRange(1), help="Pixels of the network's input [the images' own]."),
+                click.option('--every', is_flag=True, help='All images: the network has seen none.'),
+                click.option('--size', type=click.IntRange(1), help="Pixels of its input [the images' own]."),
                 click.option('--n', type=click.IntRange(1), help='The first N images [all].'),
-                click.option('--eps', callback=_budget, default='8/255', show_default=True, help='L-inf budget.'),
+                click.option('--eps', callback=_budget, default='8/255', show_default=True,
+                             help='L-inf budget, of images in [0,1].'),
                 click.argument('data'), click.argument('network', metavar='MODULE:FACTORY')): f = add(f)
     return f
 
+# %% ../../nbs/command/30_own_networks.ipynb #082efdf1
 def _given(network, data, n, size, every, device): # the network on its device, and images
     from refine_nb.training import engine
     e = engine(device); net = network_from(network).to(e.device)
@@ -107,15 +114,19 @@ def robustness_of(
     part, rights, rows = Split(x.cpu(), y.cpu()), [], []
     def row(what, right):
         p = proportion(right)
-        rows.append({'under': what, **{k: round(100*p[k], 2) for k in ('accuracy','low','high')}, 'n': p['n']})
+        percent = {k: round(100*p[k], 2) for k in ('accuracy','low','high')}
+        rows.append({'under': what, **percent, 'n': p['n']})
     for name in (None, *attackers):
         how = name and call(getattr(attacks, name), eps=eps)
-        rights.append(verdicts(net, part, attack=how, device=x.device)); row(name or 'nothing (clean)', rights[-1])
+        rights.append(verdicts(net, part, attack=how, device=x.device))
+        row(name or 'nothing (clean)', rights[-1])
     if whole:
-        r = attacks.autoattack(net, x, y, eps=eps); rights.append((r.breaker==-1).cpu()); row(r.label, rights[-1])
+        r = attacks.autoattack(net, x, y, eps=eps)
+        rights.append((r.breaker==-1).cpu()); row(r.label, rights[-1])
     if len(rights) > 1: row('the worst of them, image by image', first_broken(rights)==-1)
     return rows
 
+# %% ../../nbs/command/30_own_networks.ipynb #540aac19
 @click.command('evaluate')
 @_judging
 @click.option('--attacks', callback=_attackers, default='fgsm,pgd,apgd', show_default=True,
@@ -127,7 +138,7 @@ def _evaluate(network, data, eps, attacks, autoattack, as_json, **given):
     Example: refine evaluate mine:network ~/pets --eps 8/255 --autoattack"""
     net,name,x,y = _given(network, data, **given)
     notes = [f'{len(y)} images of {name}, eps = {eps:.4g}; intervals are 95 %, over images.']
-    if not autoattack: notes.append('Without --autoattack the worst case is an upper bound of the robustness.')
+    if not autoattack: notes.append('Without --autoattack the worst case is an upper bound of robustness.')
     answer(robustness_of(net, x, y, eps, attacks, autoattack), as_json, notes, eps=eps, data=name)
 
 # %% ../../nbs/command/30_own_networks.ipynb #1ed33ced
@@ -140,10 +151,22 @@ def _audit(network, data, eps, as_json, **given):
     import torch
     from refine_nb.evaluation import audit
     net,name,x,y = _given(network, data, **given)
-    found = audit(net, x, y, eps=eps, n=min(len(y), given['n'] or 100), generator=torch.Generator().manual_seed(0))
-    answer(found.table().to_dict('records'), as_json, [f'{found!r}. Images: {name}.'], raised=list(found.raised))
+    found = audit(net, x, y, eps=eps, n=min(len(y), given['n'] or 100),
+                  generator=torch.Generator().manual_seed(0))
+    answer(found.table().to_dict('records'), as_json, [f'{found!r}. Images: {name}.'],
+           raised=list(found.raised))
 
-# %% ../../nbs/command/30_own_networks.ipynb #39fae112
+# %% ../../nbs/command/30_own_networks.ipynb #fb585ece
+def _weights_kept(file): # a copy in the store, named after its contents: another file under its name is another
+    from refine_nb.base import whole
+    from refine_nb.runs import home_folder
+    raw = Path(file).read_bytes()
+    kept = home_folder()/'weights'/f'{hashlib.sha256(raw).hexdigest()[:20]}{Path(file).suffix}'
+    if not kept.exists():
+        kept.parent.mkdir(exist_ok=True)
+        with whole(kept) as new: new.write_bytes(raw)
+    return str(kept)
+
 def three_arms(
     data:str,            # a folder, an .npz or a published set
     model:str='resnet18',
@@ -154,39 +177,53 @@ def three_arms(
     from refine_nb.base import Cell, call
     from refine_nb.vision import chosen_data, classifier, data_names, load_data
     from refine_nb.training import sgd
+    from refine_nb.runs import sizes_of
     from refine_nb.papers.adcorda import DATASETS, baseline, control, refined
-    own = chosen_data(data, (*DATASETS, 'digits')); small = size <= 64
+    own = chosen_data(data, (*DATASETS, 'digits')); small, few = size <= 64, max(2, sizes_of(own)[0]//8)
     base = baseline(model, 'cifar10' if own == 'digits' else own, seed, epochs=epochs, stem='cifar')
-    start = dict(weights='imagenet', weights_file=str(Path(weights).expanduser().absolute())) if weights else {}
+    start = dict(weights='imagenet', weights_file=_weights_kept(weights)) if weights else {}
     net = call(classifier, name=model, stem='cifar' if small and not weights else 'imagenet', **start)
-    base = replace(base, data=base.data.but(name=own, size=size), model=net, batch_size=32,
+    base = replace(base, data=base.data.but(name=own, size=size), model=net, batch_size=min(32, few),
                    optimiser=base.optimiser if weights else call(sgd, lr=.02, momentum=.9, weight_decay=1e-4))
     made = {'baseline': base, 'control': control(base), 'AdCorDA': refined(base, 'DDN')}
-    return {k: Cell(r if k == 'baseline' else replace(r, epochs=further)) for k,r in made.items()}
+    return {k: Cell(r if k == 'baseline' else replace(r, epochs=further, batch_size=min(16, few)))
+            for k,r in made.items()}
 
-# %% ../../nbs/command/30_own_networks.ipynb #19513ecc
+# %% ../../nbs/command/30_own_networks.ipynb #29870a5b
+def _arms_asked(f):
+    few = dict(type=click.IntRange(1), default=20, show_default=True)
+    for add in (click.option('--json', 'as_json', is_flag=True, help='The same as JSON.'),
+                click.option('--device', help='cpu or cuda [the first GPU where there is one].'),
+                click.option('--out', type=click.Path(dir_okay=False), default='refined.safetensors',
+                             show_default=True, help='Where the refined weights go.'),
+                click.option('--seed', type=click.IntRange(0), default=1, show_default=True),
+                click.option('--further', **few, help='Epochs of the control and of AdCorDA.'),
+                click.option('--epochs', **few, help='Epochs of the baseline.'),
+                click.option('--size', type=click.IntRange(4), default=32, show_default=True,
+                             help="Pixels of the network's input."),
+                click.option('--weights', type=click.Path(exists=True, dir_okay=False),
+                             help='Start from this file; its head is left out.'),
+                click.option('--model', default='resnet18', show_default=True,
+                             help='resnet18, resnet34, resnet50 or efficientnet_v2_m.')): f = add(f)
+    return f
+
 def _verdict(p, against): # a sentence of a paired test, in points
     what = f"{100*p['difference']:+.2f} points [{100*p['low']:+.2f}, {100*p['high']:+.2f}], p = {p['p']:.3g}"
     sure = 'better than' if p['low'] > 0 else 'worse than' if p['high'] < 0 else 'not told apart from'
     return f'AdCorDA is {sure} {against}: {what}, {p["n"]} test images.'
 
+# %% ../../nbs/command/30_own_networks.ipynb #42e26b00
+def _kept(weights, out): # as safetensors
+    from safetensors.torch import save_file
+    save_file({k: v.contiguous() for k,v in weights.items()}, out)
+
 @click.command('adcorda')
 @click.argument('data')
-@click.option('--model', default='resnet18', show_default=True, help='resnet18, resnet34, resnet50 or efficientnet_v2_m.')
-@click.option('--weights', type=click.Path(exists=True, dir_okay=False), help='Start from this file; its head is left out.')
-@click.option('--size', type=click.IntRange(4), default=32, show_default=True, help="Pixels of the network's input.")
-@click.option('--epochs', type=click.IntRange(1), default=20, show_default=True, help='Of the baseline.')
-@click.option('--further', type=click.IntRange(1), default=20, show_default=True, help='Of the control and of AdCorDA.')
-@click.option('--seed', type=click.IntRange(0), default=1, show_default=True)
-@click.option('--out', type=click.Path(dir_okay=False), default='refined.safetensors', show_default=True,
-              help='Where the refined weights go.')
-@click.option('--device', help='cpu or cuda [the first GPU where there is one].')
-@click.option('--json', 'as_json', is_flag=True, help='The same as JSON.')
+@_arms_asked
 def _adcorda(data, out, device, as_json, **asked):
-    """AdCorDA on DATA: a folder of images, an .npz, or a set by name. Did it help, and more than further training?
+    """AdCorDA on DATA, a folder of images, an .npz or a set by name: did it help, more than further training?
 
     Example: refine adcorda ~/pets --model resnet18 --size 64"""
-    from safetensors.torch import save_file
     from refine_nb.training import engine
     from refine_nb.runs import Store
     cells = three_arms(data, **asked); store = Store(engine=engine(device), quiet=as_json)
@@ -195,6 +232,7 @@ def _adcorda(data, out, device, as_json, **asked):
     rows = [{'network': k, **{w: round(100*r[w], 2) for w in ('accuracy','low','high')}, 'n': r['n'],
              'key': store.folder(cells[k]).name} for k,r in found.items()]
     tests = {k: store.compare(cells['AdCorDA'], cells[k]) for k in ('baseline', 'control')}
-    save_file({k: v.contiguous() for k,v in store.model(cells['AdCorDA'].recipe).state_dict().items()}, out)
-    answer(rows, as_json, [_verdict(tests['baseline'], 'its baseline'), _verdict(tests['control'], 'further training'),
-                           f'The refined weights: {out}'], tests=tests, weights=str(out))
+    _kept(store.model(cells['AdCorDA'].recipe).state_dict(), out)
+    answer(rows, as_json, [_verdict(tests['baseline'], 'its baseline'),
+                           _verdict(tests['control'], 'further training'), f'The refined weights: {out}'],
+           tests=tests, weights=str(out))

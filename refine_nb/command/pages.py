@@ -34,7 +34,8 @@ def _ids(ctx, param, begun): return [i for i in catalogued() if i.startswith(beg
 
 def artefacts_given(f):
     "One artefact or more, as the arguments of a command"
-    return click.argument('artefacts', nargs=-1, required=True, metavar='ARTEFACT...', shell_complete=_ids)(f)
+    return click.argument('artefacts', nargs=-1, required=True, metavar='ARTEFACT...',
+                          shell_complete=_ids)(f)
 
 @click.command('list')
 @click.argument('paper', required=False)
@@ -65,6 +66,7 @@ def _cells(path): # its code cells, and which of them has the parameters
     first = next((i for i,c in enumerate(cells) if 'parameters' in c['metadata'].get('tags', [])), None)
     return [''.join(c['source']) for c in cells], first
 
+# %% ../../nbs/command/10_pages.ipynb #979c3a11
 def parameters_of(
     artefact:str,
     given,        # (name, text) pairs
@@ -83,8 +85,8 @@ def asked_for(f):
     names = ('demo', 'small', 'gpu', 'paper')
     for add in (click.option('--json', 'as_json', is_flag=True, help='The answer as JSON.'),
                 click.option('-p', 'given', nargs=2, multiple=True, metavar='NAME VALUE',
-                             help="A parameter of the page, such as -p model resnet18, or -p dataset ~/pets."),
-                click.option('--preset', type=click.Choice(names), help='The scale [REFINE_PRESET, or demo].'),
+                             help="A parameter of the page, such as -p dataset ~/pets."),
+                click.option('--preset', type=click.Choice(names), help='The scale [that of REFINE_PRESET].'),
                 artefacts_given): f = add(f)
     return f
 
@@ -93,19 +95,20 @@ def sheet_of(
     artefact:str, values:dict, # from `parameters_of`
 ):                             # its `Sheet`, asked and planned
     "Run a page's cells up to where it would make something"
+    import contextlib
     import matplotlib
     matplotlib.use('agg')
     cells,first = _cells(_page(artefact)); names = {'__name__': f'page_{artefact}'}
     with open(os.devnull, 'w') as nowhere:
         for i,source in enumerate(cells):
             if '.make(' in source: break
-            import contextlib
             with contextlib.redirect_stdout(nowhere): exec(compile(source, artefact, 'exec'), names)
             if i == first: names |= values
             if 'sheet' in names and names['sheet'].cells: break
             if '.drawn(' in source: break
     return names.get('sheet')
 
+# %% ../../nbs/command/10_pages.ipynb #cdd7760d
 @click.command('plan')
 @asked_for
 def _plan(artefacts, preset, given, as_json):
@@ -126,7 +129,8 @@ def _plan(artefacts, preset, given, as_json):
 
 # %% ../../nbs/command/10_pages.ipynb #d4e6f7eb
 def _time(ctx, param, text): # such as 25m; as the store will read it
-    if text is None or re.fullmatch(r'[0-9]+(\.[0-9]+)?[smhd]?', text) and float(text.rstrip('smhd')) > 0: return text
+    if text is None: return None
+    if re.fullmatch(r'[0-9]+(\.[0-9]+)?[smhd]?', text) and float(text.rstrip('smhd')) > 0: return text
     raise click.BadParameter(f'wants a time such as 90s, 25m or 2h, got {text!r}')
 
 def executed(
@@ -139,16 +143,18 @@ def executed(
     out = folder/f"{artefact}-{values.get('preset') or os.environ.get('REFINE_PRESET') or 'demo'}.ipynb"
     with open(out.with_suffix('.log'), 'w', encoding='utf-8') as log:
         try:
-            papermill.execute_notebook(_page(artefact), out, parameters=values, kernel_name='python3', stdout_file=log,
-                                       stderr_file=log, progress_bar={'desc': artefact, 'leave': False})
+            papermill.execute_notebook(_page(artefact), out, parameters=values, kernel_name='python3',
+                                       stdout_file=log, stderr_file=log,
+                                       progress_bar={'desc': artefact, 'leave': False})
         except papermill.PapermillExecutionError as e:
-            raise RuntimeError(f"{artefact} stopped: {e.evalue} (its log is {out.with_suffix('.log')})") from e
+            where = out.with_suffix('.log')
+            raise RuntimeError(f"{artefact} stopped: {e.evalue} (its log is {where})") from e
     return out
 
 # %% ../../nbs/command/10_pages.ipynb #6aec7728
 @click.command('run')
 @asked_for
-@click.option('--budget', callback=_time, metavar='TIME', help='Stop after so long, such as 25m; the next run goes on.')
+@click.option('--budget', callback=_time, metavar='TIME', help='Stop after so long, such as 25m.')
 @click.option('--workers', type=click.IntRange(1), help='Processes that share the work.')
 @click.option('--on', type=click.Choice(['local', 'ray']), help='This machine, or a Ray cluster.')
 def _run(artefacts, preset, given, as_json, budget, workers, on):
@@ -174,6 +180,7 @@ def _absent(keys): # those that this store does not have
     root = home_folder()
     return [k for k in keys if not any(root.glob(f'*/{k}/record.json'))]
 
+# %% ../../nbs/command/10_pages.ipynb #6a215eac
 @click.command('show')
 @artefacts_given
 @click.option('--json', 'as_json', is_flag=True, help='Its numbers as JSON.')
@@ -189,9 +196,13 @@ def _show(artefacts, as_json):
             where = report_folder(a, 'small').parent
             raise ValueError(f"no report of {a} but perhaps demos in {where}: refine run {a} --preset small")
         keys = _runs_behind(best); gone = _absent(keys)
-        if as_json: answer(json.loads(best.tidy.to_json(orient='records')), True, run=best.run, not_in_store=gone); continue
-        for name in ('table.md', 'claims.md'):
-            if (text := best.folder/name).exists(): click.echo(text.read_text(encoding='utf-8').rstrip()+'\n')
-        if gone: click.echo(f"{len(gone)} of the {len(keys)} runs behind it are in no store here: {' '.join(gone[:4])}"
-                            f"{' ...' if len(gone) > 4 else ''}. The numbers are those of the report.")
+        if as_json:
+            rows = json.loads(best.tidy.to_json(orient='records'))
+            answer(rows, True, run=best.run, not_in_store=gone)
+            continue
+        for text in (best.folder/'table.md', best.folder/'claims.md'):
+            if text.exists(): click.echo(text.read_text(encoding='utf-8').rstrip()+'\n')
+        some = f"{' '.join(gone[:4])}{' ...' if len(gone) > 4 else ''}"
+        if gone: click.echo(f'{len(gone)} of the {len(keys)} runs behind it are in no store here: {some}. '
+                            'The numbers are those of the report.')
         click.echo(f'The files: {best.folder}')

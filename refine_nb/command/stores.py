@@ -26,7 +26,8 @@ def _record(folder): return json.loads((folder/'record.json').read_text(encoding
 def _whole_key(begun):
     found = [k for k in entries() if k.startswith(begun)]
     if len(found) == 1: return found[0]
-    if found: raise ValueError(f"{len(found)} keys begin with {begun!r}: {', '.join(found[:5])}: give more digits")
+    if found:
+        raise ValueError(f"{len(found)} keys begin with {begun!r} ({', '.join(found[:5])}): give more digits")
     raise ValueError(f"no result in this store has a key that begins with {begun!r}")
 
 # %% ../../nbs/command/20_stores.ipynb #a6ed7ee3
@@ -60,9 +61,11 @@ def _reported(): # key -> reports that name it
         try: parts = json.loads(run.read_text(encoding='utf-8')).get('made') or []
         except (OSError, ValueError): continue
         for p in parts:
-            if isinstance(p, dict) and 'key' in p: found.setdefault(p['key'], []).append(str(run.parent.relative_to(root)))
+            if isinstance(p, dict) and 'key' in p:
+                found.setdefault(p['key'], []).append(str(run.parent.relative_to(root)))
     return found
 
+# %% ../../nbs/command/20_stores.ipynb #6b569c11
 @click.command('explain')
 @click.argument('key')
 @click.option('--json', 'as_json', is_flag=True, help='The same as JSON.')
@@ -72,15 +75,16 @@ def _explain(key, as_json):
     A KEY may be cut short. Example: refine explain eb9ca677"""
     there = entries(); name = _whole_key(key); r = _record(there[name]); spec = r['spec']
     rows = [{'what': 'result', 'value': f"{r['kind']} {name}"}]
-    rows += [{'what': k, 'value': _in_words(v)} for k,v in spec.items() if k != 'spec' and not (
-        isinstance(v, dict) and 'spec' in v)]
+    rows += [{'what': k, 'value': _in_words(v)} for k,v in spec.items()
+             if k != 'spec' and not (isinstance(v, dict) and 'spec' in v)]
     rows += [{'what': k, 'value': v} for k,v in r['result'].items() if isinstance(v, (int, float, str))]
     rows += [{'what': f'made: {k}', 'value': _in_words(v) if not isinstance(v, dict) else
               ', '.join(f'{a} {b}' for a,b in v.items())} for k,v in r['made'].items()]
     rows += [{'what': 'made from', 'value': f"{s['spec']} {k}{'' if k in there else ' (not in this store)'}"}
              for k,s in parents(spec).items()]
     for k,folder in there.items():
-        if name in parents((other := _record(folder))['spec']): rows.append({'what': 'used by', 'value': f"{other['kind']} {k}"})
+        other = _record(folder)
+        if name in parents(other['spec']): rows.append({'what': 'used by', 'value': f"{other['kind']} {k}"})
     rows += [{'what': 'in report', 'value': p} for p in _reported().get(name, [])]
     answer(rows, as_json)
 
@@ -103,10 +107,10 @@ def _data_rows():
     from refine_nb.reporting import NEEDS
     for name in data_names:
         place = data_place(name); there = place is None or place.exists()
-        yield {'what': f'data: {name}', 'value': 'there' if there else f'missing: {NEEDS[name].replace("`", "")}'}
+        how = NEEDS[name].replace('`', '')
+        yield {'what': f'data: {name}', 'value': 'there' if there else f'missing: {how}'}
 
 def _store_rows(root):
-    from refine_nb.base import public_name # noqa: the ground has to be importable
     kinds = {}
     for k,p in entries().items(): kinds[p.parent.name] = kinds.get(p.parent.name, 0)+1
     free = shutil.disk_usage(root).free
@@ -114,7 +118,8 @@ def _store_rows(root):
     yield {'what': 'results', 'value': ', '.join(f'{n} {k}' for k,n in kinds.items()) or 'none yet'}
     yield {'what': 'damaged, set aside', 'value': len(list(root.glob('damaged/*')))}
     yield {'what': 'unfinished runs', 'value': len(list(root.glob('running/*')))}
-    yield {'what': 'space left', 'value': f'{free/2**30:.1f} GiB' + (': that is little' if free < 2**30 else '')}
+    little = ': that is little' if free < 2**30 else ''
+    yield {'what': 'space left', 'value': f'{free/2**30:.1f} GiB{little}'}
     yield {'what': 'locks', 'value': 'keep others out' if locks_hold(root) else
            "DON'T keep others out: start one process at a time, or set REFINE_HOME to a local disk"}
 
@@ -158,6 +163,7 @@ def _size(as_json):
     answer([{'kind': k, 'results': len(v), 'MiB': _mib(sum(v))} for k,v in found.items()], as_json,
            () if found else ('The store is empty.',))
 
+# %% ../../nbs/command/20_stores.ipynb #84a77929
 def unneeded()->list[str]: # keys
     "Results that no report names, nor anything that a report's results were made from"
     there, wanted, todo = entries(), set(), list(_reported())
@@ -180,6 +186,7 @@ def _prune(yes, as_json):
         ': removed.' if yes else '. With --yes they are removed.' if gone else '.')
     answer([{'kind': there[k].parent.name, 'key': k} for k in gone] if as_json else [], as_json, [said])
 
+# %% ../../nbs/command/20_stores.ipynb #4733ee89
 @_store.command('verify')
 @click.option('--json', 'as_json', is_flag=True, help='The same as JSON.')
 def _verify(as_json):
@@ -197,7 +204,8 @@ def _verify(as_json):
 @_store.command('export')
 @click.argument('artefact')
 @click.argument('file', type=click.Path(dir_okay=False))
-@click.option('--preset', type=click.Choice(('demo', 'small', 'gpu', 'paper')), help='The scale [REFINE_PRESET, or demo].')
+@click.option('--preset', type=click.Choice(('demo', 'small', 'gpu', 'paper')),
+              help='The scale [REFINE_PRESET, or demo].')
 @click.option('-p', 'given', nargs=2, multiple=True, metavar='NAME VALUE', help='A parameter of the page.')
 @click.option('--numbers-only', is_flag=True, help='Without weights and images.')
 def _export(artefact, file, preset, given, numbers_only):
@@ -207,10 +215,12 @@ def _export(artefact, file, preset, given, numbers_only):
     (artefact,) = _artefacts([artefact])
     from refine_nb import runs
     sheet = sheet_of(artefact, parameters_of(artefact, given, preset))
-    if sheet is None or not sheet.cells: raise ValueError(f"{artefact} needs no results: there is nothing to export")
+    if sheet is None or not sheet.cells:
+        raise ValueError(f"{artefact} needs no results: there is nothing to export")
     runs.export_results(sheet.store, sheet.cells, file, numbers_only=numbers_only)
     answer([], notes=[f'Written: {file}. There: refine store import {Path(file).name}'])
 
+# %% ../../nbs/command/20_stores.ipynb #2dd43547
 @_store.command('import')
 @click.argument('file', type=click.Path(exists=True, dir_okay=False))
 def _import(file):
