@@ -19,6 +19,7 @@ from ..vision import OwnImages, n_parameters, suiting
 from ..attacks import attacking
 from ..training import Engine
 from ..refinement import Correction, OnSource, Quantised, Share
+from .given import Given
 from .store import passed
 
 # %% ../../nbs/runs/50_prices.ipynb #87bd6dac
@@ -107,6 +108,7 @@ def images(
                else getattr(data['name'], 'n_valid', None) or int(pool*data['valid']))
     n = min(data['n_train'] or pool, pool-n_valid)
     if isinstance(spec, Recipe): return _trained(spec, n, n_valid)
+    if isinstance(spec, Given): return Counter() # it is only read
     if isinstance(spec, Quantised): return Counter(forward=spec.n_calibrate)
     seen = (getattr(spec, 'n_eval', None)
             or {'train': n, 'valid': n_valid, 'test': test}[getattr(spec, 'split', 'test')])
@@ -145,7 +147,7 @@ def cost(
 
 # %% ../../nbs/runs/50_prices.ipynb #c7d0482d
 def _detail(spec): # what tells runs of one kind apart
-    if isinstance(spec, Recipe): return spec.method.name
+    if isinstance(spec, (Recipe, Given)): return (spec.method if isinstance(spec, Recipe) else spec.model).name
     if isinstance(spec, Quantised): return spec.backend
     if isinstance(spec, Robustness): return f'{len(spec.components)} components'
     if isinstance(spec, (OnSource, Worst)): return {OnSource: 'source', Worst: 'worst case'}[type(spec)]
@@ -160,7 +162,7 @@ def price(
     "What a plan costs on this device"
     rows, on_the_way = {}, passed(specs)
     for s in specs:
-        what = {Recipe: 'train', Quantised: 'quantise', Correction: 'correct', Share: 'correct',
+        what = {Recipe: 'train', Given: 'read', Quantised: 'quantise', Correction: 'correct', Share: 'correct',
                 Adversarials: 'attack', Cell: 'evaluate', Robustness: 'AutoAttack', OnSource: 'evaluate',
                 Worst: 'evaluate'}[type(s)]
         detail = _detail(s)

@@ -68,8 +68,9 @@ def presets()->list: # of names
 # %% ../../nbs/runs/40_scales.ipynb #ff89eaae
 def _least(a, b): return b if a is None else a if b is None else min(a, b)
 
-def _stood_in(c:Call, p:Preset)->bool: # a wide network, or one for 28x28 images where they are smaller
-    return bool(p.thin) and (c.name == 'wide_resnet' or c.name == 'small_network' and p.size < 28)
+def _stood_in(c:Call, p:Preset)->bool: # a wide network, or one whose images are not those of the preset
+    return bool(p.thin) and (c.name == 'wide_resnet' or c.name == 'small_network' and p.size < 28
+                             or c.name == 'shipped' and bool(p.data))
 
 def _there(split, name, valid=.1, **_): # images of a part of your own set; None: a published one has enough
     if not isinstance(name, OwnImages): return None

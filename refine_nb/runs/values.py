@@ -16,6 +16,7 @@ from ..vision import Data
 from ..evaluation import Outcome, mcnemar, unpack
 from ..refinement import Corrected, Correction, Quantised, Share, StraightThrough, restored, share_of
 from .entry import Damaged
+from .given import Given
 from .store import Store
 
 # %% ../../nbs/runs/22_values.ipynb #a474c626
@@ -70,7 +71,7 @@ def filled(self:Store, recipe:Recipe, weights:dict[str,Tensor])->nn.Module:
 
 # %% ../../nbs/runs/22_values.ipynb #f22e1200
 @patch
-def model(self:Store, recipe:Recipe|Quantised, which:str|None=None,
+def model(self:Store, recipe:Recipe|Given|Quantised, which:str|None=None,
 )->nn.Module: # `which` epoch: 'best' or 'last'; None is the recipe's choice
     "A trained model in evaluation mode, on the engine's device; int8 ones with their counterpart's gradients"
     if isinstance(recipe, Quantised):
@@ -88,7 +89,7 @@ def model(self:Store, recipe:Recipe|Quantised, which:str|None=None,
 @patch
 def value(self:Store, spec:Spec):
     "What a spec stands for: a model, a corrected set, attacked images, an outcome; else its numbers"
-    if isinstance(spec, (Recipe, Quantised)): return self.model(spec)
+    if isinstance(spec, (Recipe, Given, Quantised)): return self.model(spec)
     if isinstance(spec, Share): return share_of(self.value(spec.full), spec.rate, spec.seed)
     t, r = self.tensors(spec), self.get(spec).result
     if isinstance(spec, Correction):
