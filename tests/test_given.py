@@ -24,8 +24,9 @@ def test_weights_are_kept_and_judged(store):
     torch.manual_seed(3)
     clean = Cell(Given(DIGITS, FRESH), n_eval=30)
     attacked = replace(clean, attack=call(fgsm, eps=.3))
-    assert [type(s).__name__ for s in store.plan([Worst((clean, attacked))])] == ['Given', 'Cell', 'Cell', 'Worst']
-    store.run([Worst((clean, attacked))])
+    both = Worst((clean, attacked))
+    assert [type(s).__name__ for s in store.plan([both])] == ['Given', 'Cell', 'Cell', 'Worst']
+    store.run([both])
     first, kept = store.model(clean.recipe), store.tensors(clean.recipe)
     torch.manual_seed(4) # another network would come now: the one that was judged is read
     again = Store(store.root, Engine('cpu'), quiet=True).value(clean.recipe)

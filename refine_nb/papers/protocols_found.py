@@ -47,10 +47,11 @@ def printed()->pd.DataFrame: # name (of `ROWS`), network, accuracy (%)
     "What the documents print of undefended CIFAR-10 networks"
     def budget(a): return 'clean' if a=='clean' else f"dra_pgd20_{a.removeprefix('pgd_eps')}"
     def of_table_1(a): return 'clean' if a=='clean' else 'spat_pgd20_8'
+    def of_mixture(a): return 'clean' if a=='clean' else f'mixture_{a}'
     said = [('tab4_dra', lambda t: t.model, lambda t: t.method=='vanilla', budget),
-            ('tab1_dra', lambda t: 'not named', lambda t: (t.method=='vanilla') & (t.dataset=='cifar10'), of_table_1),
-            ('tab1_mixture', lambda t: 'resnet18', lambda t: t.method=='Traditional',
-             lambda a: 'clean' if a=='clean' else f'mixture_{a}')]
+            ('tab1_dra', lambda t: 'not named',
+             lambda t: (t.method=='vanilla') & (t.dataset=='cifar10'), of_table_1),
+            ('tab1_mixture', lambda t: 'resnet18', lambda t: t.method=='Traditional', of_mixture)]
     t = published('tab4_adcorda'); t = t[(t.dataset=='cifar10') & (t.approach=='BL')]
     own = [pd.DataFrame({'name': f'adcorda_5e-4{n}', 'network': t.model, 'accuracy': t.robust})
            for n in ('', ' normalised')]
@@ -94,7 +95,7 @@ def tidy(
 # %% ../../nbs/papers/89_protocols_found.ipynb #d88f691f
 def had(
     ours:pd.DataFrame, # tidy
-)->pd.DataFrame:       # a printed number a row: name, network, printed, accuracy, low, high, n, off (points), had
+)->pd.DataFrame:       # a printed number a row: name, network, printed, accuracy and so on, off (points), had
     "Every printed number beside what we measured; `off` is print minus the nearer end of our interval"
     both = printed().rename(columns={'accuracy': 'printed'}).merge(
         ours[['name','document','attack','accuracy','low','high','n']], on='name')
@@ -110,16 +111,18 @@ def view(
     beside:bool=True,  # with what is printed: not in a demo
 )->pd.DataFrame:
     "A protocol a row: what it leaves, what the strong attack leaves, by how much it flatters"
-    print_ = printed().groupby('name').accuracy.agg(['min','max'])
+    ends = printed().groupby('name').accuracy.agg(['min','max'])
     def said(name):
-        low, high = print_.loc[name]
+        low, high = ends.loc[name]
         return f'{low:g}' if low==high else f'{low:g} to {high:g}'
     def row(r):
         has = not math.isnan(r['flattered'])
         by = _span(r, 'flattered', 'flattered_low', 'flattered_high') if has else 'not compared'
-        return {'document': r['document'], 'attack': r['attack'], **({'printed %': said(r['name'])} if beside else {}),
+        print_ = {'printed %': said(r['name'])} if beside else {}
+        return {'document': r['document'], 'attack': r['attack'], **print_,
                 'measured %': _span(r), 'images': f"{r['n']:,.0f}",
-                'strong attack %': f"{r['strong']:.1f}" if has else 'not run', 'flattered by (points)': by}
+                'strong attack %': f"{r['strong']:.1f}" if has else 'not run',
+                'flattered by (points)': by}
     t = ours[ours.name.isin(list(ROWS))].set_index('name').loc[list(ROWS)].reset_index()
     return pd.DataFrame([row(r) for r in t.to_dict('records')])
 
@@ -146,11 +149,12 @@ def picture(
             r = t.loc[name]; there = print_[print_.name==name].accuracy if beside else []
             ax.hlines(y, r.low, r.high, color='#0072B2', lw=1.6)
             ax.plot(r.accuracy, y, 'o', color='#0072B2', ms=5, label='measured, 95 % interval')
-            if ROWS[name][2]: ax.plot(r.strong, y, 'x', color='#D55E00', ms=6, mew=1.6, label='APGD-CE, same budget')
+            if ROWS[name][2]:
+                ax.plot(r.strong, y, 'x', color='#D55E00', ms=6, mew=1.6, label='APGD-CE, same budget')
             ax.plot(there, [y]*len(there), 'D', mfc='none', mec='.25', ms=4.5, mew=.8, label='printed')
         words = ['clean' if n=='clean' else f'{ROWS[n][0].split(",")[0]}: {ROWS[n][1]}' for n in names]
-        ax.set(yticks=range(len(names)), yticklabels=words, ylim=(len(names)-.4, -.6), xlim=(-2, 102), title=title,
-               xlabel='images still right (%)')
+        ax.set(yticks=range(len(names)), yticklabels=words, ylim=(len(names)-.4, -.6), xlim=(-2, 102),
+               title=title, xlabel='images still right (%)')
         ax.grid(axis='x'); ax.tick_params(axis='y', length=0)
         keys = {h.get_label(): h for h in ax.lines if beside or h.get_label()!='printed'}
         keys = {k: h for k,h in keys.items() if not k.startswith('_')}
@@ -177,29 +181,36 @@ def _number(id, text, source, *names): # a claim that quotes numbers
     return Claim(id, text, source, lambda t: _meets(t, *names), lambda t: _said(t, *names))
 
 # %% ../../nbs/papers/89_protocols_found.ipynb #46fde38c
-def _less(t, a, b): return cell(t, name=a) < cell(t, name=b)
-def _both(t, *names): return ', '.join(f'{ROWS[n][1]}: {cell(t, name=n):.1f} %' for n in names)
-def _more_steps(id, eps): # the mixture's two attacks at one budget
-    names = f'mixture_pgd_{eps}', f'mixture_fgsm_{eps}'
-    return Claim(id, f'an undefended network keeps less under two steps of PGD at {eps} than under FGSM (read '
-                 'from Table 1)', 'Mixture, Table 1 (line 163)', lambda t: _less(t, *names), lambda t: _both(t, *names))
+_TABLE_1, _FIGURE = 'Mixture, Table 1 (line 163)', 'SPAT thesis, Figure 3.1 (line 354)'
 
+def _less(t, a, b): return cell(t, name=a) < cell(t, name=b)
+def _each(t, *names): return ', '.join(f'{ROWS[n][1]}: {cell(t, name=n):.1f} %' for n in names)
+def _order(eps): # the mixture's two attacks at one budget
+    names = f'mixture_pgd_{eps}', f'mixture_fgsm_{eps}'
+    return Claim(f'Table 1, order at {eps}', f'an undefended network keeps less under two steps of PGD at '
+                 f'{eps} than under FGSM (read from the table)', _TABLE_1, lambda t: _less(t, *names),
+                 lambda t: _each(t, *names))
+def _mixed(kind, eps, said):
+    return _number(f'Table 1, {kind.upper()} {eps}', f'Traditional keeps {said} %', _TABLE_1,
+                   f'mixture_{kind}_{eps}')
+def _vanillas(eps, said):
+    return _number(f'Table IV, {eps}', f'vanilla networks keep {said} % under PGD at {eps}/255',
+                   'DRA, Tables III and IV (lines 205 and 227)', f'dra_pgd20_{eps}')
+def _goes(name, said, read, low, high=100.):
+    return Claim(f'T1, {name}', f'{said} (read: {read})', _FIGURE, lambda t: low < cell(t, name=name) <= high,
+                 lambda t: f'{cell(t, name=name):.1f} %')
+
+# %% ../../nbs/papers/89_protocols_found.ipynb #da942607
 CLAIMS = (
-    _number('A14, baseline', 'AutoAttack at 5e-4 leaves baselines 13.80 to 15.92 % (read: its first component, which '
-            'leaves no less)', 'AdCorDA, Table 4 (line 327)', 'adcorda_5e-4'),
+    _number('A14, baseline', 'AutoAttack at 5e-4 leaves baselines 13.80 to 15.92 % (read: its first '
+            'component, which leaves no less)', 'AdCorDA, Table 4 (line 327)', 'adcorda_5e-4'),
     _number('Table I', 'a vanilla network keeps 0.0 % at 8/255', 'DRA, Table I (line 72)', 'spat_pgd20_8'),
-    *(_number(f'Table IV, {e}', f'vanilla networks keep {said} % under PGD at {e}/255', 'DRA, Tables III and IV (lines '
-              '205 and 227)', f'dra_pgd20_{e}') for e,said in ((2, '44.1 to 46.9'), (5, '14.6 to 15.9'), (8, '4.5 to 6.8'))),
+    _vanillas(2, '44.1 to 46.9'), _vanillas(5, '14.6 to 15.9'), _vanillas(8, '4.5 to 6.8'),
     _number('D12', 'DRA at 1 leaves a vanilla ResNet-50 44.5 %', 'DRA, section V-C (line 254)', 'dra_dra_1'),
-    *(_number(f'Table 1, {kind.upper()} {eps}', f'Traditional keeps {said} %', 'Mixture, Table 1 (line 163)',
-              f'mixture_{kind}_{eps}') for kind,eps,said in (('fgsm', '0.1', 47.18), ('pgd', '0.1', 40.85),
-                                                             ('fgsm', '0.5', 42.51), ('pgd', '0.5', 11.28))),
-    _more_steps('Table 1, order at 0.1', '0.1'), _more_steps('Table 1, order at 0.5', '0.5'),
-    *(Claim(f'T1, {a}', f'{said} (read: {read})', 'SPAT thesis, Figure 3.1 (line 354)',
-            lambda t, a=a, low=low, high=high: low <= cell(t, name=a) <= high,
-            lambda t, a=a: f"{cell(t, name=a):.1f} %")
-      for a,said,read,low,high in (('dog to cat', 'almost half of the dogs become cats', '40 to 50 %', 40, 50),
-                                   ('cat to dog', 'over 40 % of the cats become dogs', 'more than 40 %', 40.01, 100))))
+    _mixed('fgsm', '0.1', 47.18), _mixed('pgd', '0.1', 40.85), _mixed('fgsm', '0.5', 42.51),
+    _mixed('pgd', '0.5', 11.28), _order('0.1'), _order('0.5'),
+    _goes('dog to cat', 'almost half of the dogs become cats', '40 to 50 %', 40., 50.),
+    _goes('cat to dog', 'over 40 % of the cats become dogs', 'more than 40 %', 40.))
 
 # %% ../../nbs/papers/89_protocols_found.ipynb #8c89f86f
 def found(
@@ -211,9 +222,10 @@ def found(
     t, far = ours.set_index('name'), h.loc[h.off.abs().idxmax()]
     most = t.loc[t.flattered.idxmax()]; slow = t.loc['dra_pgd20_2']
     low, high = (f(h[h.name=='dra_pgd20_2'].printed) for f in (min, max))
-    return (f"A published ResNet-18 that is right on {t.accuracy['clean']:.1f} % keeps what is printed in {h.had.sum()} "
-            f"of {len(h)} numbers of undefended networks; the farthest is {far.document.split(',')[0]}'s "
-            f"{far.printed:g} % under {far.attack}, where {_span(far)} is measured. The protocol that flatters most is "
-            f"{most.attack}, which leaves {most.flattered:.1f} points more than APGD-CE on the same images; "
-            f"DRA's steps of ε/20 leave {slow.flattered:.1f} points more at 2/255, and its print of {low:g} to "
-            f"{high:g} % is {low-slow.accuracy:.1f} to {high-slow.accuracy:.1f} above what they leave here.")
+    return (f"A published ResNet-18 that is right on {t.accuracy['clean']:.1f} % keeps what is printed in "
+            f"{h.had.sum()} of {len(h)} numbers of undefended networks; the farthest is "
+            f"{far.document.split(',')[0]}'s {far.printed:g} % under {far.attack}, where {_span(far)} is "
+            f"measured. The protocol that flatters most is {most.attack}, which leaves {most.flattered:.1f} "
+            f"points more than APGD-CE on the same images; DRA's steps of ε/20 leave {slow.flattered:.1f} "
+            f"points more at 2/255, and its print of {low:g} to {high:g} % is {low-slow.accuracy:.1f} to "
+            f"{high-slow.accuracy:.1f} above what they leave here.")

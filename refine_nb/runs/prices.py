@@ -147,7 +147,8 @@ def cost(
 
 # %% ../../nbs/runs/50_prices.ipynb #c7d0482d
 def _detail(spec): # what tells runs of one kind apart
-    if isinstance(spec, (Recipe, Given)): return (spec.method if isinstance(spec, Recipe) else spec.model).name
+    if isinstance(spec, Recipe): return spec.method.name
+    if isinstance(spec, Given): return spec.model.name
     if isinstance(spec, Quantised): return spec.backend
     if isinstance(spec, Robustness): return f'{len(spec.components)} components'
     if isinstance(spec, (OnSource, Worst)): return {OnSource: 'source', Worst: 'worst case'}[type(spec)]
@@ -155,6 +156,11 @@ def _detail(spec): # what tells runs of one kind apart
             else spec.attack.name if spec.attack
             else 'corrupted' if getattr(spec, 'corruption', None) else 'clean')
 
+_KINDS = {Recipe: 'train', Given: 'read', Quantised: 'quantise', Correction: 'correct', Share: 'correct',
+          Adversarials: 'attack', Cell: 'evaluate', Robustness: 'AutoAttack', OnSource: 'evaluate',
+          Worst: 'evaluate'} # what is done
+
+# %% ../../nbs/runs/50_prices.ipynb #65a70247
 def price(
     specs:list[Spec], # what is to be made, e.g. `store.plan(cells)`
     engine:Engine=Engine(),
@@ -162,10 +168,7 @@ def price(
     "What a plan costs on this device"
     rows, on_the_way = {}, passed(specs)
     for s in specs:
-        what = {Recipe: 'train', Given: 'read', Quantised: 'quantise', Correction: 'correct', Share: 'correct',
-                Adversarials: 'attack', Cell: 'evaluate', Robustness: 'AutoAttack', OnSource: 'evaluate',
-                Worst: 'evaluate'}[type(s)]
-        detail = _detail(s)
+        what, detail = _KINDS[type(s)], _detail(s)
         n, t = rows.get((what, detail), (0, 0.))
         rows[what, detail] = (n+1, t+(0. if s in on_the_way else cost(s, engine)))
     rows['all', ''] = (len(specs), sum(t for _,t in rows.values()))
