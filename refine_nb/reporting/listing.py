@@ -49,9 +49,10 @@ PAPERS = {
         'training', 'M. Dallaire, F. David', None, 'a report of the Université de Montréal',
         'the mixture document')}
 
-# %% ../../nbs/reporting/40_listing.ipynb #93f337f2
-ACROSS = ('scoreboard', 'errata', 'matrix') # artefacts about all documents
+# %% ../../nbs/reporting/40_listing.ipynb #a37ca806
+ACROSS = ('scoreboard', 'errata', 'matrix', 'study_protocols') # artefacts about all documents
 
+# %% ../../nbs/reporting/40_listing.ipynb #93f337f2
 @dataclass(frozen=True)
 class Artefact:
     "A table or figure of a paper, a study or ledger of claims about it, or a page about all of them"
@@ -71,7 +72,7 @@ class Artefact:
     @property
     def name(self)->str:
         "As the paper calls it, e.g. 'Table 1'"
-        if self.id in ACROSS: return self.id.capitalize()
+        if self.id in ACROSS: return self.id.capitalize().replace('_', ' of ')
         first, _, rest = self.id.rpartition('_')[0].partition('_')
         kind, number = (first.rstrip('0123456789'),
                         '.'.join(filter(None, (first.lstrip('abcdefghijklmnopqrstuvwxyz'), rest))))
@@ -93,7 +94,8 @@ _TITLES = {
     'tab3_8_spat': 'normalised cross-entropy', 'tab3_9_spat': 'CIFAR-10-C',
     'fig3_1_spat': 'where attacks push dogs and cats', 'fig3_2_spat': 't-SNE of embeddings',
     'fig3_3_spat': 'geometry of the loss', 'fig3_4_spat': 'loss against similarity',
-    'study_spat': "ours: is SPAT's robustness real?", 'claims_spat': 'every numeric claim of the text'}
+    'study_spat': "ours: is SPAT's robustness real?", 'claims_spat': 'every numeric claim of the text',
+    'study_protocols': "ours: every document's evaluation of an undefended network"}
 
 # %% ../../nbs/reporting/40_listing.ipynb #de559278
 _TITLES |= {
@@ -119,7 +121,7 @@ _READY = {'claims_adcorda', 'claims_dra', 'claims_mixture', 'claims_spat', 'fig1
           'tab2_adcorda', 'tab2_dra', 'tab2_mixture', 'tab3_1_spat', 'tab3_2_spat', 'tab3_3_spat',
           'tab3_4_spat', 'tab3_5_spat', 'tab3_6_spat', 'tab3_7_spat', 'tab3_8_spat',
           'tab3_9_spat', 'tab3_adcorda', 'tab3_dra', 'tab4_adcorda', 'tab4_dra', 'tab5_dra',
-          'tab6_dra', 'tab7_dra', 'scoreboard', 'errata', 'matrix'}
+          'tab6_dra', 'tab7_dra', 'scoreboard', 'errata', 'matrix', 'study_protocols'}
 ARTEFACTS = {i: Artefact(i, t, i in _READY) for i,t in _TITLES.items()}
 
 # %% ../../nbs/reporting/40_listing.ipynb #78eb8439

@@ -7,12 +7,13 @@ __all__ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 't
            'data_root', 'read_images', 'read_tree', 'TEST_SHARE', 'divided', 'held_out', 'split_indices', 'OwnImages',
            'chosen_data', 'input_size', 'own_images', 'read_own', 'data_names', 'data_place', 'load_data', 'data_of',
            'augment', 'batches', 'draws', 'order', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier',
-           'model_names', 'n_parameters', 'thin_names', 'small_names', 'small_network', 'copied', 'plain_weights',
-           'suited', 'suiting', 'Leaves', 'fold', 'fold_if_same', 'foldable', 'refold', 'WideBlock', 'wide_resnet',
-           'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated',
-           'smooth', 'smooth_attack', 'smoothing', 'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier',
-           'cosine_head', 'embeddings', 'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST',
-           'WEATHER_DIGITAL', 'CORRUPTIONS', 'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'corrupted', 'official_corruption']
+           'model_names', 'n_parameters', 'thin_names', 'SHIPPED', 'shipped', 'shipped_file', 'small_names',
+           'small_network', 'copied', 'plain_weights', 'suited', 'suiting', 'Leaves', 'fold', 'fold_if_same',
+           'foldable', 'refold', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms', 'replaced',
+           'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu',
+           'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer',
+           'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL', 'CORRUPTIONS', 'GENERATED',
+           'OFFICIAL_MD5', 'corrupt', 'corrupted', 'official_corruption']
 
 # %% ../../nbs/vision/99_vision.ipynb #d2ec6291
 from .images import Data, SLIP, Split, check_images, clipped, fingerprint, to_input
@@ -24,6 +25,7 @@ from .in_memory import data_of
 from .batching import augment, batches, draws, order
 from .models import (IMAGENET_MEAN, IMAGENET_STD, Normalise, classifier, model_names,
     n_parameters, thin_names)
+from .shipping import SHIPPED, shipped, shipped_file
 from .small_networks import small_names, small_network
 from .copying import copied, plain_weights
 from .intake import suited, suiting
@@ -45,10 +47,10 @@ _all_ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 'to_
          'split_indices', 'OwnImages', 'chosen_data', 'input_size', 'own_images', 'read_own',
          'data_names', 'data_place', 'load_data', 'data_of', 'augment', 'batches', 'draws', 'order',
          'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier', 'model_names', 'n_parameters',
-         'thin_names', 'small_names', 'small_network', 'copied', 'plain_weights', 'suited', 'suiting',
-         'Leaves', 'fold', 'fold_if_same', 'foldable', 'refold', 'WideBlock', 'wide_resnet',
-         'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU',
-         'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu', 'CosineHead', 'at_scale',
-         'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer', 'logits_and_cosines',
-         'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL', 'CORRUPTIONS', 'GENERATED',
-         'OFFICIAL_MD5', 'corrupt', 'corrupted', 'official_corruption']
+         'thin_names', 'SHIPPED', 'shipped', 'shipped_file', 'small_names', 'small_network', 'copied',
+         'plain_weights', 'suited', 'suiting', 'Leaves', 'fold', 'fold_if_same', 'foldable', 'refold',
+         'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms',
+         'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu',
+         'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer',
+         'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL',
+         'CORRUPTIONS', 'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'corrupted', 'official_corruption']
