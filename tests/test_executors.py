@@ -97,8 +97,11 @@ def test_an_error_is_said_and_the_rest_is_made(tmp_path):
 def test_a_real_ray(alone, tmp_path, monkeypatch):
     "Two tasks at once, on a cluster that is begun here"
     if not importlib.util.find_spec('ray'): pytest.skip("wants Ray: pip install 'refine_nb[cluster]'")
-    assert quiet(tmp_path/'store').run(table(), executor=ray(at_most=2)) == []
-    assert same_table(alone, tmp_path/'store')
+    try: left = quiet(tmp_path/'store').run(table(), executor=ray(at_most=2))
+    except Exception as e:
+        if 'timed out during startup' not in str(e): raise
+        pytest.skip('Ray did not start in the 30 seconds that it gives itself: this machine is too busy')
+    assert left == [] and same_table(alone, tmp_path/'store')
 
 
 # ---- stopping ----------------------------------------------------------------------------------------------
