@@ -178,8 +178,8 @@ def page(found, about):
     return (f"# What a store survives\n\nToy runs on {about['device']}, seed {about['seed']}, "
             f"{about['minutes']:.0f} minutes. *Wrong*: other numbers or bits than in a store in which "
             "nothing ever happened. *Made again*: a finished result. *Leftovers*: what a killed process "
-            "left, after the next start. A file that may not be read, and a store's own format, are refused with a "
-            "sentence.\n\n"
+            "left, after the next start. A file that may not be read, and a store's own format, are refused "
+            "with a sentence.\n\n"
             "| test | what was done | what went wrong |\n|---|---|---|\n" + '\n'.join(lines) +
             "\n\n`make soak` gives the same on another machine.\n")
 
