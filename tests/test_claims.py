@@ -215,7 +215,9 @@ def test_a_direction_needs_more_than_luck():
     assert weigh(claim, few.assign(n=10_000, accuracy=[50., 52.])).word == 'against'
 
 def test_what_stands_in_gets_no_verdict_at_any_scale():
-    claim = Claim('A1', 'on CIFAR-10', 'made up', lambda t: cell(t, attack='a') > 0, about={'dataset': 'cifar10'})
-    jpeg = pd.DataFrame({'attack': ['a'], 'accuracy': [50.], 'n': 10_000, 'key': 'k', 'dataset': 'cifar10_jpeg'})
+    claim = Claim('A1', 'on CIFAR-10', 'made up', lambda t: cell(t, attack='a') > 0,
+                  about={'dataset': 'cifar10'})
+    jpeg = pd.DataFrame({'attack': ['a'], 'accuracy': [50.], 'n': 10_000, 'key': 'k',
+                         'dataset': 'cifar10_jpeg'})
     assert ours_of(claim, {'x': jpeg}, 'paper')['verdict'] == 'with'
     assert ours_of(claim, {'x': jpeg.assign(dataset='cifar10')}, 'paper')['verdict'] == 'holds'

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'PARTS', 'grid']
 
-# %% ../../nbs/matrix.ipynb #c5b2a745
+# %% ../../nbs/matrix.ipynb #7ea44d65
 from ..base import Spec
 from ..papers.compositions import composed, documented
 from ..papers.spat_tables import rows
 
-# %% ../../nbs/matrix.ipynb #0592cde7
+# %% ../../nbs/matrix.ipynb #9281b869
 COLUMNS = ('Clean', 'PGD-20', 'AA')
 PARTS = ('TRADES', 'SPAT') # of what the compositions are made
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['tidy']
 
-# %% ../../nbs/scoreboard.ipynb #8478271f
+# %% ../../nbs/scoreboard.ipynb #ca1b12a2
 import pandas as pd
 
-from ..papers.documents import DOCUMENTS, scoreboard
+from ..papers.documents import scoreboard
 
-# %% ../../nbs/scoreboard.ipynb #1825a01d
+# %% ../../nbs/scoreboard.ipynb #9460618a
 def tidy(
 )->pd.DataFrame: # a row a claim, the largest scale first; key: the runs behind it
     "Every claim of the four documents, as printed and as we find it"

@@ -8,8 +8,8 @@ __all__ = ['ATTACK', 'DYNAMIC', 'WORDS', 'of_mixture', 'after', 'documented', 'c
 # %% ../../nbs/papers/88_compositions.ipynb #e5f19de1
 from dataclasses import replace
 
-from ..base import Call, Recipe, call
-from ..vision import cosine_classifier, operated
+from ..base import Recipe, call
+from ..vision import operated
 from ..attacks import dra, pgd
 from ..training import adversarial_training, advprop, als_trades, sgd
 from ..refinement import Correction, adapt
@@ -20,7 +20,8 @@ ATTACK = call(pgd, **spat.BUDGET['cifar'])               # of all trainings, but
 DYNAMIC = call(dra, eps=1/255, p=1/3, steps=5)           # as in Table V of DRA
 WORDS = {'Traditional': 'ordinary training', 'Adversarial': 'clean and attacked images, half and half',
          'ALS': 'adversarial label smoothing', 'SAT': 'smooth activations', 'AdvProp': 'two batch norms',
-         'DRA': 'fine-tuned on dynamically regulated attacks', 'AdCorDA': 'adapted from its corrected training images',
+         'DRA': 'fine-tuned on dynamically regulated attacks',
+         'AdCorDA': 'adapted from its corrected training images',
          **spat.WORDS} # what a page calls them
 
 def of_mixture(
@@ -41,8 +42,10 @@ def after(
 )->Recipe:
     "AdCorDA after any training: 20 epochs from its network on images corrected for it (AdCorDA, section 4)"
     source = Correction(base, adcorda.ATTACKS['DDN'], 'float32')
-    method = call(adapt, source=source, augment=base.method['augment'], coral_weight=weight, pairing='independent')
-    return replace(base, method=method, optimiser=call(sgd, lr=1e-3, momentum=.9, weight_decay=1e-4), epochs=20,
+    method = call(adapt, source=source, augment=base.method['augment'], coral_weight=weight,
+                  pairing='independent')
+    return replace(base, method=method, optimiser=call(sgd, lr=1e-3, momentum=.9, weight_decay=1e-4),
+                   epochs=20,
                    batch_size=16, schedule=None, init=base)
 
 # %% ../../nbs/papers/88_compositions.ipynb #ab69c3ac
@@ -52,7 +55,8 @@ def documented(
     "Every method of the four documents on equal terms"
     base = spat.surrogate(dataset, seed, model=model)
     mixed = {m: of_mixture(base, m) for m in mixture.METHODS if m != 'Traditional'}
-    return {'Traditional': base, **{r: spat.trained(r, dataset, seed, model=model) for r in spat.DEFENCES_AS}, **mixed,
+    return {'Traditional': base, **{r: spat.trained(r, dataset, seed, model=model)
+                                    for r in spat.DEFENCES_AS}, **mixed,
             'DRA': dra_document.ours(base), 'AdCorDA': after(base)}
 
 # %% ../../nbs/papers/88_compositions.ipynb #cd916e7a
@@ -61,7 +65,8 @@ def composed(
 )->dict[str,Recipe]: # name -> recipe
     "What no document tried"
     made = {r: spat.trained(r, dataset, seed, model=model) for r in ('TRADES','SPAT')}
-    smooth = call(operated, base=made['TRADES'].model, norms='single', relu='straight', alpha=10., where='both')
+    smooth = call(operated, base=made['TRADES'].model, norms='single', relu='straight', alpha=10.,
+                  where='both')
     def with_(r, **parts): return replace(made[r], method=made[r].method.but(**parts))
     return {'AdCorDA after SPAT': after(made['SPAT']), 'DRA inside TRADES': with_('TRADES', attack=DYNAMIC),
             'DRA inside SPAT': with_('SPAT', attack=DYNAMIC),

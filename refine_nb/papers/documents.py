@@ -8,7 +8,6 @@ __all__ = ['DOCUMENTS', 'FOUND', 'SPEAK', 'Document', 'scoreboard', 'on_print', 
 # %% ../../nbs/papers/99_documents.ipynb #7b322e7e
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 
 import pandas as pd
 
@@ -22,8 +21,10 @@ class Document:
     "What a document claims, and what its claims are judged on"
     claims: Mapping[str,tuple[Claim,...]]   # artefact -> its claims
     printed: Callable[[str],pd.DataFrame]   # artefact -> the document's own table
-    reads: Mapping[str,str]                 # artefact -> the one whose runs it is judged on, where that is another
-    apart: bool|None = True                 # whether each run is judged by itself; None: those of figures and studies
+    # artefact -> the one whose runs it is judged on, where that is another
+    reads: Mapping[str,str]
+    # whether each run is judged by itself; None: those of figures and studies
+    apart: bool|None = True
 
 def _spat_prints(artefact): # Table 3.3 has a white-box column beside it
     return spat_claims.boxes() if artefact=='tab3_3_spat' else published(artefact)
@@ -46,10 +47,12 @@ def scoreboard()->pd.DataFrame: # a row a claim, as `scored` has it; the largest
                             key=lambda c: c.map(order[c.name]))
 
 # %% ../../nbs/papers/99_documents.ipynb #d4d05ba8
-FOUND = {a: f for room in (adcorda_tables, adcorda_text, spat_claims, spat_figures_text, spat_study, dra_figures,
+FOUND = {a: f for room in (adcorda_tables, adcorda_text, spat_claims, spat_figures_text, spat_study,
+                           dra_figures,
                            dra_found, dra_text, mixture_tables, mixture_text, mixture_study)
          for a,f in room.FOUND.items()} # artefact -> what we found, from its tidy table
-SPEAK = ('study_adcorda', 'study_spat', 'tab3_4_spat', 'study_dra', 'tab3_dra', 'tab1_mixture') # for a document
+# for a document
+SPEAK = ('study_adcorda', 'study_spat', 'tab3_4_spat', 'study_dra', 'tab3_dra', 'tab1_mixture')
 
 # %% ../../nbs/papers/99_documents.ipynb #2df76396
 def _many(n, what='sentence'): return f"{n} {what}{'' if n==1 else 's'}"

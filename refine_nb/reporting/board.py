@@ -15,7 +15,7 @@ import pandas as pd
 from ..base import choose
 from ..runs import PRESETS
 from .claims import Claim, on_its_own
-from .listing import ARTEFACTS, PAPERS
+from .listing import PAPERS
 from .reports import stored
 from .all_claims import our_tables
 from .direction import drawn, rows_behind, weigh
@@ -67,7 +67,8 @@ def _span(n): # images, such as '100 to 10,000'
     return ' to '.join(f'{v:,.0f}' for v in dict.fromkeys((n.min(), n.max()))) if len(n) else ''
 
 # %% ../../nbs/reporting/84_board.ipynb #2594c278
-SCORED = ('claim', 'document', 'artefact', 'sentence', 'reading', 'source', 'on_print', 'printed', 'ours', 'n',
+SCORED = ('claim', 'document', 'artefact', 'sentence', 'reading', 'source', 'on_print', 'printed', 'ours',
+          'n',
            'share', 'scale', 'variant', 'needs', 'verdict', 'run', 'key')
 
 def scored(
@@ -85,12 +86,14 @@ def scored(
         others = {v: drawn(as_named(t)) for v,t in runs.items()}
         folders = {s.variant or 'ours': s.folder for s in stored(where) if s.preset==scale}
         for c in its:
-            (said, reading), (on, read), mine = quoted(c.text), on_its_own(c, own), ours_of(c, runs, scale, others)
+            (said, reading), (on, read), mine = quoted(c.text), on_its_own(c, own), ours_of(c, runs, scale,
+                others)
             at = folders.get(mine['variant'].partition(', ')[0])
             rows.append({'claim': c.id, 'document': document, 'artefact': artefact, 'sentence': said,
                          'reading': reading, 'source': c.source, 'on_print': on, 'printed': read, 'n': '',
                          'key': '', 'scale': scale if runs else '', 'needs': c.needs,
-                         'run': '/'.join(('reports', where, scale, at.name if mine['variant'] != 'ours' else ''))
+                         'run': '/'.join(('reports', where, scale, at.name if mine['variant'] != 'ours'
+                                          else ''))
                          .rstrip('/') if at else '', **mine})
     said = {c: '' for c in SCORED if c != 'share'}
     return pd.DataFrame(rows).reindex(columns=list(SCORED)).fillna(said)
