@@ -63,7 +63,8 @@ def on_print(
 )->str:                # Markdown
     "How many sentences hold on what their own documents print"
     n = rows.on_print.value_counts(); fails = rows[rows.on_print=='fails']
-    return (f"**{_many(n.get('fails', 0))} of {len(rows)} {'fails' if len(fails)==1 else 'fail'} on the numbers that "
+    return (f"**{_many(n.get('fails', 0))} of {len(rows)} {'fails' if len(fails)==1 else 'fail'} on the "
+            f"numbers that "
             f"their own document prints** ({_each(fails)}); {n.get('holds', 0)} hold, "
             f"{n.get('stands in the text only', 0)} stand in the text only, and "
             f"{n.get('cannot be read from it', 0)} cannot be read from what is printed.")
@@ -78,10 +79,12 @@ def on_ours(
         n = rows[rows.scale==scale].verdict.value_counts()
         if judged := n.get('holds', 0)+n.get('fails', 0):
             its = rows[(rows.scale==scale) & rows.verdict.isin(['holds','fails'])]
-            said.append(f"**At the scale they ask for, {n.get('holds', 0)} of {_many(judged)} hold on ours and "
+            said.append(f"**At the scale they ask for, {n.get('holds', 0)} of {_many(judged)} hold on "
+                        f"ours and "
                         f"{n.get('fails', 0)} fail** ({_each(its)}).")
         if way := sum(n.get(w, 0) for w in ('with','against','undecided')):
-            said.append(f"**At the {scale} scale, a direction and no verdict: our numbers go with {n.get('with', 0)} "
+            said.append(f"**At the {scale} scale, a direction and no verdict: our numbers go with "
+                        f"{n.get('with', 0)} "
                         f"of {_many(way)}, against {n.get('against', 0)}, and leave {n.get('undecided', 0)} "
                         "undecided.**")
     none = [PAPERS[p].short for p in PAPERS if not rows[rows.document==p].scale.any()]
@@ -93,9 +96,11 @@ def finding(
 )->str:           # Markdown
     "What one page found, with its scale"
     best, a = stored(artefact)[0], ARTEFACTS[artefact]
-    return (f"**[{a.name} of {a.of}]({artefact}.ipynb)** ({best.preset} run, {best.title.rpartition(', ')[2]}): "
+    return (f"**[{a.name} of {a.of}]({artefact}.ipynb)** ({best.preset} run, "
+            f"{best.title.rpartition(', ')[2]}): "
             f"{FOUND[artefact](best.tidy)}")
 
+# %% ../../nbs/papers/99_documents.ipynb #f2de5dca
 def found(
     rows:pd.DataFrame, # from `scoreboard`
 )->list[str]:          # Markdown, a sentence or two each

@@ -42,6 +42,7 @@ def as_named(
     if 'dataset' not in table: return table
     return table.assign(dataset=table.dataset.str.replace('_jpeg|_resplit', '', regex=True))
 
+# %% ../../nbs/reporting/84_board.ipynb #d68b4a02
 def ours_of(
     claim:Claim,
     runs:Mapping[str,pd.DataFrame], # variant -> tidy, the best first
@@ -58,9 +59,9 @@ def ours_of(
         behind = rows_behind(claim, table)
         n = behind.n.dropna() if 'n' in behind else pd.Series(dtype=float)
         judged = preset == claim.needs and holds is not None
-        keys = ' '.join(dict.fromkeys(' '.join(behind.key.dropna().astype(str)).split())) if 'key' in behind else ''
+        keys = behind.key.dropna().astype(str) if 'key' in behind else ()
         return {'verdict': ('fails', 'holds')[holds] if judged else way.word, 'ours': way.numbers,
-                'share': way.share, 'variant': variant, 'key': keys, 'n': _span(n)}
+                'share': way.share, 'variant': variant, 'key': ' '.join(dict.fromkeys(' '.join(keys).split())), 'n': _span(n)}
     return {'verdict': 'not carried' if runs else 'not run', 'ours': lacks, 'variant': next(iter(runs), '')}
 
 def _span(n): # images, such as '100 to 10,000'
@@ -71,6 +72,7 @@ SCORED = ('claim', 'document', 'artefact', 'sentence', 'reading', 'source', 'on_
           'n',
            'share', 'scale', 'variant', 'needs', 'verdict', 'run', 'key')
 
+# %% ../../nbs/reporting/84_board.ipynb #2c6cc82c
 def scored(
     document:str,                         # one of `PAPERS`
     claims:Mapping[str,tuple[Claim,...]], # artefact -> its claims
@@ -113,6 +115,16 @@ def _cells(r, links): # column -> what it says, where that leads, what stands be
             'verdict': (f'{VERDICT_MARKS[r.verdict]} {r.verdict}', '', ''),
             'run': (r.run.removeprefix('reports/'), f'{links}{r.run}/table.md' if r.run else '', r.key)}
 
+# %% ../../nbs/reporting/84_board.ipynb #5431da12
+def _html(column, main, link, small): # one cell
+    main, small = html.escape(str(main)), html.escape(str(small))
+    main = f'<a href="{html.escape(link)}">{main}</a>' if link else main
+    return f'<td class="{column}">{main}'+(f'<br><small>{small}</small>' if small else '')+'</td>'
+
+def _markdown(main, link, small): # one cell
+    main, small = (re.sub(r'([|*_<\[\]$])', r'\\\1', str(x)) for x in (main, small))
+    return (f'[{main}]({link})' if link else main)+(f'<br>*{small}*' if small else '')
+
 # %% ../../nbs/reporting/84_board.ipynb #2ffb300b
 @dataclass(frozen=True)
 class Board:
@@ -120,26 +132,18 @@ class Board:
     rows: pd.DataFrame # from `scored`
     links: str = '../' # from the page to the root
 
-    def __post_init__(self):
-        for c in SCORED: choose(c, self.rows, 'column of the rows')
+    def __post_init__(self): [choose(c, self.rows, 'column of the rows') for c in SCORED]
     def _each(self): # attributes of a row, and its cells
         for r in self.rows.itertuples():
             yield {'document': r.document, 'verdict': r.verdict, 'print': r.on_print,
                    'scale': r.scale or 'none'}, _cells(r, self.links)
     def _repr_markdown_(self):
-        def text(main, link, small):
-            safe = [re.sub(r'([|*_<\[\]$])', r'\\\1', str(x)) for x in (main, small)]
-            return (f'[{safe[0]}]({link})' if link else safe[0])+(f'<br>*{safe[1]}*' if small else '')
         head = f"|{'|'.join(_SHOWN.values())}|\n|{':--|'*len(_SHOWN)}"
-        return '\n'.join([head, *(f"|{'|'.join(text(*c) for c in its.values())}|" for _,its in self._each())])
+        return '\n'.join([head, *(f"|{'|'.join(_markdown(*c) for c in its.values())}|" for _,its in self._each())])
     def _repr_html_(self):
-        def cell(column, main, link, small):
-            main, small = html.escape(str(main)), html.escape(str(small))
-            main = f'<a href="{html.escape(link)}">{main}</a>' if link else main
-            return f'<td class="{column}">{main}'+(f'<br><small>{small}</small>' if small else '')+'</td>'
         def line(data, its):
             said = ' '.join(f'data-{k}="{html.escape(v)}"' for k,v in data.items())
-            return f"<tr {said}>{''.join(cell(k, *c) for k,c in its.items())}</tr>"
+            return f"<tr {said}>{''.join(_html(k, *c) for k,c in its.items())}</tr>"
         head = ''.join(f'<th scope="col" data-column="{k}">{v}</th>' for k,v in _SHOWN.items())
         return (f'<table class="scoreboard"><thead><tr>{head}</tr></thead>\n<tbody>'
                 + '\n'.join(line(*both) for both in self._each())+'</tbody></table>')

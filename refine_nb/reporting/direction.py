@@ -42,6 +42,7 @@ def plain(
     "A table that is quickly read ten thousand times"
     return table.astype({c: object for c in table if not pd.api.types.is_numeric_dtype(table[c])})
 
+# %% ../../nbs/reporting/82_direction.ipynb #1ecf6aa3
 def drawn(
     table:pd.DataFrame, # tidy
     times:int=40,
@@ -90,7 +91,8 @@ def with_intervals(
     def one(match):
         text, (low, high) = match[0], next(ends)
         form = f"{{:{'+' if text[0] in '+-' else ''},.{len(text.partition('.')[2])}f}}"
-        return text if form.format(low)==form.format(high) else f'{text} [{form.format(low)}, {form.format(high)}]'
+        low, high = form.format(low), form.format(high)
+        return text if low==high else f'{text} [{low}, {high}]'
     return _NUMBER.sub(one, said)
 
 # %% ../../nbs/reporting/82_direction.ipynb #65b9e4b5
