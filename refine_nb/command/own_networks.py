@@ -107,6 +107,7 @@ def robustness_of(
     whole:bool=False,   # AutoAttack, too
 )->list[dict]:          # a row an attack, and the worst case
     "Accuracy of a network, clean, under each attack and under the worst of them, with intervals"
+    import torch
     from refine_nb import attacks
     from refine_nb.base import call
     from refine_nb.vision import Split
@@ -121,7 +122,9 @@ def robustness_of(
         rights.append(verdicts(net, part, attack=how, device=x.device))
         row(name or 'nothing (clean)', rights[-1])
     if whole:
-        r = attacks.autoattack(net, x, y, eps=eps)
+        with torch.no_grad(): K = attacks.logits_of(net, x[:1], -1).shape[1]
+        few = {} if K > 3 else {'components': ('apgd-ce', 'square')} # the targeted ones want four classes
+        r = attacks.autoattack(net, x, y, eps=eps, **few)
         rights.append((r.breaker==-1).cpu()); row(r.label, rights[-1])
     if len(rights) > 1: row('the worst of them, image by image', first_broken(rights)==-1)
     return rows
@@ -157,7 +160,7 @@ def _audit(network, data, eps, as_json, **given):
            raised=list(found.raised))
 
 # %% ../../nbs/command/30_own_networks.ipynb #fb585ece
-def _weights_kept(file): # a copy in the store, named after its contents: another file under its name is another
+def _weights_kept(file): # a copy in the store, named after its contents
     from refine_nb.base import whole
     from refine_nb.runs import home_folder
     raw = Path(file).read_bytes()
@@ -167,6 +170,7 @@ def _weights_kept(file): # a copy in the store, named after its contents: anothe
         with whole(kept) as new: new.write_bytes(raw)
     return str(kept)
 
+# %% ../../nbs/command/30_own_networks.ipynb #39fae112
 def three_arms(
     data:str,            # a folder, an .npz or a published set
     model:str='resnet18',

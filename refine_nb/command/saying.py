@@ -20,7 +20,8 @@ def near(
     names = list(names)
     if name in names: return name
     close = difflib.get_close_matches(name, names, n=3, cutoff=.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
+    more = ' and others' if len(names) > 12 else ''
+    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names[:12])}{more}"
     raise click.UsageError(f"unknown {what} {name!r}: {hint}")
 
 # %% ../../nbs/command/00_saying.ipynb #df07babf
@@ -70,7 +71,7 @@ def started(
 )->None: # ends the process with its status
     "Run a group of commands as the program that was called"
     signal.signal(signal.SIGTERM, _told)
-    try: status = group.main(standalone_mode=False)
+    try: status = group.main(prog_name=group.name, standalone_mode=False)
     except click.ClickException as e: e.show(); status = e.exit_code
     except (click.Abort, KeyboardInterrupt): click.echo('stopped', err=True); status = 130
     sys.exit(status if isinstance(status, int) else 0)

@@ -211,7 +211,7 @@ def _verify(as_json):
 def _export(artefact, file, preset, given, numbers_only):
     """Write what ARTEFACT needs to FILE, for another machine.
 
-    Example: refine store export tab1_adcorda results.zip --preset small --numbers-only"""
+    Example: refine store export tab1_adcorda results.tar --preset small --numbers-only"""
     (artefact,) = _artefacts([artefact])
     from refine_nb import runs
     sheet = sheet_of(artefact, parameters_of(artefact, given, preset))
@@ -226,5 +226,9 @@ def _export(artefact, file, preset, given, numbers_only):
 def _import(file):
     """Take the results in FILE into this store."""
     from refine_nb import runs
-    runs.import_results(runs.Store(quiet=True), file)
-    answer([], notes=[f'Taken in: {file}'])
+    found = runs.import_results(runs.Store(quiet=True), file)
+    answer([], notes=[f"{len(found['new'])} results taken in, {len(found['there'])} were there"
+                      f"{_others(found['different'])}."])
+
+def _others(kept): # entries that differ from those in the file
+    return f", {len(kept)} differ from those here and were left alone: {', '.join(kept[:4])}" if kept else ''

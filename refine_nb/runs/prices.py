@@ -37,7 +37,8 @@ def speed(
     engine:Engine=Engine(),
 )->dict[str,float]:      # 'forward', 'attack', 'train': seconds an image
     "Measured seconds per image of this model on this device"
-    bare = model.but(weights=None) if 'weights' in model.all_settings else model
+    has = [k for k in ('weights','weights_file') if k in model.all_settings]
+    bare = model.but(**dict.fromkeys(has)) if has else model
     net = engine.place(bare(num_classes=num_classes))
     small = shape[-1] <= 64 and n_parameters(net) < 5e6
     batch = 16 if engine.device.startswith('cuda') or small else 4

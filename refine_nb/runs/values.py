@@ -64,7 +64,8 @@ def filled(self:Store, recipe:Recipe, weights:dict[str,Tensor])->nn.Module:
     "The network of a recipe with these weights, in evaluation mode, on the engine's device"
     root = recipe
     while root.init is not None: root = root.init
-    bare = root.model.but(weights=None) if 'weights' in root.model.all_settings else root.model
+    has = [k for k in ('weights','weights_file') if k in root.model.all_settings]
+    bare = root.model.but(**dict.fromkeys(has)) if has else root.model
     model = bare(num_classes=self.data(recipe.data).num_classes)
     model.load_state_dict(weights)
     return self.engine.place(model).eval()
