@@ -50,7 +50,7 @@ def pets(tmp_path, monkeypatch):
     return tmp_path/'pets'
 
 
-# ---- what is typed wrongly ---------------------------------------------------------------------------------
+# ---- what is typed wrongly ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize('args,says', [
     (['lst'], "unknown command 'lst': did you mean list"),
@@ -94,7 +94,7 @@ def test_no_space(monkeypatch):
     assert 'no space left' in error('store', 'size')
 
 
-# ---- pages -------------------------------------------------------------------------------------------------
+# ---- pages -------------------------------------------------------------------------------------------
 
 def test_list(): assert json.loads(refine('list', 'spat', '--json').output)['rows'][0]['artefact'] == 'fig2_1_spat'
 
@@ -130,7 +130,7 @@ def test_show_says_which_runs_are_in_no_store(monkeypatch):
     assert 'no report of tab9' in error('show', 'tab3_9_spat').replace('tab3_9_spat', 'tab9')
 
 
-# ---- the store ---------------------------------------------------------------------------------------------
+# ---- the store ---------------------------------------------------------------------------------------
 
 @pytest.fixture
 def kept(refine_home):
@@ -165,7 +165,7 @@ def test_doctor():
     assert rows['locks'] == 'keep others out' and rows['data: digits'] == 'there' and rows['results'] == 'none yet'
 
 
-# ---- one's own ---------------------------------------------------------------------------------------------
+# ---- one's own ---------------------------------------------------------------------------------------
 
 def test_evaluate(pets):
     net = ['evaluate', 'my_nets:network', pets, '--device', 'cpu']
@@ -210,7 +210,7 @@ def test_keys_say_what_images_hold_and_not_where_they_lie(pets, tmp_path):
     (pets/'cat'/'1.png').unlink(); assert named() != first
 
 
-# ---- the program -------------------------------------------------------------------------------------------
+# ---- the program -------------------------------------------------------------------------------------
 
 def test_status_of_the_program(pets):
     p = program('explain', 'zz'); out, err = p.communicate(timeout=120)
