@@ -34,7 +34,8 @@ def error(*args, status=1): # what is said, in one line
 
 def program(*args, **env):
     return subprocess.Popen([sys.executable, '-c', 'from refine_nb.command.main import main; main()', *args],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, **env})
 
 @pytest.fixture
 def pets(tmp_path, monkeypatch):
@@ -67,7 +68,8 @@ def test_what_is_not_understood_has_status_2(args, says): assert says in error(*
 
 @pytest.mark.parametrize('network,says', [
     ('my_nets', 'MODULE:FACTORY'), ('no_such_nets:f', 'no_such_nets cannot be imported (ModuleNotFoundError'),
-    ('my_nets:netwrk', 'my_nets has no function netwrk'), ('my_nets:nothing', 'returns no torch module, got int'),
+    ('my_nets:netwrk', 'my_nets has no function netwrk'),
+    ('my_nets:nothing', 'returns no torch module, got int'),
     ('my_nets:large', 'cannot take images [1, 8, 8]'),
     ('my_nets:three', 'knows 3 classes, the data has 2 (cat, dog)')])
 def test_a_network_that_does_not_fit(pets, network, says):
@@ -96,7 +98,8 @@ def test_no_space(monkeypatch):
 
 # ---- pages -------------------------------------------------------------------------------------------
 
-def test_list(): assert json.loads(refine('list', 'spat', '--json').output)['rows'][0]['artefact'] == 'fig2_1_spat'
+def test_list():
+    assert json.loads(refine('list', 'spat', '--json').output)['rows'][0]['artefact'] == 'fig2_1_spat'
 
 def test_the_list_imports_no_torch():
     code = "import sys; sys.argv=['refine','list']\nfrom refine_nb.command.main import main\n" \
@@ -115,7 +118,8 @@ def test_run_hands_on_how(monkeypatch):
                '--workers', 2, '--on', 'local')
     assert r.exit_code == 0, r.output
     assert {k: asked[k] for k in ('preset', 'seeds', 'REFINE_BUDGET', 'REFINE_WORKERS', 'REFINE_ON')} == {
-        'preset': 'small', 'seeds': '1,2', 'REFINE_BUDGET': '25m', 'REFINE_WORKERS': '2', 'REFINE_ON': 'local'}
+        'preset': 'small', 'seeds': '1,2', 'REFINE_BUDGET': '25m',
+        'REFINE_WORKERS': '2', 'REFINE_ON': 'local'}
 
 def test_run_and_a_page_that_fails(monkeypatch, tmp_path):
     monkeypatch.setenv('REFINE_REPORTS', str(tmp_path/'reports'))
@@ -162,7 +166,8 @@ def test_store(kept, refine_home, monkeypatch, tmp_path):
 
 def test_doctor():
     rows = {r['what']: r['value'] for r in json.loads(refine('doctor', '--json').output)['rows']}
-    assert rows['locks'] == 'keep others out' and rows['data: digits'] == 'there' and rows['results'] == 'none yet'
+    assert rows['locks'] == 'keep others out' and rows['data: digits'] == 'there'
+    assert rows['results'] == 'none yet'
 
 
 # ---- one's own ---------------------------------------------------------------------------------------
@@ -174,7 +179,7 @@ def test_evaluate(pets):
     assert under['nothing (clean)']['accuracy'] == 100 and under['nothing (clean)']['n'] == 30
     assert under['the worst of them, image by image']['accuracy'] == 0 and 0 < under['pgd']['high'] < 20
     some = refine(*net, '--eps', '.3', '--attacks', 'pgd', '--autoattack')
-    assert some.exit_code == 0 and 'apgd-ce' in some.output.lower(), some.output   # two classes: two components
+    assert some.exit_code == 0 and 'apgd-ce' in some.output.lower(), some.output # of two classes
 
 def test_audit(pets):
     out = refine('audit', 'my_nets:network', pets, '--eps', '.1', '--device', 'cpu').output
@@ -221,7 +226,8 @@ def test_status_of_the_program(pets):
 @pytest.mark.parametrize('told,status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_program_that_is_told_to_stop(pets, told, status):
     (pets.parent/'slow_nets.py').write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
-    p = program('evaluate', 'slow_nets:f', str(pets), PYTHONPATH=f"{pets.parent}:{os.environ.get('PYTHONPATH', '')}")
+    where = f"{pets.parent}:{os.environ.get('PYTHONPATH', '')}"
+    p = program('evaluate', 'slow_nets:f', str(pets), PYTHONPATH=where)
     assert p.stdout.readline() == 'here\n'
     time.sleep(.2); p.send_signal(told); _, err = p.communicate(timeout=60)
     assert p.returncode == status and 'Traceback' not in err

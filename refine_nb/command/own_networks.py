@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from .saying import answer, near
+from .saying import near, report_rows
 
 # %% ../../nbs/command/30_own_networks.ipynb #aae09244
 def network_from(
@@ -100,7 +100,9 @@ def _given(network, data, n, size, every, device): # the network on its device, 
     x,y = x.to(e.device), y.to(e.device); fitting(net, x, classes)
     return net, name, x, y
 
-# %% ../../nbs/command/30_own_networks.ipynb #a14a0c33
+# %% ../../nbs/command/30_own_networks.ipynb #922486b1
+def _percent(p): return {k: round(100*p[k], 2) for k in ('accuracy','low','high')} | {'n': p['n']}
+
 def robustness_of(
     net, x, y, eps:float,
     attackers,          # of `ATTACKERS`
@@ -113,10 +115,7 @@ def robustness_of(
     from refine_nb.vision import Split
     from refine_nb.evaluation import first_broken, proportion, verdicts
     part, rights, rows = Split(x.cpu(), y.cpu()), [], []
-    def row(what, right):
-        p = proportion(right)
-        percent = {k: round(100*p[k], 2) for k in ('accuracy','low','high')}
-        rows.append({'under': what, **percent, 'n': p['n']})
+    def row(what, right): rows.append({'under': what, **_percent(proportion(right))})
     for name in (None, *attackers):
         how = name and call(getattr(attacks, name), eps=eps)
         rights.append(verdicts(net, part, attack=how, device=x.device))
@@ -142,7 +141,7 @@ def _evaluate(network, data, eps, attacks, autoattack, as_json, **given):
     net,name,x,y = _given(network, data, **given)
     notes = [f'{len(y)} images of {name}, eps = {eps:.4g}; intervals are 95 %, over images.']
     if not autoattack: notes.append('Without --autoattack the worst case is an upper bound of robustness.')
-    answer(robustness_of(net, x, y, eps, attacks, autoattack), as_json, notes, eps=eps, data=name)
+    report_rows(robustness_of(net, x, y, eps, attacks, autoattack), as_json, notes, eps=eps, data=name)
 
 # %% ../../nbs/command/30_own_networks.ipynb #1ed33ced
 @click.command('audit')
@@ -156,7 +155,7 @@ def _audit(network, data, eps, as_json, **given):
     net,name,x,y = _given(network, data, **given)
     found = audit(net, x, y, eps=eps, n=min(len(y), given['n'] or 100),
                   generator=torch.Generator().manual_seed(0))
-    answer(found.table().to_dict('records'), as_json, [f'{found!r}. Images: {name}.'],
+    report_rows(found.table().to_dict('records'), as_json, [f'{found!r}. Images: {name}.'],
            raised=list(found.raised))
 
 # %% ../../nbs/command/30_own_networks.ipynb #fb585ece
@@ -237,6 +236,6 @@ def _adcorda(data, out, device, as_json, **asked):
              'key': store.folder(cells[k]).name} for k,r in found.items()]
     tests = {k: store.compare(cells['AdCorDA'], cells[k]) for k in ('baseline', 'control')}
     _kept(store.model(cells['AdCorDA'].recipe).state_dict(), out)
-    answer(rows, as_json, [_verdict(tests['baseline'], 'its baseline'),
+    report_rows(rows, as_json, [_verdict(tests['baseline'], 'its baseline'),
                            _verdict(tests['control'], 'further training'), f'The refined weights: {out}'],
            tests=tests, weights=str(out))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from .saying import answer, near
+from .saying import near, report_rows
 
 # %% ../../nbs/command/10_pages.ipynb #6963b294
 def catalogued()->dict[str,dict]: # id -> paper, shows, ready; in the catalogue's order
@@ -46,7 +46,7 @@ def _list(paper, as_json):
     Example: refine list adcorda"""
     there = catalogued()
     if paper: near(paper, dict.fromkeys(a['paper'] for a in there.values()), 'paper')
-    answer([{'artefact': i, 'shows': a['shows'], 'status': 'ready' if a['ready'] else 'planned'}
+    report_rows([{'artefact': i, 'shows': a['shows'], 'status': 'ready' if a['ready'] else 'planned'}
             for i,a in there.items() if paper in (None, a['paper'])], as_json)
 
 # %% ../../nbs/command/10_pages.ipynb #ca15bdc9
@@ -125,7 +125,7 @@ def _plan(artefacts, preset, given, as_json):
     rows = price(list(todo), store.engine).to_dict('records') if todo else []
     notes = [f'{a} is computed when it is run, or looks at what others made: nothing to plan.' for a in drawn]
     if not todo and store: notes.append('All of it is in the store: nothing to make.')
-    answer(rows, as_json, notes)
+    report_rows(rows, as_json, notes)
 
 # %% ../../nbs/command/10_pages.ipynb #d4e6f7eb
 def _time(ctx, param, text): # such as 25m; as the store will read it
@@ -168,7 +168,7 @@ def _run(artefacts, preset, given, as_json, budget, workers, on):
     for a,values in asked.items():
         out = executed(a, values)
         rows.append({'artefact': a, 'page': str(out), 'log': str(out.with_suffix('.log'))})
-    answer(rows, as_json, ['Reports: refine show ' + ' '.join(asked)])
+    report_rows(rows, as_json, ['Reports: refine show ' + ' '.join(asked)])
 
 # %% ../../nbs/command/10_pages.ipynb #5c2257c5
 def _runs_behind(report): # keys in its tidy table
@@ -198,7 +198,7 @@ def _show(artefacts, as_json):
         keys = _runs_behind(best); gone = _absent(keys)
         if as_json:
             rows = json.loads(best.tidy.to_json(orient='records'))
-            answer(rows, True, run=best.run, not_in_store=gone)
+            report_rows(rows, True, run=best.run, not_in_store=gone)
             continue
         for text in (best.folder/'table.md', best.folder/'claims.md'):
             if text.exists(): click.echo(text.read_text(encoding='utf-8').rstrip()+'\n')

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from .saying import Commands, answer
+from .saying import Commands, report_rows
 from .pages import _artefacts, artefacts_given, parameters_of, sheet_of
 
 # %% ../../nbs/command/20_stores.ipynb #b1f9a103
@@ -86,7 +86,7 @@ def _explain(key, as_json):
         other = _record(folder)
         if name in parents(other['spec']): rows.append({'what': 'used by', 'value': f"{other['kind']} {k}"})
     rows += [{'what': 'in report', 'value': p} for p in _reported().get(name, [])]
-    answer(rows, as_json)
+    report_rows(rows, as_json)
 
 # %% ../../nbs/command/20_stores.ipynb #926bcde6
 def locks_hold(
@@ -142,7 +142,7 @@ def _doctor(as_json):
     rows += [{'what': k, 'value': v or 'not installed'} for k,v in versions().items()]
     rows.append({'what': 'source', 'value': 'no checkout' if not made else
                  made['commit'][:12] + (', with uncommitted changes' if made['dirty'] else '')})
-    answer([*rows, *_data_rows(), *_store_rows(home_folder())], as_json)
+    report_rows([*rows, *_data_rows(), *_store_rows(home_folder())], as_json)
 
 # %% ../../nbs/command/20_stores.ipynb #cc59a1cb
 @click.group('store', cls=Commands)
@@ -160,7 +160,7 @@ def _size(as_json):
     """How much room each kind of result takes."""
     found = {}
     for p in entries().values(): found.setdefault(p.parent.name, []).append(_bytes(p))
-    answer([{'kind': k, 'results': len(v), 'MiB': _mib(sum(v))} for k,v in found.items()], as_json,
+    report_rows([{'kind': k, 'results': len(v), 'MiB': _mib(sum(v))} for k,v in found.items()], as_json,
            () if found else ('The store is empty.',))
 
 # %% ../../nbs/command/20_stores.ipynb #84a77929
@@ -184,7 +184,7 @@ def _prune(yes, as_json):
     for k in gone if yes else (): shutil.rmtree(there[k])
     said = f"{len(gone)} of {len(there)} results, {_mib(n)} MiB, are needed by no report" + (
         ': removed.' if yes else '. With --yes they are removed.' if gone else '.')
-    answer([{'kind': there[k].parent.name, 'key': k} for k in gone] if as_json else [], as_json, [said])
+    report_rows([{'kind': there[k].parent.name, 'key': k} for k in gone] if as_json else [], as_json, [said])
 
 # %% ../../nbs/command/20_stores.ipynb #4733ee89
 @_store.command('verify')
@@ -196,7 +196,7 @@ def _verify(as_json):
     for k,p in there.items():
         try: read_entry(p, k).tensors()
         except Damaged as e: bad.append({'kind': p.parent.name, 'key': k, 'why': str(e)})
-    answer(bad, as_json, [f"{len(there)-len(bad)} of {len(there)} results are whole."
+    report_rows(bad, as_json, [f"{len(there)-len(bad)} of {len(there)} results are whole."
                           + (" A damaged one is made again when it is asked for." if bad else '')])
     if bad: raise click.exceptions.Exit(1)
 
@@ -218,7 +218,7 @@ def _export(artefact, file, preset, given, numbers_only):
     if sheet is None or not sheet.cells:
         raise ValueError(f"{artefact} needs no results: there is nothing to export")
     runs.export_results(sheet.store, sheet.cells, file, numbers_only=numbers_only)
-    answer([], notes=[f'Written: {file}. There: refine store import {Path(file).name}'])
+    report_rows([], notes=[f'Written: {file}. There: refine store import {Path(file).name}'])
 
 # %% ../../nbs/command/20_stores.ipynb #2dd43547
 @_store.command('import')
@@ -227,7 +227,7 @@ def _import(file):
     """Take the results in FILE into this store."""
     from refine_nb import runs
     found = runs.import_results(runs.Store(quiet=True), file)
-    answer([], notes=[f"{len(found['new'])} results taken in, {len(found['there'])} were there"
+    report_rows([], notes=[f"{len(found['new'])} results taken in, {len(found['there'])} were there"
                       f"{_others(found['different'])}."])
 
 def _others(kept): # entries that differ from those in the file
