@@ -105,8 +105,7 @@ def _percent(p): return {k: round(100*p[k], 2) for k in ('accuracy','low','high'
 
 def robustness_of(
     net, x, y, eps:float,
-    attackers,          # of `ATTACKERS`
-    whole:bool=False,   # AutoAttack, too
+    attackers, whole:bool=False, # of `ATTACKERS`; AutoAttack, too
 )->list[dict]:          # a row an attack, and the worst case
     "Accuracy of a network, clean, under each attack and under the worst of them, with intervals"
     import torch
