@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ..base import Call, Cell, Recipe, Robustness, call, choose, rewrite
 from ..attacks import pgd
-from ..runs import Share
+from ..runs import Brief
 from ..reporting import figure_style, marked, measured, method_style, published
 from .dra import BUDGETS, MODELS, SHARES, printed_pgd
 
@@ -184,4 +184,4 @@ def panels(
     return fig
 
 # %% ../../nbs/papers/90_dra_tables.ipynb #046e270a
-BRIEF = {'demo': Share(epochs=6, n_train=300, n_eval=30, steps=.1)}
+BRIEF = {'demo': Brief(epochs=6, n_train=300, n_eval=30, steps=.1)}

@@ -10,12 +10,12 @@ __all__ = ['BRIEF', 'ROBUST', 'STRONGEST', 'MIXED', 'ALONE', 'MIXTURES', 'BOLD',
 # %% ../../nbs/papers/40_mixture_tables.ipynb #d6a6c257
 import pandas as pd
 
-from ..runs import Share
+from ..runs import Brief
 from ..reporting import MARK, Claim, cell, published
 from .mixture import METHODS, STRENGTHS, STRONG, attackers, column, techniques
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #bd6be2ac
-BRIEF = {'demo': Share(epochs=3, n_train=250, n_eval=40)}
+BRIEF = {'demo': Brief(epochs=3, n_train=250, n_eval=40)}
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #506adba1
 ROBUST = tuple(attackers())[1:] # the attacked columns, as printed

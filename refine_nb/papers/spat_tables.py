@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from ..base import Recipe, Spec, Worst, key
 from ..attacks import STANDARD
 from ..evaluation import wilson
-from ..runs import Share
+from ..runs import Brief
 from ..reporting import dot_interval, figure_style, marked, measured, shared_legend
 from .spat import judged
 
 # %% ../../nbs/papers/72_spat_tables.ipynb #9f4baa84
-BRIEF = {'demo': Share(epochs=2, n_train=128, n_eval=12, steps=.1, n_targets=1),
-          'small': Share('of those 6 epochs in batches of 32', epochs=6, n_eval=500, batch_size=32)}
+BRIEF = {'demo': Brief(epochs=2, n_train=128, n_eval=12, steps=.1, n_targets=1),
+          'small': Brief('of those 6 epochs in batches of 32', epochs=6, n_eval=500, batch_size=32)}
 
 # %% ../../nbs/papers/72_spat_tables.ipynb #b97d61c8
 COLUMNS = {'Clean': 'clean', 'FGSM': 'fgsm', 'PGD-20': 'pgd_20', 'PGD-100': 'pgd_100', 'MIM-20': 'mim_20',

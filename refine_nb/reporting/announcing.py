@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 from ..base import Cell, ancestors, choose, device_name
 from ..training import Engine
-from ..runs import PRESETS, Store, at_scale, duration, price
+from ..runs import PRESETS, Store, at_preset, duration, price
 from .listing import ARTEFACTS, NEEDS
 
 # %% ../../nbs/reporting/60_announcing.ipynb #0e86a342
@@ -61,7 +61,7 @@ def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine, sh
     "What the small and the paper's scale need and cost here, as Markdown lines"
     needs, lines = NEEDS.get(settings['dataset'], 'your own images'), []
     for name in ('small', 'gpu', 'paper'):
-        cost = price(ancestors(*at_scale(tuple(cells), PRESETS[name], shares)), engine).seconds.iloc[-1]
+        cost = price(ancestors(*at_preset(tuple(cells), PRESETS[name], shares)), engine).seconds.iloc[-1]
         also = _weights(cells) if name=='paper' else ''
         lines.append(f"- **{name}**: {PRESETS[name].says}{_said(shares, name)}. "
                      f"`{_command(artefact, name, settings)}` needs {needs}{also}; about {duration(cost)} on this machine.")
@@ -77,12 +77,12 @@ def announce(
     p:SimpleNamespace, # the checked parameters: `preset` (a `Preset`), `model`, `dataset`, perhaps more
     store:Store,       # where they are made
     cells:list[Cell],  # at published scale
-    shares:Mapping[str,Callable]={}, # preset -> what the page takes of it, a `Share`
+    shares:Mapping[str,Callable]={}, # preset -> what the page takes of it, a `Brief`
 )->Announcement:
     "What the numbers of this run are, in words"
     a = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')]
     what = f"{a.name} of {a.of}"
-    at, less = at_scale(tuple(cells), p.preset, shares), _said(shares, p.preset.name)
+    at, less = at_preset(tuple(cells), p.preset, shares), _said(shares, p.preset.name)
     where = f"{_network(at[0])} on {p.preset.data or p.dataset}{less.replace(';', ',')}"
     tag = {'demo': 'DEMO', 'small': 'SMALL RUN', 'gpu': 'GPU RUN', 'paper': "PAPER'S SCALE"}[p.preset.name]
     settings = {'model': p.model, 'dataset': getattr(p.dataset, 'path', p.dataset)}

@@ -56,7 +56,7 @@ ACROSS = ('scoreboard', 'errata', 'matrix', 'study_protocols') # artefacts about
 @dataclass(frozen=True)
 class Artefact:
     "A table or figure of a paper, a study or ledger of claims about it, or a page about all of them"
-    # '<tab|fig><number>_<paper>' or '<study|claims>_<paper>', the name of its notebook; or one of `ACROSS`
+    # '<tab|fig><number>_<paper>' or '<study|claims>_<paper>', its notebook; or one of `ACROSS`
     id: str
     title: str         # what it shows
     ready: bool = False # whether its notebook is there
@@ -66,8 +66,7 @@ class Artefact:
     @property
     def of(self)->str: return PAPERS[self.paper].short if self.paper else 'all four documents'
     @property
-    def citation(self)->str:
-        "Of its document, as Markdown; of all, where it is about them"
+    def citation(self)->str: # of all documents, where it is about them
         return '; '.join(p.citation for i,p in PAPERS.items() if self.paper in ('', i))
     @property
     def name(self)->str:

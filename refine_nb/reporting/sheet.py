@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from ..base import Cell, Recipe, Spec, ancestors, choose, time_budget
 from ..vision import OwnImages, chosen_data
 from ..training import engine
-from ..runs import (Store, at_scale, duration, preset, presets, price, provenance, sizes_of,
+from ..runs import (Store, at_preset, duration, preset, presets, price, provenance, sizes_of,
                             whats_left, workers)
 from .asked import one_whole, parameters
 from .figures import named
@@ -128,11 +128,11 @@ def _fitting(picture): # as wide as it needs: several panels take the page
 @patch
 def ask(self:Sheet,
     wanted,                  # a grid at published scale, as `leaves` takes it
-    shares:Mapping={}, # preset -> what this page takes of it, a `Share`
+    shares:Mapping={}, # preset -> what this page takes of it, a `Brief`
     instead=None,      # the part of the grid that is run, where all is too much, or lacks a network
 ):                     # the grid at this preset's scale
     "What this page needs, at the scale that is run; the price of the real thing is that of the whole grid"
-    cells = _each(wanted if instead is None else instead, lambda s: at_scale(s, self.p.preset, shares))
+    cells = _each(wanted if instead is None else instead, lambda s: at_preset(s, self.p.preset, shares))
     self.wanted, self.cells = leaves(wanted), leaves(cells)
     self.title = announce(self.about.id, self.p, self.store, self.wanted, shares)
     return cells

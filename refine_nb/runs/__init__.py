@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Damaged', 'Entry', 'FORMAT', 'NUMBERS_ONLY', 'home_folder', 'provenance', 'read_entry', 'reading', 'write_entry',
            'writing', 'Stopped', 'Until', 'terminated', 'make', 'Given', 'Store', 'passed', 'weights_of', 'Task',
-           'by_want', 'tasks', 'weights_of_ways', 'PRESETS', 'Preset', 'Share', 'at_scale', 'preset', 'presets',
+           'by_want', 'tasks', 'weights_of_ways', 'Brief', 'PRESETS', 'Preset', 'at_preset', 'preset', 'presets',
            'rooted', 'scaled', 'ROBUST_SHARE', 'SIZES', 'WRONG_SHARE', 'cost', 'duration', 'images', 'price',
            'sizes_of', 'speed', 'fits', 'priced', 'whats_left', 'Setting', 'attempt', 'here', 'tried', 'serve',
            'workers', 'on_cluster', 'ray', 'Unmade', 'BadArchive', 'export_results', 'import_results', 'makespan',
@@ -20,7 +20,7 @@ from .given import Given
 from .store import Store, passed
 from .values import weights_of
 from .divided import Task, by_want, tasks, weights_of_ways
-from .scales import PRESETS, Preset, Share, at_scale, preset, presets, rooted, scaled
+from .scales import Brief, PRESETS, Preset, at_preset, preset, presets, rooted, scaled
 from refine_nb.runs.prices import (ROBUST_SHARE, SIZES, WRONG_SHARE, cost, duration, images, price,
     sizes_of, speed)
 from .budgets import fits, priced, whats_left
@@ -34,8 +34,8 @@ from .simulated import makespan, scaling
 # %% ../../nbs/runs/99_runs.ipynb #ba161b5b
 _all_ = ['Damaged', 'Entry', 'FORMAT', 'NUMBERS_ONLY', 'home_folder', 'provenance', 'read_entry',
          'reading', 'write_entry', 'writing', 'Stopped', 'Until', 'terminated', 'make', 'Given',
-         'Store', 'passed', 'weights_of', 'Task', 'by_want', 'tasks', 'weights_of_ways', 'PRESETS',
-         'Preset', 'Share', 'at_scale', 'preset', 'presets', 'rooted', 'scaled', 'ROBUST_SHARE',
+         'Store', 'passed', 'weights_of', 'Task', 'by_want', 'tasks', 'weights_of_ways', 'Brief',
+         'PRESETS', 'Preset', 'at_preset', 'preset', 'presets', 'rooted', 'scaled', 'ROBUST_SHARE',
          'SIZES', 'WRONG_SHARE', 'cost', 'duration', 'images', 'price', 'sizes_of', 'speed', 'fits',
          'priced', 'whats_left', 'Setting', 'attempt', 'here', 'tried', 'serve', 'workers',
          'on_cluster', 'ray', 'Unmade', 'BadArchive', 'export_results', 'import_results', 'makespan',
