@@ -40,10 +40,10 @@ def _walked(net, x, y): # (training, method) -> a row a step
 def tidy(
     cells:dict[str,dict[str,Cell]], # as `grid` gives them, at the scale that was run
     store,                          # where they were made
-    n:int=100, pgd_steps:int=2, seed:int=0, # test images; steps of the reported PGD; of the audits
+    n_audit:int=100, pgd_steps:int=2, seed:int=0, # test images; steps of the reported PGD; of the audits
 )->pd.DataFrame: # a row a step, a check, or the share that FGSM passes by (%): part, method, training, key, n
     "What the networks answer, tidy"
-    (x, y), net = _images(cells, store, n), lambda s, m: store.model(cells[s][m].recipe)
+    (x, y), net = _images(cells, store, n_audit), lambda s, m: store.model(cells[s][m].recipe)
     again = 100*passed_by(net('weak', 'Traditional'), x, y)
     passed = pd.DataFrame([{'part': 'passed by', 'again': again, 'n': len(y)}])
     parts = {**_walked(net, x, y), **audited(net, x, y, pgd_steps, seed), ('weak', 'Traditional'): passed}

@@ -177,7 +177,7 @@ def three_arms(
 )->dict:                 # 'baseline', 'control' and 'AdCorDA' -> cell
     "AdCorDA, its baseline and its control on images of one's own"
     from refine_nb.base import Cell, call
-    from refine_nb.vision import chosen_data, classifier, data_names, load_data
+    from refine_nb.vision import chosen_data, classifier
     from refine_nb.training import sgd
     from refine_nb.runs import sizes_of
     from refine_nb.papers.adcorda import DATASETS, baseline, control, refined

@@ -116,7 +116,7 @@ def _plan(artefacts, preset, given, as_json):
 
     Example: refine plan tab1_adcorda tab4_adcorda --preset small -p model resnet18"""
     asked = {a: parameters_of(a, given, preset) for a in _artefacts(artefacts)}
-    from refine_nb.runs import Store, price
+    from refine_nb.runs import price
     store, todo, drawn = None, {}, []
     for a,values in asked.items():
         sheet = sheet_of(a, values)

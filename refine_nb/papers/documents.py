@@ -8,7 +8,6 @@ __all__ = ['DOCUMENTS', 'FOUND', 'SPEAK', 'Document', 'scoreboard', 'on_print', 
 # %% ../../nbs/papers/99_documents.ipynb #7b322e7e
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 
 import pandas as pd
 
@@ -20,11 +19,13 @@ from . import (adcorda_tables, adcorda_text, dra_figures, dra_found, dra_text, m
 @dataclass(frozen=True)
 class Document:
     "What a document claims, and what its claims are judged on"
-    claims: Mapping[str,tuple[Claim,...]]   # artefact -> its claims
-    printed: Callable[[str],pd.DataFrame]   # artefact -> the document's own table
-    reads: Mapping[str,str]                 # artefact -> the one whose runs it is judged on, where that is another
-    apart: bool|None = True                 # whether each run is judged by itself; None: those of figures and studies
+    claims: Mapping[str,tuple[Claim,...]] # artefact -> its claims
+    printed: Callable[[str],pd.DataFrame] # artefact -> the document's own table
+    reads: Mapping[str,str] # artefact -> the one whose runs it is judged on, where that is another
+    # whether each run is judged by itself; None: those of figures and studies
+    apart: bool|None = True
 
+# %% ../../nbs/papers/99_documents.ipynb #bad9ddea
 def _spat_prints(artefact): # Table 3.3 has a white-box column beside it
     return spat_claims.boxes() if artefact=='tab3_3_spat' else published(artefact)
 
@@ -46,10 +47,12 @@ def scoreboard()->pd.DataFrame: # a row a claim, as `scored` has it; the largest
                             key=lambda c: c.map(order[c.name]))
 
 # %% ../../nbs/papers/99_documents.ipynb #d4d05ba8
-FOUND = {a: f for room in (adcorda_tables, adcorda_text, spat_claims, spat_figures_text, spat_study, dra_figures,
-                           dra_found, dra_text, mixture_tables, mixture_text, mixture_study)
-         for a,f in room.FOUND.items()} # artefact -> what we found, from its tidy table
-SPEAK = ('study_adcorda', 'study_spat', 'tab3_4_spat', 'study_dra', 'tab3_dra', 'tab1_mixture') # for a document
+_ROOMS = (adcorda_tables, adcorda_text, spat_claims, spat_figures_text, spat_study, dra_figures, dra_found,
+          dra_text, mixture_tables, mixture_text, mixture_study)
+# artefact -> what we found, from its tidy table
+FOUND = {a: f for room in _ROOMS for a,f in room.FOUND.items()}
+# for a document
+SPEAK = ('study_adcorda', 'study_spat', 'tab3_4_spat', 'study_dra', 'tab3_dra', 'tab1_mixture')
 
 # %% ../../nbs/papers/99_documents.ipynb #2df76396
 def _many(n, what='sentence'): return f"{n} {what}{'' if n==1 else 's'}"
@@ -60,8 +63,9 @@ def on_print(
 )->str:                # Markdown
     "How many sentences hold on what their own documents print"
     n = rows.on_print.value_counts(); fails = rows[rows.on_print=='fails']
-    return (f"**{_many(n.get('fails', 0))} of {len(rows)} {'fails' if len(fails)==1 else 'fail'} on the numbers that "
-            f"their own document prints** ({_each(fails)}); {n.get('holds', 0)} hold, "
+    verb = 'fails' if len(fails)==1 else 'fail'
+    return (f"**{_many(n.get('fails', 0))} of {len(rows)} {verb} on the numbers that their own document "
+            f"prints** ({_each(fails)}); {n.get('holds', 0)} hold, "
             f"{n.get('stands in the text only', 0)} stand in the text only, and "
             f"{n.get('cannot be read from it', 0)} cannot be read from what is printed.")
 
@@ -75,12 +79,12 @@ def on_ours(
         n = rows[rows.scale==scale].verdict.value_counts()
         if judged := n.get('holds', 0)+n.get('fails', 0):
             its = rows[(rows.scale==scale) & rows.verdict.isin(['holds','fails'])]
-            said.append(f"**At the scale they ask for, {n.get('holds', 0)} of {_many(judged)} hold on ours and "
-                        f"{n.get('fails', 0)} fail** ({_each(its)}).")
+            said.append(f"**At the scale they ask for, {n.get('holds', 0)} of {_many(judged)} hold on ours "
+                        f"and {n.get('fails', 0)} fail** ({_each(its)}).")
         if way := sum(n.get(w, 0) for w in ('with','against','undecided')):
-            said.append(f"**At the {scale} scale, a direction and no verdict: our numbers go with {n.get('with', 0)} "
-                        f"of {_many(way)}, against {n.get('against', 0)}, and leave {n.get('undecided', 0)} "
-                        "undecided.**")
+            said.append(f"**At the {scale} scale, a direction and no verdict: our numbers go with "
+                        f"{n.get('with', 0)} of {_many(way)}, against {n.get('against', 0)}, and leave "
+                        f"{n.get('undecided', 0)} undecided.**")
     none = [PAPERS[p].short for p in PAPERS if not rows[rows.document==p].scale.any()]
     return said + ([f"No real run of {' and '.join(none)} is stored yet."] if none else [])
 
@@ -90,9 +94,10 @@ def finding(
 )->str:           # Markdown
     "What one page found, with its scale"
     best, a = stored(artefact)[0], ARTEFACTS[artefact]
-    return (f"**[{a.name} of {a.of}]({artefact}.ipynb)** ({best.preset} run, {best.title.rpartition(', ')[2]}): "
-            f"{FOUND[artefact](best.tidy)}")
+    run = f"{best.preset} run, {best.title.rpartition(', ')[2]}"
+    return f"**[{a.name} of {a.of}]({artefact}.ipynb)** ({run}): {FOUND[artefact](best.tidy)}"
 
+# %% ../../nbs/papers/99_documents.ipynb #e3f13e48
 def found(
     rows:pd.DataFrame, # from `scoreboard`
 )->list[str]:          # Markdown, a sentence or two each

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..base import Call, Cell, Recipe, Robustness, call, choose, rewrite
+from ..base import Call, Cell, Recipe, Robustness, call, choose
 from ..attacks import pgd
 from ..runs import Brief
 from ..reporting import figure_style, marked, measured, method_style, published

@@ -54,6 +54,7 @@ def _weights(cells:list[Cell])->str:
     return ''.join(_FROM.get(w, '')
                    for w in sorted({c.recipe.model.all_settings.get('weights') or '' for c in cells}))
 
+# %% ../../nbs/reporting/60_announcing.ipynb #19ee1dda
 def _said(shares, name)->str: # what a page takes less of
     return f'; {says}' if (says := getattr(shares.get(name), 'says', '')) else ''
 
@@ -64,7 +65,8 @@ def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine, sh
         cost = price(ancestors(*at_preset(tuple(cells), PRESETS[name], shares)), engine).seconds.iloc[-1]
         also = _weights(cells) if name=='paper' else ''
         lines.append(f"- **{name}**: {PRESETS[name].says}{_said(shares, name)}. "
-                     f"`{_command(artefact, name, settings)}` needs {needs}{also}; about {duration(cost)} on this machine.")
+                     f"`{_command(artefact, name, settings)}` needs {needs}{also}; "
+                     f"about {duration(cost)} on this machine.")
     return '\n'.join(lines)
 
 # %% ../../nbs/reporting/60_announcing.ipynb #6e9e3f24

@@ -43,6 +43,12 @@ def as_named(
     return table.assign(dataset=table.dataset.str.replace('_jpeg|_resplit', '', regex=True))
 
 # %% ../../nbs/reporting/84_board.ipynb #d68b4a02
+def _keys(rows): # of the results behind rows, each once
+    found = rows.key.dropna().astype(str) if 'key' in rows else ()
+    return ' '.join(dict.fromkeys(' '.join(found).split()))
+def _span(n): # images, such as '100 to 10,000'
+    return ' to '.join(f'{v:,.0f}' for v in dict.fromkeys((n.min(), n.max()))) if len(n) else ''
+
 def ours_of(
     claim:Claim,
     runs:Mapping[str,pd.DataFrame], # variant -> tidy, the best first
@@ -59,13 +65,9 @@ def ours_of(
         behind = rows_behind(claim, table)
         n = behind.n.dropna() if 'n' in behind else pd.Series(dtype=float)
         judged = preset == claim.needs and holds is not None
-        keys = behind.key.dropna().astype(str) if 'key' in behind else ()
         return {'verdict': ('fails', 'holds')[holds] if judged else way.word, 'ours': way.numbers,
-                'share': way.share, 'variant': variant, 'key': ' '.join(dict.fromkeys(' '.join(keys).split())), 'n': _span(n)}
+                'share': way.share, 'variant': variant, 'key': _keys(behind), 'n': _span(n)}
     return {'verdict': 'not carried' if runs else 'not run', 'ours': lacks, 'variant': next(iter(runs), '')}
-
-def _span(n): # images, such as '100 to 10,000'
-    return ' to '.join(f'{v:,.0f}' for v in dict.fromkeys((n.min(), n.max()))) if len(n) else ''
 
 # %% ../../nbs/reporting/84_board.ipynb #2594c278
 SCORED = ('claim', 'document', 'artefact', 'sentence', 'reading', 'source', 'on_print', 'printed', 'ours',
@@ -91,12 +93,11 @@ def scored(
             (said, reading), (on, read), mine = quoted(c.text), on_its_own(c, own), ours_of(c, runs, scale,
                 others)
             at = folders.get(mine['variant'].partition(', ')[0])
+            parts = 'reports', where, scale, at.name if at and mine['variant'] != 'ours' else ''
             rows.append({'claim': c.id, 'document': document, 'artefact': artefact, 'sentence': said,
                          'reading': reading, 'source': c.source, 'on_print': on, 'printed': read, 'n': '',
                          'key': '', 'scale': scale if runs else '', 'needs': c.needs,
-                         'run': '/'.join(('reports', where, scale, at.name if mine['variant'] != 'ours'
-                                          else ''))
-                         .rstrip('/') if at else '', **mine})
+                         'run': '/'.join(filter(None, parts)) if at else '', **mine})
     said = {c: '' for c in SCORED if c != 'share'}
     return pd.DataFrame(rows).reindex(columns=list(SCORED)).fillna(said)
 
@@ -139,7 +140,8 @@ class Board:
                    'scale': r.scale or 'none'}, _cells(r, self.links)
     def _repr_markdown_(self):
         head = f"|{'|'.join(_SHOWN.values())}|\n|{':--|'*len(_SHOWN)}"
-        return '\n'.join([head, *(f"|{'|'.join(_markdown(*c) for c in its.values())}|" for _,its in self._each())])
+        rows = (f"|{'|'.join(_markdown(*c) for c in its.values())}|" for _,its in self._each())
+        return '\n'.join([head, *rows])
     def _repr_html_(self):
         def line(data, its):
             said = ' '.join(f'data-{k}="{html.escape(v)}"' for k,v in data.items())

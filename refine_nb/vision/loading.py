@@ -9,7 +9,6 @@ __all__ = ['data_names', 'data_place', 'load_data']
 import warnings
 from pathlib import Path
 import torch
-from torch import Tensor
 from ..base import choose, seeded
 from .images import Data, Split
 from .reading import cache_file, class_files, data_root, read_tree
