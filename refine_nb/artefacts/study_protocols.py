@@ -9,13 +9,14 @@ __all__ = ['toy']
 from dataclasses import replace
 
 from ..base import Cell, Robustness
-from ..runs import preset, scaled
+from ..runs import at_preset, preset
 from ..papers.dra import vanilla
+from ..papers.dra_tables import BRIEF
 
 # %% ../../nbs/study_protocols.ipynb #727eebd7
 def toy(
     cell:Cell|Robustness, # of `grid`, at a demo's scale
 )->Cell|Robustness:
     "The same of a small network that has learnt the digits, on fewer images where a survivor is dear"
-    small = replace(cell, recipe=scaled(vanilla(), preset('demo')))
+    small = replace(cell, recipe=at_preset(vanilla(), preset('demo'), BRIEF))
     return replace(small, n_eval=20) if isinstance(small, Robustness) else small

@@ -23,7 +23,9 @@ def catalogued()->dict[str,dict]: # id -> paper, shows, ready; in the catalogue'
         name = getattr(getattr(n, 'target', None) or getattr(n, 'targets', [None])[0], 'id', '')
         if name == '_TITLES': titles |= ast.literal_eval(n.value)
         if name == '_READY': ready |= ast.literal_eval(n.value)
-    return {i: {'paper': i.rpartition('_')[2], 'shows': t, 'ready': i in ready} for i,t in titles.items()}
+        if name == 'ACROSS': across = ast.literal_eval(n.value) # of no one paper
+    def paper(i): return '' if i in across else i.rpartition('_')[2]
+    return {i: {'paper': paper(i), 'shows': t, 'ready': i in ready} for i,t in titles.items()}
 
 # %% ../../nbs/command/10_pages.ipynb #d46289fc
 def _artefacts(names): # ids, checked

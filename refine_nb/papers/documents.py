@@ -13,7 +13,8 @@ import pandas as pd
 
 from ..reporting import ARTEFACTS, PAPERS, SCALES, Claim, published, scored, stored
 from . import (adcorda_tables, adcorda_text, dra_figures, dra_found, dra_text, mixture_study,
-                              mixture_tables, mixture_text, spat_claims, spat_figures_text, spat_study)
+                              mixture_tables, mixture_text, protocols_found, spat_claims, spat_figures_text,
+                              spat_study)
 
 # %% ../../nbs/papers/99_documents.ipynb #0435d783
 @dataclass(frozen=True)
@@ -48,11 +49,12 @@ def scoreboard()->pd.DataFrame: # a row a claim, as `scored` has it; the largest
 
 # %% ../../nbs/papers/99_documents.ipynb #d4d05ba8
 _ROOMS = (adcorda_tables, adcorda_text, spat_claims, spat_figures_text, spat_study, dra_figures, dra_found,
-          dra_text, mixture_tables, mixture_text, mixture_study)
+          dra_text, mixture_tables, mixture_text, mixture_study, protocols_found)
 # artefact -> what we found, from its tidy table
 FOUND = {a: f for room in _ROOMS for a,f in room.FOUND.items()}
 # for a document
-SPEAK = ('study_adcorda', 'study_spat', 'tab3_4_spat', 'study_dra', 'tab3_dra', 'tab1_mixture')
+SPEAK = ('study_adcorda', 'study_protocols', 'study_spat', 'tab3_4_spat', 'study_dra', 'tab3_dra',
+         'tab1_mixture')
 
 # %% ../../nbs/papers/99_documents.ipynb #2df76396
 def _many(n, what='sentence'): return f"{n} {what}{'' if n==1 else 's'}"

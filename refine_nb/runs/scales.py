@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from ..base import Adversarials, Call, Cell, Recipe, Robustness, Worst, call, choose, rewrite
 from ..vision import OwnImages, classifier, thin_names
 from ..refinement import Quantised
+from .given import Given
 
 # %% ../../nbs/runs/40_scales.ipynb #ece7ed22
 @dataclass(frozen=True)
@@ -115,9 +116,9 @@ def _few(spec, n): # the first n images at most, and of your own no more than th
 
 def rooted(
     spec, # whose images are looked at: a cell, or one on an int8 network
-)->Recipe:
-    "The recipe behind a spec: it names the data"
-    return spec if isinstance(spec, Recipe) else rooted(spec.recipe)
+)->Recipe|Given:
+    "The recipe behind a spec, or the network that was given: it names the data"
+    return spec if isinstance(spec, (Recipe, Given)) else rooted(spec.recipe)
 
 # %% ../../nbs/runs/40_scales.ipynb #0ef0a955
 def scaled(
