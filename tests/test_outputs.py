@@ -16,6 +16,15 @@ def test_outputs_are_of_this_code():
 def test_what_made_outputs_is_noted_of_every_notebook():
     assert not (new := unmarked()), f'{", ".join(new)} were not run in place: make notebooks'
 
+def test_outputs_say_nothing_of_the_machine():
+    "No environment, no folder of whoever ran them; and no warnings, which name such folders"
+    def told(path):
+        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+        return json.dumps([o for c in cells for o in c.get('outputs', ())])
+    words = ("'PATH': ", str(ROOT), sys.prefix, '/site-packages/', '"name": "stderr"')
+    found = {p.name: [w for w in words if w in (text := told(p))] for p in notebooks()}
+    assert not (bad := {k: v for k,v in found.items() if v}), bad
+
 def test_nothing_is_recorded_that_is_not_there():
     assert set(recorded()) <= {p.relative_to(ROOT/'nbs').as_posix() for p in notebooks()}
 
