@@ -14,6 +14,7 @@ from refine_nb.vision import classifier, load_data, own_images
 from refine_nb.training import fine_tune, sgd
 from refine_nb.command.main import _refine
 from refine_nb.command.own_networks import three_arms
+from toys import heeds_ctrl_c
 
 NETWORKS = '''import torch
 from torch import nn
@@ -35,7 +36,7 @@ def error(*args, status=1): # what is said, in one line
 def program(*args, **env):
     return subprocess.Popen([sys.executable, '-c', 'from refine_nb.command.main import main; main()', *args],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, **env})
+                            env={**os.environ, **env}, preexec_fn=heeds_ctrl_c)
 
 @pytest.fixture
 def pets(tmp_path, monkeypatch):

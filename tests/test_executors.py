@@ -15,7 +15,7 @@ from refine_nb.training import Engine
 from refine_nb.refinement import Correction, Quantised, adapt
 from refine_nb.runs import Store, Unmade, here, ray, workers
 from test_recovery import epochs, makers, quiet, same, until
-from toys import net, recipe
+from toys import heeds_ctrl_c, net, recipe
 
 HERE = Path(__file__).parent
 SP = call(salt_and_pepper, targeted=True, steps=50)
@@ -123,7 +123,7 @@ def begun(tmp_path, executor, gate):
             f"Store({str(tmp_path/'store')!r}, Engine(), every=0.).run(table(), executor={executor})")
     env = {**os.environ, 'TOY_LOG': str(tmp_path/'log'), 'TOY_GATE': f'1:{gate}', 'OMP_NUM_THREADS': '1'}
     p = subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT)
+                         stderr=subprocess.STDOUT, preexec_fn=heeds_ctrl_c)
     until(lambda: (tmp_path/'log').exists() and 1 in epochs(tmp_path/'log'), 200)
     return p
 

@@ -25,6 +25,9 @@ def images(*, n_train=128, split_seed=1): # -> Data
     return replace(data, train=Split(data.train.x+ink, data.train.y), fingerprint=data.fingerprint+'+'*ink)
 
 
+def heeds_ctrl_c(): # for a new process: a shell lets what it runs in the background ignore it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 def net(*, num_classes, width=8): # -> module
     "All that must survive a snapshot: weights, running statistics, dropout's draws"
     return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(.2),

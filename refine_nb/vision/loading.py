@@ -106,7 +106,7 @@ def load_data(
     download:bool=False,     # let torchvision fetch what is missing
 )->Data:                     # three parts, on the CPU
     "Load a data set, split it, and take its fingerprint"
-    if name=='folder': name = own_images(_given(root))
+    if isinstance(name, str) and name=='folder': name = own_images(_given(root))
     own = isinstance(name, OwnImages)
     if not own: choose(name, data_names, 'data set')
     parts,names = ((read_own(name, size), name.classes) if own
