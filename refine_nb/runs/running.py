@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from fastcore.basics import patch
 
-from ..base import Spec, bar, run_wishes, time_budget
+from ..base import Spec, bar, number, run_wishes, time_budget
 from .attempts import here
 from .budgets import fits, priced, whats_left
 from .clusters import ray
@@ -94,6 +94,10 @@ def _executor(wishes): # that the environment wishes
     if wishes['on'] == 'ray': return ray(at_most=wishes['workers'])
     return workers(wishes['workers']) if wishes['workers'] else here()
 
+def _seconds(budget): # None: no end
+    if budget is None: return math.inf
+    return time_budget(budget) if isinstance(budget, str) else number('budget', budget, above=0)
+
 # %% ../../nbs/runs/60_running.ipynb #fc92e480
 @patch
 def run(self:Store,
@@ -103,8 +107,8 @@ def run(self:Store,
 )->list[Spec]:                   # what is left to be made: none without a budget
     "Make what is missing for `specs`, with a bar; `Unmade` names what could not be made by others"
     specs, wishes = list(specs), run_wishes()
-    budget, executor = budget or wishes['budget'] or math.inf, executor or _executor(wishes)
-    before, self.until = self.until, Until(time_budget(budget) if isinstance(budget, str) else budget)
+    before, self.until = self.until, Until(_seconds(wishes['budget'] if budget is None else budget))
+    executor = executor or _executor(wishes)
     try:
         with terminated(self.until): return _run(self, specs, executor)
     finally: self.until = before
