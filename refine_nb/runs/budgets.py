@@ -10,16 +10,15 @@ import math
 
 from ..base import Recipe, Robustness, Spec
 from ..training import Engine
-from .prices import SIZES, cost, duration
+from .prices import cost, duration, priceable
 
 # %% ../../nbs/runs/52_budgets.ipynb #03ff7008
 def priced(
     spec:Spec,
     engine:Engine=Engine(),
-)->float|None:     # seconds; None where the images are not of `SIZES`
+)->float|None:     # seconds; None where it is not known how many images there are
     "`cost` of one run, or None where it cannot be known"
-    data = getattr(spec, 'recipe', spec).data
-    return cost(spec, engine) if data.all_settings.get('name') in SIZES else None
+    return cost(spec, engine) if priceable(spec) else None
 
 # %% ../../nbs/runs/52_budgets.ipynb #fe816dc7
 def fits(

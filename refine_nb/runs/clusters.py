@@ -10,10 +10,10 @@ import logging, os, sys
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..base import Recipe, Spec
+from ..base import Spec
 from ..training import Engine
 from .attempts import Setting, tried
-from .prices import SIZES, speed
+from .prices import speed_of, priceable
 from .stopping import Until
 from .store import Store
 
@@ -36,13 +36,7 @@ _BRIEF = 2e-4 # seconds an image in steps of 16, about 3 ms a step: the launches
 
 def _gpu_share(spec:Spec, engine:Engine)->float:
     if not engine.device.startswith('cuda'): return 0.
-    recipe = getattr(spec, 'recipe', spec)
-    while not isinstance(recipe, Recipe): recipe = recipe.recipe
-    name = recipe.data.all_settings.get('name')
-    if name not in SIZES: return 1.
-    *_, K, (C,H,W) = SIZES[name]; size = recipe.data['size']
-    model = recipe.model.all_settings.get('base', recipe.model)
-    return .25 if speed(model, (C,size,size) if size else (C,H,W), K, engine)['train'] < _BRIEF else 1.
+    return .25 if priceable(spec) and speed_of(spec, engine)['train'] < _BRIEF else 1.
 
 # %% ../../nbs/runs/58_clusters.ipynb #1e18d904
 class _UnderWay:
