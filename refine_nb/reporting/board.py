@@ -22,7 +22,7 @@ from .direction import drawn, rows_behind, weigh
 
 # %% ../../nbs/reporting/84_board.ipynb #2051a0ad
 VERDICT_MARKS = {'holds': '🟦', 'with': '🔹', 'undecided': '⬜', 'against': '🔸', 'fails': '🟧', 'not run': '▫️',
-            'not carried': '▫️'}                   # verdict on ours -> mark
+                 'not carried': '▫️'} # verdict on ours -> mark
 PRINT_MARKS = {'holds': '🟦', 'fails': '🟧', 'stands in the text only': '⬜', 'cannot be read from it': '▫️'}
 
 # %% ../../nbs/reporting/84_board.ipynb #19bae1c4
@@ -71,8 +71,7 @@ def ours_of(
 
 # %% ../../nbs/reporting/84_board.ipynb #2594c278
 SCORED = ('claim', 'document', 'artefact', 'sentence', 'reading', 'source', 'on_print', 'printed', 'ours',
-          'n',
-           'share', 'scale', 'variant', 'needs', 'verdict', 'run', 'key')
+          'n', 'share', 'scale', 'variant', 'needs', 'verdict', 'run', 'key')
 
 # %% ../../nbs/reporting/84_board.ipynb #2c6cc82c
 def scored(
@@ -90,8 +89,8 @@ def scored(
         others = {v: drawn(as_named(t)) for v,t in runs.items()}
         folders = {s.variant or 'ours': s.folder for s in stored(where) if s.preset==scale}
         for c in its:
-            (said, reading), (on, read), mine = quoted(c.text), on_its_own(c, own), ours_of(c, runs, scale,
-                others)
+            (said, reading), (on, read) = quoted(c.text), on_its_own(c, own)
+            mine = ours_of(c, runs, scale, others)
             at = folders.get(mine['variant'].partition(', ')[0])
             parts = 'reports', where, scale, at.name if at and mine['variant'] != 'ours' else ''
             rows.append({'claim': c.id, 'document': document, 'artefact': artefact, 'sentence': said,
@@ -103,15 +102,16 @@ def scored(
 
 # %% ../../nbs/reporting/84_board.ipynb #791a9f75
 _SHOWN = {'claim': 'claim', 'document': 'document', 'sentence': 'sentence', 'on_print': 'on print',
-         'printed': 'printed', 'ours': 'ours', 'scale': 'scale', 'verdict': 'verdict', 'run': 'run'}
+          'printed': 'printed', 'ours': 'ours', 'scale': 'scale', 'verdict': 'verdict', 'run': 'run'}
 SCALES = (*list(PRESETS)[:0:-1], '') # the largest first; '' is none
 
 def _cells(r, links): # column -> what it says, where that leads, what stands below it
     ours = '' if r.verdict == 'not run' else r.ours
+    printed = '' if r.on_print == 'cannot be read from it' else r.printed # it says what is lacking
     beside = ' '.join(filter(None, (f'Read: {r.reading}.' if r.reading else '', r.source)))
     return {'claim': (r.claim, f'{links}nbs/{r.artefact}.ipynb', ''),
             'document': (PAPERS[r.document].short, '', ''), 'sentence': (r.sentence, '', beside),
-            'on_print': (f'{PRINT_MARKS[r.on_print]} {r.on_print}', '', ''), 'printed': (r.printed, '', ''),
+            'on_print': (f'{PRINT_MARKS[r.on_print]} {r.on_print}', '', ''), 'printed': (printed, '', ''),
             'ours': (ours, '', f'n = {r.n}' if r.n else ''), 'scale': (r.scale or 'none', '', r.variant),
             'verdict': (f'{VERDICT_MARKS[r.verdict]} {r.verdict}', '', ''),
             'run': (r.run.removeprefix('reports/'), f'{links}{r.run}/table.md' if r.run else '', r.key)}

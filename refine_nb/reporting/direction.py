@@ -24,11 +24,10 @@ def other_images(
     if {'accuracy','n'} <= set(t):
         p, n = t.accuracy.to_numpy(float)/100, t.n.to_numpy(float, na_value=np.nan)
         known = (p >= 0) & (p <= 1) & (n > 0)
-        drawn = 100*rng.binomial(np.where(known, n, 1).astype(int), np.where(known, p, 0))/np.where(known, n,
-            1)
-        first = {}                     # the same number of the same run has been drawn before
-        moved = np.array([first.setdefault(w, d) for w,
-                          d in zip(zip(t.get('key', t.index), p, n), drawn)])-100*p
+        images = np.where(known, n, 1)
+        drawn = 100*rng.binomial(images.astype(int), np.where(known, p, 0))/images
+        first, who = {}, zip(t.get('key', t.index), p, n) # the same number of the same run is drawn once
+        moved = np.array([first.setdefault(w, d) for w,d in zip(who, drawn)])-100*p
         for c in {'accuracy','low','high'} & set(t): t[c] += np.where(known, moved, 0)
     if {'difference','low','high'} <= set(t):
         t['difference'] += rng.standard_normal(len(t))*(t.high-t.low).fillna(0)/3.92
