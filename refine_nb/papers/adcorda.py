@@ -95,7 +95,7 @@ def protocol_of(
     "The second stage that goes with a baseline"
     if 'weights' in base.model.all_settings and base.model['weights']=='places365':
         return Protocol(1e-4, 64, 1/2)
-    wide = base.model['name']=='efficientnet_v2_m' and base.data['name']=='cifar100'
+    wide = base.model.all_settings.get('name')=='efficientnet_v2_m' and base.data['name']=='cifar100'
     return Protocol(1e-3, 32 if wide else 16, CORAL_WEIGHT[_weighed_as(base.data['name'])])
 
 # %% ../../nbs/papers/00_adcorda.ipynb #5ce69ac9

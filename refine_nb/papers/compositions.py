@@ -9,10 +9,8 @@ __all__ = ['ATTACK', 'DYNAMIC', 'WORDS', 'of_mixture', 'after', 'documented', 'c
 from dataclasses import replace
 
 from ..base import Recipe, call
-from ..vision import operated
 from ..attacks import dra, pgd
-from ..training import adversarial_training, advprop, als_trades, sgd
-from ..refinement import Correction, adapt
+from ..training import adversarial_training, advprop, als_trades
 from . import adcorda, dra as dra_document, mixture, spat
 
 # %% ../../nbs/papers/88_compositions.ipynb #41a6b246
@@ -37,16 +35,10 @@ def of_mixture(
 
 # %% ../../nbs/papers/88_compositions.ipynb #300f1796
 def after(
-    base:Recipe,       # a trained network of any method
-    weight:float=1/750,# lambda of CORAL, AdCorDA's on CIFAR-10
+    base:Recipe, # a trained network of any method
 )->Recipe:
     "AdCorDA after any training: 20 epochs from its network on images corrected for it (AdCorDA, section 4)"
-    source = Correction(base, adcorda.ATTACKS['DDN'], 'float32')
-    method = call(adapt, source=source, augment=base.method['augment'], coral_weight=weight,
-                  pairing='independent')
-    return replace(base, method=method, optimiser=call(sgd, lr=1e-3, momentum=.9, weight_decay=1e-4),
-                   epochs=20,
-                   batch_size=16, schedule=None, init=base)
+    return replace(adcorda.refined(base, 'DDN'), schedule=None)
 
 # %% ../../nbs/papers/88_compositions.ipynb #ab69c3ac
 def documented(
@@ -65,8 +57,7 @@ def composed(
 )->dict[str,Recipe]: # name -> recipe
     "What no document tried"
     made = {r: spat.trained(r, dataset, seed, model=model) for r in ('TRADES','SPAT')}
-    smooth = call(operated, base=made['TRADES'].model, norms='single', relu='straight', alpha=10.,
-                  where='both')
+    smooth = mixture.network('SAT', model=model)
     def with_(r, **parts): return replace(made[r], method=made[r].method.but(**parts))
     return {'AdCorDA after SPAT': after(made['SPAT']), 'DRA inside TRADES': with_('TRADES', attack=DYNAMIC),
             'DRA inside SPAT': with_('SPAT', attack=DYNAMIC),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base import choose, number
-from .losses import _check, ce, trades
+from .losses import _check, _robust_term
 
 # %% ../../nbs/training/10_label_smoothing.ipynb #a932a1f7
 TIES = ('next', 'one_hot', 'overwrite') # where the least likely class is the true one
@@ -71,4 +71,4 @@ def als_trades(
     beta:float=6.,  # weight of robustness, >= 0
 )->Tensor:          # [B], >= 0
     "ALS on the clean images, plus the divergence of TRADES (ours)"
-    return als(z, y, alpha=alpha) + trades(z, z_adv, y, beta=beta) - ce(z, y)
+    return als(z, y, alpha=alpha) + _robust_term(z, z_adv, y, 1., beta)
