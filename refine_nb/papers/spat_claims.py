@@ -11,6 +11,7 @@ __all__ = ['ATTACKS', 'TAB2', 'TAB4', 'TAB3', 'TAB5', 'TAB6', 'FULL', 'ONLY_R', 
 import pandas as pd
 
 from ..reporting import Claim, Missing, cell, published
+from .mixture_text import found_claims
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #b50ad7ac
 ATTACKS = ('fgsm', 'pgd_20', 'pgd_100', 'mim_20', 'fab', 'cw_linf', 'autoattack') # of Table 3.4
@@ -223,4 +224,5 @@ def found_corrupted(
 
 FOUND = {'tab3_2_spat': found_white, 'tab3_3_spat': found_black, 'tab3_4_spat': found_white,
          'tab3_5_spat': found_black, 'tab3_6_spat': found_sweep, 'tab3_7_spat': found_parts,
-         'tab3_8_spat': found_normal, 'tab3_9_spat': found_corrupted} # artefact -> what we found
+         'tab3_8_spat': found_normal, 'tab3_9_spat': found_corrupted,
+         'claims_spat': found_claims} # artefact -> what we found
