@@ -138,7 +138,8 @@ def _evaluate(network, data, eps, attacks, autoattack, as_json, **given):
 
     Example: refine evaluate mine:network ~/pets --eps 8/255 --autoattack"""
     net,name,x,y = _given(network, data, **given)
-    notes = [f'{len(y)} images of {name}, eps = {eps:.4g}; intervals are 95 %, over images.']
+    part = 'all of them' if given['every'] else 'of the part that is tested on: --every takes all'
+    notes = [f'{len(y)} images of {name} ({part}), eps = {eps:.4g}; intervals are 95 %, over images.']
     if not autoattack: notes.append('Without --autoattack the worst case is an upper bound of robustness.')
     report_rows(robustness_of(net, x, y, eps, attacks, autoattack), as_json, notes, eps=eps, data=name)
 

@@ -125,6 +125,7 @@ def _plan(artefacts, preset, given, as_json):
         if sheet is None or not sheet.cells: drawn.append(a); continue
         store = sheet.store; todo |= dict.fromkeys(store.plan(sheet.cells))
     rows = price(list(todo), store.engine).to_dict('records') if todo else []
+    if not as_json: rows = [{k: v for k,v in r.items() if k != 'seconds'} for r in rows] # said as a time
     notes = [f'{a} is computed when it is run, or looks at what others made: nothing to plan.' for a in drawn]
     if not todo and store: notes.append('All of it is in the store: nothing to make.')
     report_rows(rows, as_json, notes)
