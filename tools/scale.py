@@ -9,7 +9,7 @@ from pathlib import Path
 
 from refine_nb.base import ancestors, commit, device_name, whole
 from refine_nb.training import engine
-from refine_nb.runs import duration, priced, scaled, scaling, tasks, weights_of_ways
+from refine_nb.runs import at_preset, duration, priced, scaling, tasks, weights_of_ways
 from refine_nb.reporting import ARTEFACTS, Sheet, leaves
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
@@ -22,9 +22,9 @@ def wants(name, preset):
     "What a page asks for at a preset; nothing where it runs nothing"
     cells = json.loads((NBS/f'{name}.ipynb').read_text(encoding='utf-8'))['cells']
     space, found = {'__name__': f'page_{name}'}, []
-    def ask(self, wanted, demo=None, instead=None):
+    def ask(self, wanted, shares={}, instead=None):
         all_of = leaves(wanted if instead is None else instead)
-        found.extend(scaled(s, self.p.preset) for s in all_of); raise Asked
+        found.extend(at_preset(s, self.p.preset, shares) for s in all_of); raise Asked
     real, Sheet.ask = Sheet.ask, ask
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
