@@ -18,22 +18,15 @@ from refine_nb.vision import classifier, load_data
 from refine_nb.attacks import ce, kl_pgd, pgd
 from refine_nb.training import (Diverged, Engine, adversarial, adversarial_training, cosine, halves,
                                 piecewise, sgd, trades, train_epoch)
-from refine_nb.runs import Store
-from toys import Worker, net, recipe, work
+from refine_nb.runs import timeless
+from toys import Worker, net, quiet, recipe, work
 
 PGD, KL = call(pgd, eps=.1, step_size=.02, steps=3), call(kl_pgd, eps=.1, step_size=.02, steps=3)
 RUN = recipe(method=call(adversarial_training, attack=KL, objective=call(trades, beta=2.)),
              schedule=call(cosine, warmup=.1), clip=2., robust=PGD, n_robust=40, select='last')
-TIMES = {'images_per_second', 'seconds'}
 
 
-def quiet(root, every=0.): return Store(root, Engine(), quiet=True, every=every)
 def drawn(seed=5): return torch.Generator().manual_seed(seed)
-
-def numbers(value):
-    "A result without its times"
-    if isinstance(value, dict): return {k: numbers(v) for k,v in value.items() if k not in TIMES}
-    return [numbers(v) for v in value] if isinstance(value, list) else value
 
 @pytest.fixture
 def batch():
@@ -170,7 +163,7 @@ def test_killed(peace, tmp_path, n):
     assert (Worker(said, work, root, RUN, kill=(n, root/'running'/key(RUN))).end()
             == -signal.SIGKILL), said.read_text()
     a, b = quiet(root).get(RUN), quiet(peace).get(RUN)
-    assert numbers(a.result) == numbers(b.result)
+    assert timeless(a.result) == timeless(b.result)
     x, y = a.tensors(), b.tensors()
     assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 

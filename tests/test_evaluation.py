@@ -19,8 +19,8 @@ from refine_nb.evaluation import (EVAL_BATCH, Outcome, adversarial_images, class
                                   survivors, verdicts, wilson)
 from refine_nb.runs import PRESETS, images, scaled, write_entry
 from refine_nb.papers.adcorda import baseline
-from test_recovery import DAMAGE, flip, entries, quiet, same
-from toys import Worker, recipe, work
+from test_recovery import DAMAGE, flip, entries
+from toys import Worker, quiet, recipe, same, work
 
 SOURCE, LEFT, RIGHT = recipe(seed=7, epochs=1), recipe(epochs=1), recipe(seed=2, epochs=1)
 CALLS = []                                       # what `spoil` was called with in this process

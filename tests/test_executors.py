@@ -14,8 +14,8 @@ from refine_nb.attacks import pgd, salt_and_pepper
 from refine_nb.training import Engine
 from refine_nb.refinement import Correction, Quantised, adapt
 from refine_nb.runs import Store, Unmade, here, ray, workers
-from test_recovery import epochs, makers, quiet, same, until
-from toys import heeds_ctrl_c, net, recipe
+from test_recovery import epochs, makers, until
+from toys import heeds_ctrl_c, net, quiet, recipe, same
 
 HERE = Path(__file__).parent
 SP = call(salt_and_pepper, targeted=True, steps=50)

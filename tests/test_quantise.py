@@ -14,12 +14,11 @@ from torch.testing import assert_close
 from refine_nb.base import Cell, Recipe, call, key
 from refine_nb.attacks import attacking, bih, salt_and_pepper
 from refine_nb.evaluation import predict, verdicts
-from refine_nb.training import Engine
 from refine_nb.refinement import (BACKENDS, Correction, Int8, Quantised, Simulation, StraightThrough, adapt,
                                   calibrate, integers, prepared, quantise, restored, through_int8)
-from refine_nb.runs import PRESETS, Store, scaled
+from refine_nb.runs import PRESETS, scaled
 from refine_nb.papers.adcorda import baseline, control_int8, refined_int8
-from toys import Worker, images, net, recipe, teach, work
+from toys import Worker, images, net, quiet, recipe, teach, work
 
 HERE = [b for b in torch.backends.quantized.supported_engines if b in BACKENDS]
 # without it oneDNN's int8 sums saturate: torch warns
@@ -28,7 +27,6 @@ BASE = recipe()
 SP = call(salt_and_pepper, targeted=True, steps=50)
 
 
-def quiet(root, every=0.): return Store(root, Engine(), quiet=True, every=every)
 
 def int8(attack=SP):
     "A corrected set of the int8 network, and the adaptation from it through int8"

@@ -15,32 +15,15 @@ from refine_nb.attacks import salt_and_pepper
 from refine_nb.training import Diverged, Engine
 from refine_nb.refinement import Correction, adapt
 from refine_nb.runs import Store
-from toys import Worker, growing_net, read, recipe, teach, tied_net, work
+from toys import Worker, growing_net, quiet, read, recipe, same, teach, tied_net, work
 
 RUN, SP = recipe(), call(salt_and_pepper, targeted=True, steps=50)
-TIMES = {'images_per_second', 'seconds'}
 
-
-def quiet(root, every=0.): return Store(root, Engine(), quiet=True, every=every)
 
 def refined():
     "A correction by attack, and the adaptation from it"
     return replace(RUN, init=RUN, method=call(adapt, source=Correction(RUN, SP), coral_weight=.1),
                    epochs=2, batch_size=16)
-
-def numbers(value):
-    "A result without its times"
-    if isinstance(value, dict): return {k: numbers(v) for k,v in value.items() if k not in TIMES}
-    return [numbers(v) for v in value] if isinstance(value, list) else value
-
-def same(root, other, spec):
-    "Whether two stores hold the same bits and, but for times, the same numbers"
-    a, b = (quiet(r).get(spec, make=False) for r in (root, other))
-    assert a is not None and b is not None, 'an entry is not there'
-    assert numbers(a.result) == numbers(b.result)
-    x, y = a.tensors(), b.tensors()
-    assert x.keys() == y.keys() and all(x[k].dtype == y[k].dtype and torch.equal(x[k], y[k]) for k in x)
-    return True
 
 def entries(root):
     return sorted(str(p.parent.relative_to(root)) for p in Path(root).glob('*/*/record.json')

@@ -9,7 +9,7 @@ from torch import nn
 from refine_nb.base import Recipe, call
 from refine_nb.vision import Split, load_data
 from refine_nb.training import Engine, fine_tune, sgd
-from refine_nb.runs import Store
+from refine_nb.runs import Store, timeless
 
 # What a toy run does beside its work is told by the environment, so that its key is that of a quiet run:
 # TOY_LOG=<file>     a line 'pid epoch' is added where an epoch starts
@@ -24,6 +24,17 @@ def images(*, n_train=128, split_seed=1): # -> Data
     data, ink = load_data('digits', n_train=n_train, split_seed=split_seed), int(os.environ.get('TOY_INK', 0))
     return replace(data, train=Split(data.train.x+ink, data.train.y), fingerprint=data.fingerprint+'+'*ink)
 
+
+def quiet(root, every=0.): return Store(root, Engine(), quiet=True, every=every)
+
+def same(root, other, spec):
+    "Whether two stores hold the same bits and, but for times, the same numbers"
+    a, b = (quiet(r).get(spec, make=False) for r in (root, other))
+    assert a is not None and b is not None, 'an entry is not there'
+    assert timeless(a.result) == timeless(b.result)
+    x, y = a.tensors(), b.tensors()
+    assert x.keys() == y.keys() and all(x[k].dtype == y[k].dtype and torch.equal(x[k], y[k]) for k in x)
+    return True
 
 def heeds_ctrl_c(): # for a new process: a shell lets what it runs in the background ignore it
     signal.signal(signal.SIGINT, signal.SIG_DFL)

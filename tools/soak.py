@@ -15,12 +15,10 @@ import torch
 
 from refine_nb.base import Cell, Robustness, ancestors, call, commit, device_name, whole
 from refine_nb.attacks import pgd, salt_and_pepper
-from refine_nb.training import Engine
 from refine_nb.refinement import Correction, Quantised, adapt
-from refine_nb.runs import Store, here
-from toys import Worker, recipe
+from refine_nb.runs import here
+from toys import Worker, quiet, recipe, same
 
-TIMES = {'seconds', 'images_per_second'}
 BASE = recipe()
 SUBJECTS = {
     'a table': [Cell(replace(BASE, init=BASE, epochs=2, batch_size=16, method=call(
@@ -30,24 +28,15 @@ SUBJECTS = {
     'int8': [Cell(Quantised(recipe(seed=3), n_calibrate=50))]}
 
 
-def quiet(root, every=0.): return Store(root, Engine(), quiet=True, every=every)
 def make(root, specs, back=0.):
     "In a process of its own, which may be killed; its clock may be `back` by some seconds"
     if back: real = time.time; time.time = lambda: real()-back
     quiet(root).run(specs, executor=here())
 
-def numbers(v):
-    if isinstance(v, dict): return {k: numbers(x) for k,x in v.items() if k not in TIMES}
-    return [numbers(x) for x in v] if isinstance(v, list) else v
-
-def same(root, other, specs):
+def alike(root, other, specs):
     "The same numbers, and the same tensors bit for bit"
-    for s in ancestors(*specs):
-        a, b = (quiet(r).get(s, make=False) for r in (root, other))
-        if a is None or b is None or numbers(a.result) != numbers(b.result): return False
-        x, y = a.tensors(), b.tensors()
-        if x.keys() != y.keys() or not all(torch.equal(x[k], y[k]) for k in x): return False
-    return True
+    try: return all(same(root, other, s) for s in ancestors(*specs))
+    except AssertionError: return False
 
 def stamps(root): return {p: p.stat().st_mtime_ns for p in Path(root).glob('*/*/record.json')}
 def leftovers(root):
@@ -69,10 +58,10 @@ def kills(scratch, peace, specs, n, draw):
         now = stamps(root) if root.exists() else {}
         found['made again'] += sum(now.get(p) != t for p,t in before.items()); before = now
         if w.process.exitcode == 0:
-            found['ended well'] += 1; found['wrong'] += not same(peace, root, specs)
+            found['ended well'] += 1; found['wrong'] += not alike(peace, root, specs)
             shutil.rmtree(root); before = {}
     Worker(said, make, root, specs).end(600)
-    quiet(root); found['wrong'] += not same(peace, root, specs); found['leftovers'] += len(leftovers(root))
+    quiet(root); found['wrong'] += not alike(peace, root, specs); found['leftovers'] += len(leftovers(root))
     shutil.rmtree(root)
     return dict(found)
 
@@ -85,7 +74,7 @@ def at_once(scratch, peace, specs, n=4):
     Worker(scratch/'said', make, scratch/'alone', specs, env={'TOY_LOG': str(log)+'1'}).end(600)
     wanted = len((scratch/'log1').read_text().splitlines())
     return {'processes': n, 'errors': sum(e != 0 for e in ends), 'made again': len(lines)-wanted,
-            'that trained': len({pid for pid,_ in lines}), 'wrong': int(not same(peace, root, specs)),
+            'that trained': len({pid for pid,_ in lines}), 'wrong': int(not alike(peace, root, specs)),
             'leftovers': len(leftovers(root))}
 
 
@@ -111,7 +100,7 @@ def asked_again(root, peace, specs):
         except (OSError, ValueError) as e: # of its format, or a file that may not be read: a person decides
             return 'refused with a sentence' if str(root) in str(e) else 'errors'
         except Exception as e: print(repr(e)); return 'errors'
-    return 'whole' if same(peace, root, specs) else 'wrong'
+    return 'whole' if alike(peace, root, specs) else 'wrong'
 
 def damages(scratch, peace, specs, n, draw):
     "Harm a random file of a store in a random way, then ask for all: the same bits, or a sentence"
@@ -136,7 +125,7 @@ def short_of_room(scratch, peace, specs, n, draw):
         said = Path(os.devnull) if limit < 2000 else scratch/'said' # its output does not fit either
         code = Worker(said, limited, root, specs, limit).end(600)
         found['full disks'] += 1; found['errors'] += code not in (0, 1)
-        Worker(scratch/'said', make, root, specs).end(600); found['wrong'] += not same(peace, root, specs)
+        Worker(scratch/'said', make, root, specs).end(600); found['wrong'] += not alike(peace, root, specs)
         shutil.rmtree(root, ignore_errors=True)
     return dict(found)
 
@@ -164,7 +153,7 @@ def clock_back(scratch, peace, specs):
     root = scratch/'clock'
     w = Worker(scratch/'said', make, root, specs); w.process.join(1.); w.process.kill(); w.process.join()
     code = Worker(scratch/'said', make, root, specs, back=86400.).end(600)
-    return {'clocks set back': 1, 'errors': int(code != 0), 'wrong': int(not same(peace, root, specs))}
+    return {'clocks set back': 1, 'errors': int(code != 0), 'wrong': int(not alike(peace, root, specs))}
 
 
 # ---- the report --------------------------------------------------------------------------------------------

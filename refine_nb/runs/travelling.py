@@ -15,7 +15,7 @@ from safetensors.torch import load
 
 from ..base import Adversarials, Recipe, ancestors, key, whole
 from ..refinement import Correction, Quantised
-from .entry import FORMAT, NUMBERS_ONLY, Damaged, _put, _record, writing
+from .entry import FORMAT, NUMBERS_ONLY, Damaged, _put, _record, writing, timeless
 from .store import Store
 
 # %% ../../nbs/runs/62_travelling.ipynb #a1665cb5
@@ -112,16 +112,10 @@ def _records(tar, members, files)->dict[str,dict]: # folder of an entry -> its r
     return found
 
 # %% ../../nbs/runs/62_travelling.ipynb #da3ac871
-_TIMES = 'seconds', 'images_per_second'
-
-def _numbers(value): # without times
-    if isinstance(value, dict): return {k: _numbers(v) for k,v in value.items() if k not in _TIMES}
-    return [_numbers(v) for v in value] if isinstance(value, list) else value
-
 def _compared(store:Store, folder:str, record:dict)->str: # 'new', 'there' or 'different'
     try: mine = _record((store.root/folder/'record.json').read_bytes(), folder.rpartition('/')[2])
     except (OSError, Damaged): return 'different' if (store.root/folder).exists() else 'new'
-    same = [_numbers(r['result']) for r in (mine, record)]
+    same = [timeless(r['result']) for r in (mine, record)]
     return 'there' if same[0] == same[1] and mine['tensors'] == record['tensors'] else 'different'
 
 def _keep(store, folder, raws):
