@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import PIL.Image
 import pandas as pd
 from fastcore.basics import patch
+from pandas.api.types import is_numeric_dtype
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
@@ -220,8 +221,9 @@ def show(self:Sheet,
                       (*notes, *_images(self.ours), *_marks(self.ours), *self.title.notes))
 
 def _images(table)->tuple[str,...]: # how many, where it is the same number in all rows
-    if table is None or 'n' not in table or table.n.nunique(dropna=False) != 1: return ()
-    return (f'n = {table.n.iloc[0]:,.0f} test images; intervals are over images.',)
+    n = getattr(table, 'n', None) # a span of text on the scoreboard, '500 to 1,000'
+    if n is None or not is_numeric_dtype(n) or n.nunique(dropna=False) != 1: return ()
+    return (f'n = {n.iloc[0]:,.0f} test images; intervals are over images.',)
 
 # %% ../../nbs/reporting/70_sheet.ipynb #819dc4ef
 @patch
