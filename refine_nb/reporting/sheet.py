@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import PIL.Image
 import pandas as pd
 from fastcore.basics import patch
-from pandas.api.types import is_numeric_dtype
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
@@ -222,7 +221,7 @@ def show(self:Sheet,
 
 def _images(table)->tuple[str,...]: # how many, where it is the same number in all rows
     n = getattr(table, 'n', None) # a span of text on the scoreboard, '500 to 1,000'
-    if n is None or not is_numeric_dtype(n) or n.nunique(dropna=False) != 1: return ()
+    if n is None or not pd.api.types.is_numeric_dtype(n) or n.nunique(dropna=False) != 1: return ()
     return (f'n = {n.iloc[0]:,.0f} test images; intervals are over images.',)
 
 # %% ../../nbs/reporting/70_sheet.ipynb #819dc4ef
