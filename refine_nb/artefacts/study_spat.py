@@ -8,26 +8,10 @@ __all__ = ['tidy', 'view', 'picture']
 # %% ../../nbs/study_spat.ipynb #aeba3175
 import matplotlib.pyplot as plt
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
-from ..base import key, seeded
-from ..vision import to_input
-from ..evaluation import audit
 from ..reporting import figure_style, marked, measured, method_style
-from ..papers.spat_study import LONG, NAMED, leads
-
-# %% ../../nbs/study_spat.ipynb #2efa19aa
-def _audited(cells, store, n, seed): # rows of the audit of each network
-    data = store.data(cells['SPAT']['clean'].recipe.data)
-    x, y = (t.to(store.engine.device) for t in (to_input(data.test.x[:n], data.size), data.test.y[:n]))
-    for name in ('SPAT','TRADES'):
-        pair = (name, 'TRADES' if name=='SPAT' else 'SPAT')
-        model, other = (store.model(cells[k]['clean'].recipe) for k in pair)
-        found = audit(model, x.contiguous(memory_format=torch.channels_last), y, n=len(y), surrogate=other,
-                      attack=cells[name]['x1'].attack, eps=cells[name]['x1'].attack['eps'],
-                      generator=seeded(seed, 'audit'))
-        yield found.table().assign(part='audit', method=name, n=len(y), key=key(cells[name]['clean']))
+from ..papers.spat_study import LONG, NAMED, audits, leads
 
 # %% ../../nbs/study_spat.ipynb #5b11700d
 def tidy(
@@ -38,7 +22,8 @@ def tidy(
     "What the networks answer, tidy"
     acc = pd.DataFrame([{'part': 'accuracy', 'method': k, 'attack': a, **measured([c], store)}
                         for k,row in cells.items() for a,c in row.items()]).drop(columns='std')
-    parts = [acc, leads(cells, store).assign(part='lead'), *_audited(cells, store, n_audit, seed)]
+    parts = [acc, leads(cells, store).assign(part='lead'),
+             audits(cells, store, 'x1', ('SPAT','TRADES'), n_audit, seed).assign(part='audit')]
     found = store.get(cells['SPAT']['autoattack'], make=False).result['label'] # less is not called so
     words = NAMED | {'autoattack': found.removesuffix(' (standard)')}
     return pd.concat(parts, ignore_index=True).assign(label=lambda t: t.attack.map(words).fillna(''))

@@ -8,7 +8,7 @@ __all__ = ['RUNTIME', 'Call', 'public_name', 'call', 'canonical', 'key', 'seeded
 # %% ../../nbs/base/05_calls.ipynb #16b6fa29
 import hashlib, importlib, inspect, json, math
 from dataclasses import dataclass, fields, is_dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Callable
 from weakref import WeakKeyDictionary
 
@@ -25,16 +25,26 @@ def _function(dotted:str)->Callable: # the function that a dotted name stands fo
     module, _, name = dotted.rpartition('.')
     return getattr(importlib.import_module(module), name)
 
-_read = WeakKeyDictionary() # function -> its code and defaults when it was read, its settings
+class _Signature:
+    "What `call` asks of a function"
+    def __init__(self, fn):
+        all_ = [p for p in inspect.signature(fn).parameters.values()
+                if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self.settings = {p.name: p.default for p in all_ if p.name not in RUNTIME} # or `Parameter.empty`
+        self.inputs = {p.name for p in all_ if p.default is p.empty}
+        self.passed = set() # settings that its border has let through
+    @cached_property
+    def defaults(self)->dict: # by name, as settings
+        return {k: _coerce(k, v, v) for k,v in self.settings.items() if v is not inspect.Parameter.empty}
 
-def _parameters(fn:Callable)->dict:
-    "Keyword-able parameters that are settings: name -> default (or `inspect.Parameter.empty`)"
+# %% ../../nbs/base/05_calls.ipynb #1ded5135
+_read = WeakKeyDictionary() # function -> its code and defaults when it was read, its signature
+
+def _signature(fn:Callable)->_Signature:
+    "Read a function once for as long as it is the same"
     made_of = [getattr(inspect.unwrap(fn), a, None) for a in ('__code__', '__defaults__', '__kwdefaults__')]
-    was, known = _read.get(fn, (None, {}))
-    if was and all(a is b for a,b in zip(was, made_of)): return known
-    known = {p.name: p.default for p in inspect.signature(fn).parameters.values()
-             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in RUNTIME}
-    _read[fn] = made_of, known
+    was, known = _read.get(fn, (None, None))
+    if not was or any(a is not b for a,b in zip(was, made_of)): _read[fn] = made_of, (known := _Signature(fn))
     return known
 
 # %% ../../nbs/base/05_calls.ipynb #37f57ef4
@@ -86,8 +96,7 @@ class Call:
     @property
     def all_settings(self)->dict:
         "Settings with the defaults spelled out"
-        return {**{k: _coerce(k, v, v) for k,v in _parameters(_function(self.fn)).items()
-                   if v is not inspect.Parameter.empty}, **dict(self.settings)}
+        return {**_signature(_function(self.fn)).defaults, **dict(self.settings)}
 
 # %% ../../nbs/base/05_calls.ipynb #f116b976
 def public_name(
@@ -124,16 +133,18 @@ def _holds(value)->bool: # something that has to be made first, such as a correc
 
 def _try(fn:Callable, settings:dict)->None:
     "Run `fn` as far as its border, where it is ours and all its inputs have toys"
-    inputs = {p.name for p in inspect.signature(fn).parameters.values() if p.default is p.empty
-              and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - settings.keys()
+    known = _signature(fn); inputs = known.inputs - settings.keys()
     ours = public_name(f'{fn.__module__}.{fn.__name__}') == fn.__name__
     if not ours or inputs <= {'model'} or not inputs <= _toys().keys(): return
     if 'model' in inputs and 'attack' in settings: return # it asks more of a model
     given = {k: _Nothing() if _holds(v) else v for k,v in settings.items()}
+    shown = repr([(k, type(v) if isinstance(v, _Nothing) else v) for k,v in given.items()])
+    if shown in known.passed: return
     with torch.random.fork_rng(devices=[]):
         try: fn(**{k: _toys()[k] for k in inputs}, **given)
         except ValueError as e: raise ValueError(f"{fn.__name__}: {e}") from e
         except (_Asked, Exception): pass # another error may be the toys' own
+    known.passed.add(shown)
 
 # %% ../../nbs/base/05_calls.ipynb #e10deac8
 def call(
@@ -145,7 +156,7 @@ def call(
         raise ValueError(f"call wants a function that can be imported by name, "
                          f"got {fn.__qualname__} of {fn.__module__}: export it to a module first")
     dotted = f"{fn.__module__}.{fn.__qualname__}"
-    known = _parameters(_function(dotted))
+    known = _signature(_function(dotted)).settings
     for k in settings:
         if k in RUNTIME: raise ValueError(f"{k} is given when {fn.__name__} runs, it is not a setting")
         choose(k, known, f"setting of {fn.__name__}")

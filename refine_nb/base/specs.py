@@ -215,10 +215,14 @@ def rewrite(
     f:Callable, # given each `Call` and `Spec`, its inside already rewritten: what stands in its place
 ):              # the rebuilt value
     "Rebuild a value from the inside out"
+    def inside(parts): # only what has become another
+        return {k: new for k,v in parts if (new := rewrite(v, f)) is not v}
     if isinstance(value, Call):
-        inside = {k: rewrite(v, f) for k,v in value.settings if isinstance(v, (Call, Spec, tuple))}
-        return f(value.but(**inside))
+        return f(value.but(**new) if (new := inside(value.settings)) else value)
     if isinstance(value, Spec):
-        return f(replace(value, **{x.name: rewrite(getattr(value, x.name), f) for x in fields(value)}))
-    if isinstance(value, tuple): return tuple(rewrite(v, f) for v in value)
+        new = inside((x.name, getattr(value, x.name)) for x in fields(value))
+        return f(replace(value, **new) if new else value)
+    if isinstance(value, tuple):
+        new = inside(enumerate(value))
+        return tuple(new.get(i, v) for i,v in enumerate(value)) if new else value
     return value
