@@ -32,13 +32,17 @@ class Document:
 def _spat_prints(artefact): # Table 3.3 has a white-box column beside it
     return spat_claims.boxes() if artefact=='tab3_3_spat' else published(artefact)
 
+def _document(paper, claims, prints, reads={}, apart=True): # what it says of undefended networks stands apart
+    def printed(a): return protocols_found.printed() if a=='study_protocols' else prints(a)
+    return Document({**claims, 'study_protocols': protocols_found.CLAIMS[paper]}, printed, reads, apart)
+
 DOCUMENTS = {
-    'adcorda': Document({**adcorda_tables.CLAIMS, **adcorda_text.CLAIMS}, adcorda_text.printed,
-                        {'claims_adcorda': 'tab1_adcorda'}, apart=None),
-    'spat': Document({**spat_figures_text.CLAIMS, **spat_claims.CLAIMS}, _spat_prints, {}),
-    'dra': Document(dra_text.CLAIMS, dra_text.printed, {'claims_dra': 'tab3_dra'}),
-    'mixture': Document({**mixture_tables.CLAIMS, **mixture_text.CLAIMS}, mixture_text.printed,
-                        {'claims_mixture': 'tab1_mixture'})} # of `PAPERS`
+    'adcorda': _document('adcorda', {**adcorda_tables.CLAIMS, **adcorda_text.CLAIMS}, adcorda_text.printed,
+                         {'claims_adcorda': 'tab1_adcorda'}, None),
+    'spat': _document('spat', {**spat_figures_text.CLAIMS, **spat_claims.CLAIMS}, _spat_prints),
+    'dra': _document('dra', dra_text.CLAIMS, dra_text.printed, {'claims_dra': 'tab3_dra'}),
+    'mixture': _document('mixture', {**mixture_tables.CLAIMS, **mixture_text.CLAIMS}, mixture_text.printed,
+                         {'claims_mixture': 'tab1_mixture'})} # of `PAPERS`
 
 # %% ../../nbs/papers/99_documents.ipynb #082bf75a
 def judged_document(
@@ -74,7 +78,8 @@ def on_print(
     rows:pd.DataFrame, # from `scoreboard`
 )->str:                # Markdown
     "How many sentences hold on what their own documents print"
-    n = rows.on_print.value_counts(); fails = rows[rows.on_print=='fails']
+    rows = rows[rows.on_print!='is the print itself'] # a number that was quoted to stand beside ours
+    n, fails = rows.on_print.value_counts(), rows[rows.on_print=='fails']
     verb = 'fails' if len(fails)==1 else 'fail'
     return (f"**{_many(n.get('fails', 0))} of {len(rows)} {verb} on the numbers that their own document "
             f"prints** ({_each(fails)}); {n.get('holds', 0)} hold, "
@@ -91,11 +96,11 @@ def on_ours(
         n = rows[rows.scale==scale].verdict.value_counts()
         if judged := n.get('holds', 0)+n.get('fails', 0):
             its = rows[(rows.scale==scale) & rows.verdict.isin(['holds','fails'])]
-            said.append(f"**At the scale they ask for, {n.get('holds', 0)} of {_many(judged)} hold on ours "
+            said.append(f"**At the scale they ask for, {n.get('holds', 0)} of {_many(judged, 'claim')} hold on ours "
                         f"and {n.get('fails', 0)} fail** ({_each(its)}).")
         if way := sum(n.get(w, 0) for w in ('with','against','undecided')):
             said.append(f"**At the {scale} scale, a direction and no verdict: our numbers go with "
-                        f"{n.get('with', 0)} of {_many(way)}, against {n.get('against', 0)}, and leave "
+                        f"{n.get('with', 0)} of {_many(way, 'claim')}, against {n.get('against', 0)}, and leave "
                         f"{n.get('undecided', 0)} undecided.**")
     none = [PAPERS[p].short for p in PAPERS if not rows[rows.document==p].scale.any()]
     return said + ([f"No real run of {' and '.join(none)} is stored yet."] if none else [])

@@ -45,7 +45,7 @@ def claims_view(
 
 # %% ../../nbs/papers/05_ledgers.ipynb #6b35fe2a
 VERDICTS = {'holds': '#0072B2', 'fails': '#D55E00', 'stands in the text only': '#56B4E9',
-            'cannot be read from it': '.8'} # on the paper's own table -> ink
+            'is the print itself': '.6', 'cannot be read from it': '.8'} # on the paper's own table -> ink
 
 def claims_picture(
     page:pd.DataFrame, # from `judged_claims`

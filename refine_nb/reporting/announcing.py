@@ -104,5 +104,6 @@ def announce_figure(
     a = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')]
     what = f"{a.name} of {a.of}"
     says = f"The same at every preset: {drawn}."
-    return Announcement(f"**{what}: {a.title}.** {says}", f"{what}: {a.title}", what, says,
+    title = a.title.removeprefix('ours: ')
+    return Announcement(f"**{what}: {title}.** {says}", f"{what}: {title}", what, says,
                         lambda: f"Made on {device_name(engine.device)}.")

@@ -23,7 +23,8 @@ from .direction import drawn, rows_behind, weigh
 # %% ../../nbs/reporting/84_board.ipynb #2051a0ad
 VERDICT_MARKS = {'holds': '🟦', 'with': '🔹', 'undecided': '⬜', 'against': '🔸', 'fails': '🟧', 'not run': '▫️',
                  'not carried': '▫️'} # verdict on ours -> mark
-PRINT_MARKS = {'holds': '🟦', 'fails': '🟧', 'stands in the text only': '⬜', 'cannot be read from it': '▫️'}
+PRINT_MARKS = {'holds': '🟦', 'fails': '🟧', 'stands in the text only': '⬜',
+               'is the print itself': '▫️', 'cannot be read from it': '▫️'}
 
 # %% ../../nbs/reporting/84_board.ipynb #19bae1c4
 def quoted(
@@ -31,6 +32,7 @@ def quoted(
 )->tuple[str,str]:    # the sentence in quotation marks, and the reading, '' where it is plain
     "What a document says, and how we read it"
     if text.startswith('read: '): return 'a question of ours', text.removeprefix('read: ')
+    if text.startswith('printed: '): return text, '' # a number of a table, no sentence
     said, _, reading = text.partition('(read: ')
     return f"“{said.rstrip(' ,;')}”", reading.removesuffix(')')
 

@@ -73,6 +73,7 @@ def on_its_own(
 )->tuple[str,str]:      # verdict in words, and what was read
     "A claim put to the paper's own numbers: holds, fails, stands in the text only, cannot be read from it"
     holds, read = claim.verdict(table)
+    if holds and claim.text.startswith('printed: '): return 'is the print itself', read
     circular = holds and 'stands_in' in table and claim.verdict(table[table.stands_in!='text'])[0] is None
     return 'stands in the text only' if circular else _WORDS[holds], read
 
