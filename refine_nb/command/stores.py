@@ -217,7 +217,9 @@ def _import(file):
     """Take the results in FILE into this store."""
     from refine_nb import runs
     found = runs.import_results(runs.Store(quiet=True), file)
-    report_rows([], notes=[f"{len(found['new'])} results taken in, {len(found['there'])} were there"
+    late = f", {len(found['filled'])} without their tensors, which they have now" if found['filled'] else ''
+    report_rows([], notes=[f"{len(found['new'])} results taken in, "
+                           f"{len(found['there'])+len(found['filled'])} were there{late}"
                       f"{_others(found['different'])}."])
 
 def _others(kept): # entries that differ from those in the file

@@ -74,10 +74,13 @@ class Entry:
     def result(self)->dict: return self.record['result']
     @property
     def made(self)->dict: return self.record['made']
+    @property
+    def whole(self)->bool: # False: numbers alone
+        return self.record['tensors'] is None or (self.folder/'tensors.safetensors').exists()
     def tensors(self)->dict[str,Tensor]: # on the CPU
         "The tensors, after their checksum was compared; `Damaged` where it differs"
         if self.record['tensors'] is None: return {}
-        if (self.folder/NUMBERS_ONLY).exists() and not (self.folder/'tensors.safetensors').exists():
+        if not self.whole and (self.folder/NUMBERS_ONLY).exists():
             raise Damaged('its tensors were left out of the archive that it came by')
         raw = _bytes(self.folder/'tensors.safetensors')
         if _sha(raw) != self.record['tensors']:

@@ -112,11 +112,13 @@ def _records(tar, members, files)->dict[str,dict]: # folder of an entry -> its r
     return found
 
 # %% ../../nbs/runs/62_travelling.ipynb #da3ac871
-def _compared(store:Store, folder:str, record:dict)->str: # 'new', 'there' or 'different'
+def _compared(store:Store, folder:str, record:dict, tensors:bool)->str: # a key of what `import_results` gives
     try: mine = _record((store.root/folder/'record.json').read_bytes(), folder.rpartition('/')[2])
     except (OSError, Damaged): return 'different' if (store.root/folder).exists() else 'new'
     same = [timeless(r['result']) for r in (mine, record)]
-    return 'there' if same[0] == same[1] and mine['tensors'] == record['tensors'] else 'different'
+    if same[0] != same[1] or mine['tensors'] != record['tensors']: return 'different'
+    lacks = tensors and not (store.root/folder/'tensors.safetensors').exists()
+    return 'filled' if lacks and (store.root/folder/NUMBERS_ONLY).exists() else 'there'
 
 def _keep(store, folder, raws):
     with writing(store.root), whole(store.root/folder) as new:
@@ -125,22 +127,29 @@ def _keep(store, folder, raws):
         if len(raws) == 1 and _record(raws['record.json'], folder.rpartition('/')[2])['tensors']:
             (new/NUMBERS_ONLY).touch()
 
+def _fill(store, folder, raw): # the tensors of an entry that came without
+    with writing(store.root), whole(store.root/folder/'tensors.safetensors') as new: _put(new, raw)
+    (store.root/folder/NUMBERS_ONLY).unlink(missing_ok=True)
+
 # %% ../../nbs/runs/62_travelling.ipynb #d31d2a7f
 def import_results(
     store:Store,
     path:str|Path,          # an archive that `export_results` made
-)->dict[str,list[str]]:     # 'new', 'there', 'different': the entries, as <kind>/<key>
+)->dict[str,list[str]]:     # 'new', 'filled' (tensors come late), 'there', 'different': <kind>/<key>
     "Take results into a store, never over others under the same key; `BadArchive` before anything is written"
-    found = {'new': [], 'there': [], 'different': []}
+    found = {'new': [], 'filled': [], 'there': [], 'different': []}
     try:
         with tarfile.open(path, 'r:') as tar:
             files, members = _members(tar)
             for folder, record in _records(tar, members, files).items():
-                found[_compared(store, folder, record)].append(folder)
+                tensors = f'{folder}/tensors.safetensors' in files
+                found[_compared(store, folder, record, tensors)].append(folder)
             for folder in found['new']:
                 raws = {n.rpartition('/')[2]: _raw(tar, members, files, n)
                         for n in members if n.startswith(f'{folder}/')}
                 _keep(store, folder, raws)
+            for folder in found['filled']:
+                _fill(store, folder, _raw(tar, members, files, f'{folder}/tensors.safetensors'))
     except tarfile.TarError as e: raise BadArchive(f'{path} is no whole tar file ({e})') from None
     except BadArchive as e: raise BadArchive(f'nothing was taken from {path}: {e}') from None
     if found['different']:
