@@ -34,13 +34,24 @@ def make(row, contest, toy, **given):
 
 
 def test_ratios_by_hand():
-    toy = Toy(); contest = toy.contest([9., 1., 2., 4.], [9., 4., 4., 4.])  # the first is the warm-up
+    toy = Toy(); contest = toy.contest([9., 2., 2.2, 2.5], [9., 5., 5., 5.]) # the first is the warm-up
     r = make(Row('toy', 'a toy', None, at_least=2.), contest, toy)
     assert toy.order == ['ours', 'theirs']*4, 'interleaved, warm-up and three rounds'
-    assert r['ratios'] == {'wall': {'median': 2., 'min': 1., 'max': 4.},
-                           'cpu': {'median': 4., 'min': 2., 'max': 8.}}
-    assert (r['ours'], r['theirs'], r['rounds'], r['reached']) == (2., 4., 3, True)
-    assert r['seconds']['ours'] == [[1., 1.], [2., 2.], [4., 4.]] and r['seconds']['theirs'] == [[4., 8.]]*3
+    by_hand = {'median': 5/2.2, 'min': 2., 'max': 2.5}
+    assert r['ratios']['wall'] == pytest.approx(by_hand)
+    assert r['ratios']['cpu'] == pytest.approx({k: 2*v for k,v in by_hand.items()})
+    assert (r['ours'], r['theirs']) == pytest.approx((2.2, 5.))
+    assert (r['rounds'], r['reached'], r['status']) == (3, True, 'measured')
+    assert r['seconds']['theirs'][0] == pytest.approx([5., 10.]) and r['share'] == pytest.approx(36.7/21.7)
+
+def test_a_row_in_doubt_is_not_measured():
+    "The ratio of 2 that another load once made .34 of"
+    toy = Toy(); r = make(Row('toy', 'a toy', None, at_least=2.), toy.contest([1., 1., 2.], [4.]), toy)
+    assert r['status'] == 'not measured: ratios from 2.00 to 4.00' and r['reached'] is False
+    assert bench.line(r)['ratio, wall'] == r['status'] and bench.line(r)['ours (s)'] == ''
+    assert r['ratios']['wall']['median'] == 2., 'the JSON keeps what was seen'
+    steady = make(Row('toy', '', None), Toy().contest([1., 1., 1.2], [2.]), Toy())
+    assert steady['status'].startswith('not measured') # no time went by on this clock
 
 def test_a_limit_is_ours_over_theirs():
     for ours, reached in ((1.04, True), (1.06, False)):
@@ -68,8 +79,8 @@ def test_rounds_fill_the_time_and_never_fall_short():
         assert make(Row('toy', '', None), toy.contest([1.], [1.]), toy, seconds=seconds)['rounds'] == rounds
 
 def test_a_long_contest_counts_its_first_round():
-    toy = Toy(); r = make(Row('toy', '', None), toy.contest([1.], [2.], warm=False, rounds=1), toy)
-    assert toy.order == ['ours', 'theirs'] and r['rounds'] == 1 and r['agreement'] == '1 and 1'
+    toy = Toy(); r = make(Row('toy', '', None), toy.contest([1.], [2.], warm=False), toy)
+    assert toy.order == ['ours', 'theirs']*3 and r['rounds'] == 3 and r['agreement'] == '1 and 1'
 
 def test_gpu_work_is_waited_for():
     waits = []
@@ -119,9 +130,9 @@ def test_the_json_is_complete(command):
             == torch.__version__.split('+')[0] and 'torchattacks' in made['versions'])
     fine, absent = made['rows']
     assert {'name', 'says', 'target', 'size', 'agrees', 'agreement', 'status', 'rounds', 'seconds', 'ours',
-            'theirs', 'ratios', 'reached'} == set(fine)
+            'theirs', 'ratios', 'reached', 'share', 'load'} == set(fine)
     assert absent == {'name': 'absent', 'says': 'the absent row', 'target': 'at least 2.0',
-                      'status': 'torchattacks is not installed'}
+                      'status': 'torchattacks is not installed', 'load': absent['load']}
 
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     (tmp_path/'half_there.py').write_text('import lacking_part'); monkeypatch.syspath_prepend(tmp_path)

@@ -2,8 +2,9 @@
 
 Markdown and JSON go to reports/bench/<device kind>/. `make bench` measures every row (under ten minutes),
 `make bench ARGS=--quick` in about one. Ours and theirs do the same work from the same start; a row first
-shows that they agree, then runs A, B, A, B, ... and reports the median of the ratios with its range, in wall
-and in processor time.
+shows that they agree, then runs A, B, A, B, ..., at least three times each, and reports the median of the
+ratios with its range, in wall and in processor time, beside the load and the processor time that it got. A
+row whose ratios span a factor of 1.3 or more is not measured, and says so.
 """
 import argparse, json, os, re, statistics, sys, time
 from collections.abc import Callable
@@ -54,7 +55,6 @@ class Contest:
     # where 'ours' and 'theirs' do not
     alike: tuple[str,str]|None = None
     warm: bool = True                         # one round before the clock; a long contest may count its first
-    rounds: int|None = None                   # at least; None is the run's own
     about: dict = field(default_factory=dict) # what else the JSON should hold
 
 @dataclass(frozen=True)
@@ -98,7 +98,6 @@ def race(contest, *, seconds, rounds, most=9, clock=Clock()):
     """Interleaved rounds until `seconds` are over, at least `rounds`.
     Gives agreement, and the times of each side, {side: [(wall, cpu)]}"""
     times, start, longest = {k: [] for k in contest.sides}, clock.wall(), 0.
-    rounds = rounds if contest.rounds is None else min(rounds, contest.rounds)
     if contest.warm:
         agrees, line = contest.agree({k: f() for k,f in contest.sides.items()})
         if not agrees: return agrees, line, times
@@ -111,6 +110,8 @@ def race(contest, *, seconds, rounds, most=9, clock=Clock()):
         longest = max(longest, clock.wall()-began)
     if not contest.warm: agrees, line = contest.agree(first)
     return agrees, line, times
+
+DOUBT = 1.3 # ratios that span this factor are of the machine, not of the codes
 
 def spread(values): # median, smallest, largest
     return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
@@ -125,11 +126,15 @@ def judge(row, contest, agrees, line, times):
             [row.ratio(a[i], b[i]) for a,b in zip(times[ours], times[theirs]) if min(a[i], b[i]) > 0] or [0.])
     found = {'wall': ratios(0), 'cpu': ratios(1)} | ({'alike': ratios(0, *contest.alike)}
                                                      if contest.alike else {})
-    return {**made, 'status': 'measured', 'rounds': len(times['ours']),
+    wall, spent = found['wall'], [sum(t[i] for side in times.values() for t in side) for i in (0, 1)]
+    sure, seen = 0 < wall['max'] < DOUBT*wall['min'], f"ratios from {wall['min']:.2f} to {wall['max']:.2f}"
+    return {**made, 'rounds': len(times['ours']),
+            'status': 'measured' if sure else f'not measured: {seen}',
+            'share': spent[1]/spent[0] if spent[0] else 0., # processor seconds a second
             'seconds': {k: [list(t) for t in v] for k,v in times.items()},
             'ours': statistics.median(t[0] for t in times['ours']),
             'theirs': statistics.median(t[0] for t in times['theirs']),
-            'ratios': found, 'reached': row.reached(found['wall']['median'], agrees)}
+            'ratios': found, 'reached': sure and row.reached(found['wall']['median'], agrees)}
 
 def chosen(names, rows):
     "The rows of these names, or `ValueError` that names the unknown ones"
@@ -138,7 +143,7 @@ def chosen(names, rows):
         raise ValueError(f"there is no row {', '.join(unknown)}: choose from {', '.join(there)}")
     return [there[n] for n in names] if names else list(rows)
 
-def run(rows, setting, *, seconds, rounds, clock=Clock(),
+def run(rows, setting, *, seconds, rounds, clock=Clock(), load=lambda: os.getloadavg()[0],
         say=lambda s: print(s, file=sys.stderr, flush=True)):
     "Every row in turn, each with its share of the seconds that are left"
     start, made = clock.wall(), []
@@ -151,6 +156,7 @@ def run(rows, setting, *, seconds, rounds, clock=Clock(),
                                                 rounds=rounds, clock=clock)))
         except Absent as e:
             made.append({'name': r.name, 'says': r.says, 'target': r.target, 'status': str(e)})
+        made[-1]['load'] = load() # of the last minute
         say(f"{r.name}: {made[-1]['status']}, {clock.wall()-began:.0f} s")
     return made
 
@@ -162,7 +168,9 @@ def shown(s): return f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
 def line(r):
     "A row as the table shows it"
     made = {'what': r['says'], 'size': r.get('size', ''), 'ours (s)': '', 'theirs (s)': '',
-            'ratio, wall': r['status'], 'ratio, CPU': '', 'like for like': '', 'target': r['target'],
+            'ratio, wall': r['status'], 'ratio, CPU': '', 'like for like': '',
+            'load': f"{r['load']:.1f}" if 'load' in r else '',
+            'processors got': f"{r['share']:.2f}" if 'share' in r else '', 'target': r['target'],
             'reached': {None: '', True: 'yes', False: 'no'}[r.get('reached')],
             'agreement': ('' if r.get('agrees', True) else 'NO: ')+r.get('agreement', '')}
     if r['status'] != 'measured': return made
@@ -177,6 +185,9 @@ def markdown(report):
              'the median over interleaved rounds, and the range. '
              '"Like for like" is the ratio where both do exactly the same: theirs attacks our folded, '
              'channels-last copy of the net, or ours attacks in training mode as theirs does.',
+             'The load is what the machine was asked for in the last minute of a row, "processors got" the '
+             'processor seconds that both sides had in a second. Ratios that span a factor of '
+             f'{DOUBT} or more are of the machine: such a row is not measured.',
              'PGD rows: ours is what a user gets who attacks `fold(model)`; training rows: what a training '
              'run does, which brings a folded copy up to date at every step. Folding is inside the clock.']
     if report['kind'] == 'cpu':
@@ -390,7 +401,7 @@ def verdict_contest(s, *, taught_at, share, eps=None, **about):
     return contest
 
 @row('AutoAttack, standard version, a net of about 50 % robust accuracy, against pyautoattack', at_least=2.)
-def autoattack_half(s): return verdict_contest(s, taught_at=.15, share=.58, warm=False, rounds=1)
+def autoattack_half(s): return verdict_contest(s, taught_at=.15, share=.58, warm=False)
 
 @row('AutoAttack, standard version, a net that withstands nothing, against pyautoattack', at_least=20.)
 def autoattack_none(s): return verdict_contest(s, taught_at=0, share=0, eps=.3)
