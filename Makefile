@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 # where bytecode isn't kept each process compiles torch anew, which takes 15 seconds
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup demo test bench scale soak lab report doors notebooks readme site site-test clean
+.PHONY: help setup demo test bench scale soak gpu lab report doors notebooks readme site site-test clean
 
 PYTHONS  ?= python3 python3.12 python3.11 python3.10
 VENV     := .venv
@@ -51,6 +51,9 @@ scale: $(READY) ## how the plan of all artefacts scales to 64 GPUs, simulated fr
 
 soak: $(READY) ## kills, damages, full disks: what a store survives, into reports/reliability/; ARGS="--kills 100 --damages 300"
 	$(BIN)/python tools/soak.py $(ARGS)
+
+gpu: ## all that is worth running while a GPU is there, without .venv: ARGS="--budget 25m --data DATA.tar --out FOLDER"
+	@p=$(BIN)/python; test -x $$p || p=python3; exec $$p tools/gpu.py $(ARGS)
 
 lab: $(READY) ## Jupyter Lab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir nbs
