@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..base import Call, bar, seeded
+from ..base import Call, bar, instance, number, seeded
 from ..vision import Split, clipped, to_input
 from ..attacks import attacking, logits_of, must_be_finite
 
@@ -57,6 +57,8 @@ def predict(
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #25dfeed5
 def _attacked(model, split:Split, attack:Call, size, seed, device, quiet): # yields x_adv, batch by batch
+    instance('split', split, Split, 'a Split of images and labels')
+    instance('attack', attack, Call, 'a call such as call(pgd, eps=8/255)')
     pairs = list(zip(split.x.split(EVAL_BATCH), split.y.split(EVAL_BATCH)))
     for i,(x,y) in enumerate(bar(pairs, desc=attack.name, quiet=quiet)):
         draws = {'generator': seeded(seed, i, 'attack')} if 'generator' in attack.accepts else {}
@@ -77,6 +79,7 @@ def adversarial_images(
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #7817a398
 def _last(split)->int: # the largest label, -1 where there is none
+    instance('split', split, Split, 'a Split of images and labels')
     if len(split) and split.y.min() < 0:
         raise ValueError(f"labels must be >= 0, got {split.y.min()}: classes are counted from 0")
     return int(split.y.max()) if len(split) else -1
@@ -107,10 +110,16 @@ def verdicts(
     return classify(model, split, **settings) == split.y
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #4aae6162
+def _flat(name, v, kind=None)->Tensor: # a row of whole numbers or of verdicts
+    instance(name, v, Tensor, 'a tensor [N]')
+    if v.ndim == 1 and (kind or v.dtype) == v.dtype and not (v.is_floating_point() or v.is_complex()): return v
+    raise ValueError(f"{name} wants {kind or 'whole numbers or bools'} [N], got {v.dtype} {list(v.shape)}")
+
 def pack(
     right:Tensor, # bool [N]
 )->Tensor:        # uint8 [ceil(N/8)]
     "Verdicts as bits, first image in the highest bit"
+    _flat('right', right, torch.bool)
     bits = torch.zeros(-(-len(right)//8)*8, dtype=torch.uint8); bits[:len(right)] = right
     return (bits.view(-1,8) << torch.arange(7,-1,-1, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
@@ -120,6 +129,7 @@ def unpack(
     n:int,       # number of verdicts, (M-1)*8 < n <= M*8
 )->Tensor:       # bool [n]
     "The inverse of `pack`"
+    _flat('bits', bits, torch.uint8); n = number('n', n, 0, whole=True)
     if not (len(bits)-1)*8 < n <= len(bits)*8 and n:
         raise ValueError(f"{len(bits)} bytes hold {len(bits)*8-7} to {len(bits)*8} verdicts, not {n}")
     return ((bits[:,None] >> torch.arange(7,-1,-1, dtype=torch.uint8)) & 1).bool().flatten()[:n]
@@ -130,6 +140,7 @@ def narrow(
     num_classes:int, # K
 )->Tensor:           # uint8, int16 or int32 [N]; `.long()` is the way back
     "Classes as the smallest integer type that holds K of them"
+    _flat('classes', classes); num_classes = number('num_classes', num_classes, 1, whole=True)
     if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
         raise ValueError(f"classes must be in 0..{num_classes-1}, "
                          f"got {int(classes.min())}..{int(classes.max())}")
@@ -151,6 +162,7 @@ def first_broken(
     rights:list[Tensor], # bool [N] each: clean verdicts first, then those under each attack
 )->Tensor:  # int8 [N]: -1 survived all, 0 wrong when clean, i broken by the i-th attack and none before
     "The first of several verdicts that is wrong, per example"
+    rights = [_flat('rights', r) for r in instance('rights', rights, (list, tuple), 'a list of verdicts')]
     if not 1 <= len(rights) <= 128:
         raise ValueError(f"first_broken wants 1 to 128 sets of verdicts, got {len(rights)}")
     for r in rights:
@@ -165,6 +177,7 @@ def survivors(
     m:int,          # number of attacks
 )->list[int]:       # m+1 numbers, not increasing: right when clean, then after each attack
     "How many images are still right after each attack"
+    _flat('breaker', breaker); m = number('m', m, 0, whole=True)
     if len(breaker) and int(breaker.max()) > m:
         raise ValueError(f"attack {int(breaker.max())} broke an image, but m is {m}")
     broken = torch.bincount(breaker.long()+1, minlength=m+2)[1:]

@@ -65,7 +65,7 @@ def eps_curve(
     steps:int=20,    # of PGD, at each budget
 )->tuple[tuple[float,float,float],...]: # (budget, accuracy, mean cross-entropy), from 0 to 1
     "Accuracy and loss as the budget grows to 1 (Carlini et al. 2019)"
-    budgets = [0., eps]
+    eps = number('eps', eps, above=0, high=1); budgets = [0., eps]
     while budgets[-1]<1: budgets.append(min(2*budgets[-1], 1.))
     def row(e):
         x_adv = _attacked(call(pgd, eps=e, step_size=max(e, eps)/4, steps=steps, start=zero), model, x, y)

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..base import number
+from ..base import instance, number
 
 # %% ../../nbs/evaluation/10_statistics.ipynb #ecf55cea
 def wilson(
@@ -85,6 +85,7 @@ def robustness_curve(
     level:float=.95,                # coverage of the intervals, in (0,1)
 )->pd.DataFrame: # eps, then as from `proportion`; by increasing eps
     "Accuracy against budget, with n and intervals"
+    instance('verdicts', verdicts, Mapping, 'a mapping eps -> verdicts')
     if not verdicts: raise ValueError('robustness_curve wants verdicts at one eps at least, got none')
     for e in verdicts: number('eps', e, 0)
     if len(lengths := {len(v) for v in verdicts.values()}) > 1:
@@ -122,6 +123,8 @@ def pushes(
     level:float=.95,       # coverage of the intervals, in (0,1)
 )->pd.DataFrame: # class, n, accuracy, low, high, to ('' for none), share_to, low_to, high_to
     "Where the images of each class end up, with n and intervals; a class without images is left out"
+    instance('counts', counts, Tensor, 'the counts of confusion(...)')
+    instance('classes', classes, (list, tuple, range), 'a list of names')
     rows, classes = [], list(classes)
     if counts.shape != (len(classes),)*2:
         raise ValueError(f'{len(classes)} names want counts of shape {[len(classes)]*2}, '

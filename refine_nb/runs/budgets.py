@@ -8,7 +8,7 @@ __all__ = ['priced', 'fits', 'whats_left']
 # %% ../../nbs/runs/52_budgets.ipynb #71fe9c1f
 import math
 
-from ..base import Recipe, Robustness, Spec
+from ..base import Recipe, Robustness, Spec, listed, number
 from ..training import Engine
 from .prices import cost, duration, priceable
 
@@ -27,6 +27,7 @@ def fits(
     engine:Engine=Engine(),
 )->bool:           # true, where time is left and the price is not known
     "Whether a run can be done in the time that is left, or at least be brought to a snapshot"
+    number('left', -1. if left == math.inf else left)
     if left <= 0: return False
     if left == math.inf or (seconds := priced(spec, engine)) is None: return True
     parts = (spec.epochs if isinstance(spec, Recipe)
@@ -39,6 +40,7 @@ def whats_left(
     engine:Engine=Engine(),
 )->str:               # such as '3 runs, about 2.5 h here'
     "How many runs there are, and what they cost here"
+    specs = listed(specs)
     seconds = [priced(s, engine) for s in specs]
     known, n = sum(s for s in seconds if s is not None), seconds.count(None)
     unknown = f' and {n} of unknown price' if 0 < n < len(seconds) else ', of unknown price' if n else ''

@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..base import Adversarials, Call, Cell, Recipe, Robustness, Spec, Worst, choose
+from ..base import (Adversarials, Call, Cell, Recipe, Robustness, Spec, Worst, choose, instance,
+                            listed, number)
 from ..vision import OwnImages, n_parameters, suiting
 from ..attacks import attacking
 from ..training import Engine
@@ -104,6 +105,7 @@ def images(
     spec:Spec, # whatever a store makes
 )->Counter:    # images by pass: 'forward', 'attack', 'train'
     "How many images a run sends through its network"
+    instance('spec', spec, Spec, 'a cell, a recipe or another spec')
     data = getattr(spec, 'recipe', spec).data.all_settings
     pool, test = sizes_of(data['name'])[:2]
     n_valid = (pool//2 if data['name']=='cinic10'
@@ -130,6 +132,7 @@ def duration(
     seconds:float, # >= 0
 )->str:            # such as '45 s', '12 min', '6.5 h', '3.1 days'
     "Seconds as a person would say them"
+    seconds = number('seconds', seconds, 0)
     for size, unit, digits in ((86400,'days',1), (3600,'h',1), (60,'min',0)):
         if seconds >= 1.5*size: return f"{seconds/size:.{digits}f} {unit}"
     return f"{seconds:.0f} s"
@@ -183,6 +186,7 @@ def price(
     engine:Engine=Engine(),
 )->pd.DataFrame:      # what, runs, time (text), seconds; the last row is the total
     "What a plan costs on this device"
+    specs = listed(specs)
     rows, on_the_way = {}, passed(specs)
     for s in specs:
         what, detail = _KINDS[type(s)], _detail(s)

@@ -10,7 +10,8 @@ import math, os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from ..base import Adversarials, Call, Cell, Recipe, Robustness, Worst, call, choose, rewrite
+from ..base import (Adversarials, Call, Cell, Recipe, Robustness, Spec, Worst, call, choose,
+                            instance, rewrite)
 from ..vision import OwnImages, classifier, thin_names
 from ..refinement import Quantised
 from .given import Given
@@ -118,6 +119,7 @@ def rooted(
     spec, # whose images are looked at: a cell, or one on an int8 network
 )->Recipe|Given:
     "The recipe behind a spec, or the network that was given: it names the data"
+    instance('spec', spec, Spec, 'a cell, a recipe or another spec')
     return spec if isinstance(spec, (Recipe, Given)) else rooted(spec.recipe)
 
 # %% ../../nbs/runs/40_scales.ipynb #0ef0a955
@@ -126,6 +128,7 @@ def scaled(
     p:Preset,
 ):            # the same, capped; `value` itself for the paper's preset
     "Cap the published settings, through every parent"
+    instance('p', p, Preset, 'a Preset, such as preset("small")')
     def cap(v):
         if isinstance(v, Call): return _scaled_call(v, p)
         if isinstance(v, Recipe): return _scaled_recipe(v, p)

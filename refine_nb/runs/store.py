@@ -13,8 +13,8 @@ from itertools import count
 import filelock
 from fastcore.basics import patch
 
-from ..base import (Recipe, Spec, canonical, clear, commit, device_name, key, locks_hold, nested,
-                            public_name, versions)
+from ..base import (Recipe, Spec, canonical, clear, commit, device_name, instance, key, listed,
+                            locks_hold, nested, public_name, versions)
 from ..training import Engine, engine
 from .entry import Damaged, Entry, home_folder, read_entry, write_entry, writing
 from .makers import make
@@ -31,7 +31,9 @@ class Store:
         self.root, self.engine, self.quiet, self.every = home_folder(root), engine or _engine(), quiet, every
         self.until, self._data, self._locks = None, {}, {} # `until`: when what is being made is to stop
         _tidy(self.root)
-    def folder(self, spec:Spec): return self.root/type(spec).__name__.lower()/key(spec)
+    def folder(self, spec:Spec):
+        name = type(instance('spec', spec, Spec, 'a cell, a recipe or another spec')).__name__.lower()
+        return self.root/name/key(spec)
 
 _engine = engine # the constructor's argument hides the function's name
 
@@ -115,7 +117,7 @@ def plan(self:Store, specs)->list[Spec]:
         if s in seen or self.find(s): return
         for p in nested(s): visit(p)
         seen[s] = None
-    for s in specs: visit(s)
+    for s in listed(specs): visit(s)
     return list(seen)
 
 # %% ../../nbs/runs/20_store.ipynb #3b144d8a
@@ -156,6 +158,7 @@ def passed(
     specs,                 # what is to be made
 )->dict[Recipe,Recipe]:    # shorter recipe -> the longest one that passes through it
     "Recipes whose weights come about on the way of a longer run among `specs`"
+    specs = listed(specs)
     families = {}
     for r in specs:
         if isinstance(r, Recipe) and (f := _family(r)) is not None: families.setdefault(f, []).append(r)

@@ -27,7 +27,7 @@ def fading(
     until:float=50/60,  # share of the run at which it ends, in (0,1]; clean images only from there
 )->float:               # factor of the attack's budget
     "The budget falls in a straight line, then there is none (DRA, section V-A)"
-    number('to', to, 0); number('until', until, high=1, above=0)
+    number('to', to, 0); number('until', until, high=1, above=0); number('progress', progress, 0, 1)
     return 1+(to-1)*progress/until if progress<until or until==1 else 0.
 
 # %% ../../nbs/training/45_dynamic_tuning.ipynb #6e1e3efe

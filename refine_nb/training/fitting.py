@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..base import bar, choose, number, seeded
+from ..base import bar, choose, instance, number, seeded
 from ..vision import Data, batches, suiting, to_input
 from ..attacks import NotFinite
 from .engines import Engine
@@ -42,6 +42,7 @@ def fine_tune(
     augment:str='none',     # 'none', 'flip' or 'crop_flip'; AdCorDA lists none (section 4)
 )->Method:
     "Ordinary training: mean cross-entropy on labelled images"
+    instance('data', data, Data, 'data such as load_data gives')
     choose(augment, ('none','flip','crop_flip'), 'augmentation')
     batch_size = number('batch_size', batch_size, 1, whole=True)
     if batch_size > len(data.train):
@@ -110,6 +111,8 @@ def train_epoch(
     quiet:bool=False,      # no bar
 )->dict: # mean loss and logs of the epoch, last learning rate, images per second
     "One pass of `method` over its batches; `Diverged` for a loss that is not finite"
+    instance('model', model, Callable, 'a module'); instance('method', method, Method, 'a Method')
+    instance('optimiser', optimiser, torch.optim.Optimizer, 'an optimiser of torch')
     model.train()
     start,n,losses,logs = time.monotonic(),method.n_steps,[],{}
     progress = bar(total=method.n_images, desc=f'epoch {epoch+1}/{epochs}', unit='img', quiet=quiet)
@@ -189,6 +192,7 @@ def fit(
     engine:Engine=Engine(), quiet:bool=False,
 )->dict: # history (a dict an epoch), best_epoch (from 1), best_accuracy, seconds; other: weights not left
     "Train for `epochs` epochs and select one; `Diverged` keeps the last good snapshot"
+    instance('model', model, nn.Module, 'a module')
     both = dict(epochs=epochs, seed=seed, schedule=schedule, clip=clip, robust=robust)
     about = dict(by=_judge(select, robust), validate=validate, method=method, optimiser=optimiser,
                  engine=engine, quiet=quiet, **both)

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ..base import number
+from ..base import instance, number
 
 # %% ../../nbs/training/32_optimisers.ipynb #a55f7c15
 def sgd(
@@ -71,5 +71,6 @@ def set_rate(
     factor:float, # of what the rate of each group was at first, >= 0
 )->None:
     "Set the learning rate to a share of the first one"
+    instance('optimiser', optimiser, torch.optim.Optimizer, 'an optimiser of torch')
     number('factor of the learning rate', factor, 0)
     for g in optimiser.param_groups: g['lr'] = g.setdefault('initial_lr', g['lr'])*factor

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..base import Call, choose
+from ..base import Call, choose, instance
 from ..vision import fold_if_same, logits_and_cosines, refold
 from ..attacks import attacking
 
@@ -25,6 +25,7 @@ def asks_for(
     what:str,   # what f is, for the message
 )->set[str]:
     "The names that a function takes from a step; `ValueError` where it needs others"
+    instance(what, f, Callable, 'a function or a call')
     if isinstance(f, Call): names,settled = f.accepts,set(f.all_settings)
     else:
         ps = inspect.signature(f).parameters
