@@ -1,8 +1,8 @@
 """Training steps as published loops write them: plain PyTorch, beside which `bench.py` can time ours
 
-Each is (net, x, y, optimiser) -> loss and does what our step does: the same images are attacked in evaluation mode
-from the same draws, and the same loss is minimised. What differs is what a step computes twice, and that it attacks
-the network itself, with its batch norms.
+Each is (net, x, y, optimiser) -> loss and does what our step does: from the same draws it attacks the same
+images in evaluation mode, and minimises the same loss. What differs is what is computed twice, and that the
+network itself is attacked, with its batch norms.
 """
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ def spat_robustness(cos_adv, cos, s, alpha):
     return (k*(k+alpha)).sum()
 
 def spat_step(net, x, y, optimiser, *, s=5., alpha=.2, beta=.2, lam=6., eps=EPS, step=STEP, steps=STEPS):
-    "SPAT as released (spat.py): a net of cosines, which sees the clean images anew at every inner step, with graph"
+    "SPAT as released (spat.py): a net of cosines, which sees the clean images again at every inner step"
     net.eval(); at = noisy(x)
     for _ in range(steps):
         at.requires_grad_()
