@@ -9,9 +9,9 @@ __all__ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 't
            'augment', 'batches', 'draws', 'order', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier',
            'model_names', 'n_parameters', 'thin_names', 'SHIPPED', 'shipped', 'shipped_file', 'small_names',
            'small_network', 'copied', 'plain_weights', 'suited', 'suiting', 'Leaves', 'fold', 'fold_if_same',
-           'foldable', 'refold', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms', 'replaced',
-           'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu',
-           'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer',
+           'foldable', 'refold', 'layout_for', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms',
+           'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing',
+           'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer',
            'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL', 'CORRUPTIONS', 'GENERATED',
            'OFFICIAL_MD5', 'corrupt', 'corrupted', 'official_corruption']
 
@@ -30,6 +30,7 @@ from .small_networks import small_names, small_network
 from .copying import copied, plain_weights
 from .intake import suited, suiting
 from .folding import Leaves, fold, fold_if_same, foldable, refold
+from .layouts import layout_for
 from .wide_resnets import WideBlock, wide_resnet
 from .norms import DualNorm, auxiliary, dual_norms, replaced, single_norms
 from refine_nb.vision.activations import (KINDS, SmoothReLU, operated, smooth, smooth_attack,
@@ -49,8 +50,8 @@ _all_ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 'to_
          'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier', 'model_names', 'n_parameters',
          'thin_names', 'SHIPPED', 'shipped', 'shipped_file', 'small_names', 'small_network', 'copied',
          'plain_weights', 'suited', 'suiting', 'Leaves', 'fold', 'fold_if_same', 'foldable', 'refold',
-         'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms',
-         'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu',
-         'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer',
-         'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL',
+         'layout_for', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms', 'replaced',
+         'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing',
+         'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings',
+         'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL',
          'CORRUPTIONS', 'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'corrupted', 'official_corruption']
