@@ -56,5 +56,5 @@ def squares_as_theirs(monkeypatch):
             u = torch.stack([torch.cat([torch.rand(1), torch.rand(1), torch.rand(C, 1, 1).flatten()])
                              for _ in queries])
             return u.expand(len(names), *u.shape)
-        monkeypatch.setattr('refine_nb.attacks.random_search._uniform', uniform)
+        monkeypatch.setattr('refine_nb.attacks.squares._uniform', uniform)
     return use

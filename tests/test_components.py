@@ -161,11 +161,11 @@ BAD = dict(eps=['8/255', True, [8/255], None, float('nan'), 8, -.1], steps=['9',
            n_queries=[0, 2.5, True, '9'], p_init=[0, 2, float('nan'), True], seed=[-1, .5, True, None],
            components=[(), ('pgd',), None, 3, ('square', 'square')], norm=['l3', None, 2],
            reference=['no', 2], batch_size=[0, 2.5, True], folded=['no', 3], save=['x', 3], quiet=['no'],
-           state=['x', {}])
+           state=['x', {}], ahead=[0, 2.5, True, '9'])
 APGD = {'eps', 'steps', 'objective', 'n_targets', 'restarts', 'rho', 'generator', 'start'}
 HAS = {apgd: APGD | {'early_stop', 'best'}, apgd_best: APGD,
        fab_t: {'eps', 'steps', 'n_targets', 'alpha_max', 'eta', 'beta', 'early_stop', 'best'},
-       square: {'eps', 'n_queries', 'p_init', 'seed', 'best'},
+       square: {'eps', 'n_queries', 'p_init', 'seed', 'best', 'ahead'},
        autoattack: {'eps', 'norm', 'components', 'reference', 'seed', 'steps', 'n_queries', 'n_targets',
                     'batch_size', 'folded', 'state', 'save', 'quiet', 'best'}}
 

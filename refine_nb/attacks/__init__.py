@@ -7,8 +7,8 @@ __all__ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'mome
            'unit_l2', 'zero', 'NotFinite', 'attacking', 'check_attack', 'logits_of', 'must_be_finite', 'StepsToFlip',
            'iterate', 'worst', 'bim', 'cw_linf', 'fgsm', 'kl_pgd', 'kurakin_steps', 'mim', 'pgd', 'bi', 'bih', 'll',
            'vbi', 'ddn', 'salt_and_pepper', 'DRA_CHOICES', 'dra', 'significant', 'unit_l1', 'boundary_start', 'pursue',
-           'apgd_checkpoints', 'apgd', 'apgd_best', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step', 'square',
-           'square_side', 'Result', 'STANDARD', 'OtherRun', 'autoattack', 'autoattack_images', 'sharpened_attack']
+           'apgd_checkpoints', 'apgd', 'apgd_best', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step', 'square_side',
+           'square', 'Result', 'STANDARD', 'OtherRun', 'autoattack', 'autoattack_images', 'sharpened_attack']
 
 # %% ../../nbs/attacks/99_attacks.ipynb #92c54b6b
 from .objectives import ce, dlr, dlr_t, kl, margin
@@ -24,7 +24,8 @@ from .queue import boundary_start, pursue
 from .climbing import apgd_checkpoints
 from .auto_pgd import apgd, apgd_best, apgd_rows
 from .fast_boundary import fab_rows, fab_t, plane_step
-from .random_search import square, square_side
+from .squares import square_side
+from .random_search import square
 from .protocol import Result, STANDARD
 from .books import OtherRun
 from .ensemble import autoattack
@@ -38,5 +39,5 @@ _all_ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'moment
          'kurakin_steps', 'mim', 'pgd', 'bi', 'bih', 'll', 'vbi', 'ddn', 'salt_and_pepper',
          'DRA_CHOICES', 'dra', 'significant', 'unit_l1', 'boundary_start', 'pursue',
          'apgd_checkpoints', 'apgd', 'apgd_best', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step',
-         'square', 'square_side', 'Result', 'STANDARD', 'OtherRun', 'autoattack', 'autoattack_images',
+         'square_side', 'square', 'Result', 'STANDARD', 'OtherRun', 'autoattack', 'autoattack_images',
          'sharpened_attack']

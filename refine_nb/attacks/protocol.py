@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..base import Robustness, choose, number
+from .queue import _COMPANY, _alone, _same
 
 # %% ../../nbs/attacks/60_protocol.ipynb #20336f12
 # 'apgd-ce', 'apgd-t', 'fab-t', 'square': version='standard' of the authors' code, in its order
@@ -110,10 +111,10 @@ def _doubts(model, x, y, z, p):
     if targeted and K-1<p.n_targets:
         yield f"{K} classes leave {K-1} targets where the protocol has {p.n_targets}"
     a,(b,blind) = z[:len(x)].to(x.device),_again(model, x, y)
-    unit = [t/(t.norm(dim=1, keepdim=True)+1e-10) for t in (a,b)]
-    if not torch.equal(a.argmax(1), b.argmax(1)) or (unit[0]-unit[1]).norm(dim=1).max()>1e-4:
+    if not _same(a, b):
         yield ("the model answers the same images differently each time: "
                "a randomised defence needs other attacks")
+    elif not _alone(model, x, a): yield f"{_COMPANY}: a verdict depends on the other images"
     if p.norm=='linf' and p.eps<.5/255:
         yield (
             f"eps {p.eps:g} is less than half a grey level of 8-bit images: is it meant for images in [0,1]?")

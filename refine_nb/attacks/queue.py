@@ -99,6 +99,20 @@ def _clean(model, x, last, batch_size, device=None):
     must_be_finite(z.isfinite().all())
     return z
 
+# %% ../../nbs/attacks/40_queue.ipynb #b6efca58
+_COMPANY = "the model answers an image otherwise alone than in a batch"
+
+def _same(a, b):
+    "Are logits [B,K] the same up to the last digits? Scale does not count"
+    unit = [t/(t.norm(dim=1, keepdim=True)+1e-10) for t in (a,b)]
+    return torch.equal(a.argmax(1), b.argmax(1)) and not (unit[0]-unit[1]).norm(dim=1).max()>1e-4
+
+@torch.no_grad()
+def _alone(model, x, z):
+    "Does `model` say of a few images alone what it said of all in a batch, the logits `z` [B,K]?"
+    few = range(min(len(x), 3))
+    return len(x)<2 or _same(torch.cat([model(x[i:i+1]) for i in few]), z[:3].to(x.device))
+
 # %% ../../nbs/attacks/40_queue.ipynb #cc5a925f
 def _targets(objective, n_targets, K):
     "How many classes to aim at; a sentence where the model has too few for the loss"
