@@ -13,7 +13,7 @@ from typing import BinaryIO
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from ..base import Adversarials, Recipe, ancestors, key, whole
+from ..base import Adversarials, Recipe, ancestors, instance, key, listed, whole
 from ..refinement import Correction, Quantised
 from .entry import FORMAT, NUMBERS_ONLY, Damaged, _put, _record, writing, timeless
 from .store import Store
@@ -49,14 +49,16 @@ def export_results(
     numbers_only:bool=False, # leave out weights and images, which a report does not need
 )->dict:          # entries, bytes
     "Pack results into one tar file, with checksums; the same results are the same bytes"
-    packed = _packs(store, list(specs), numbers_only)
-    listed = {n: {'bytes': p.stat().st_size, 'sha256': _sha(p)} for n,p in sorted(packed.items())}
-    said = json.dumps({'format': FORMAT, 'numbers_only': numbers_only, 'files': listed}, indent=1).encode()
+    instance('store', store, Store, 'a Store')
+    specs = listed(specs); instance('path', path, (str, Path), 'a path')
+    packed = _packs(store, specs, numbers_only)
+    files = {n: {'bytes': p.stat().st_size, 'sha256': _sha(p)} for n,p in sorted(packed.items())}
+    said = json.dumps({'format': FORMAT, 'numbers_only': numbers_only, 'files': files}, indent=1).encode()
     with writing(Path(path).parent), whole(path) as new, tarfile.open(new, 'w') as tar:
         _add(tar, _LIST, len(said), io.BytesIO(said))
-        for name,about in listed.items():
+        for name,about in files.items():
             with open(packed[name], 'rb') as f: _add(tar, name, about['bytes'], f)
-    return {'entries': sum(n.endswith('record.json') for n in listed), 'bytes': Path(path).stat().st_size}
+    return {'entries': sum(n.endswith('record.json') for n in files), 'bytes': Path(path).stat().st_size}
 
 def _sha(path)->str:
     seen = hashlib.sha256()
@@ -137,6 +139,8 @@ def import_results(
     path:str|Path,          # an archive that `export_results` made
 )->dict[str,list[str]]:     # 'new', 'filled' (tensors come late), 'there', 'different': <kind>/<key>
     "Take results into a store, never over others under the same key; `BadArchive` before anything is written"
+    instance('store', store, Store, 'a Store')
+    instance('path', path, (str, Path), 'a path')
     found = {'new': [], 'filled': [], 'there': [], 'different': []}
     try:
         with tarfile.open(path, 'r:') as tar:
