@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..base import Call, number
+from ..base import Call, instance, number
 
 # %% ../../nbs/attacks/77_sharpening.ipynb #ef579a74
 class _Times(nn.Module): # a view of the network, whose logits are multiplied
@@ -30,6 +30,8 @@ def sharpened_attack(
     generator:torch.Generator|None=None, # handed on to an attack that draws
 )->Tensor:                 # [B,C,H,W], what the attack returns
     "An attack that sees the logits times a factor"
+    instance('model', model, nn.Module, 'a module')
+    instance('attack', attack, Callable, 'a call or a function')
     accepts = attack.accepts if isinstance(attack, Call) else inspect.signature(attack).parameters
     loud = _Times(model, number('factor', factor, above=0))
     return attack(loud, x, y, **({'generator': generator} if 'generator' in accepts else {}))

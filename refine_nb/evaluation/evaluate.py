@@ -112,7 +112,8 @@ def verdicts(
 # %% ../../nbs/evaluation/00_evaluate.ipynb #4aae6162
 def _flat(name, v, kind=None)->Tensor: # a row of whole numbers or of verdicts
     instance(name, v, Tensor, 'a tensor [N]')
-    if v.ndim == 1 and (kind or v.dtype) == v.dtype and not (v.is_floating_point() or v.is_complex()): return v
+    whole = not (v.is_floating_point() or v.is_complex())
+    if v.ndim == 1 and whole and v.dtype == (kind or v.dtype): return v
     raise ValueError(f"{name} wants {kind or 'whole numbers or bools'} [N], got {v.dtype} {list(v.shape)}")
 
 def pack(

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..base import Call, call, number, seeded
+from ..base import Call, call, instance, number, seeded
 from ..attacks import attacking, ce, check_attack, linf, must_be_finite, pgd, zero
 from .evaluate import EVAL_BATCH, _logits
 
@@ -65,7 +65,11 @@ def eps_curve(
     steps:int=20,    # of PGD, at each budget
 )->tuple[tuple[float,float,float],...]: # (budget, accuracy, mean cross-entropy), from 0 to 1
     "Accuracy and loss as the budget grows to 1 (Carlini et al. 2019)"
-    eps = number('eps', eps, above=0, high=1); budgets = [0., eps]
+    for name,v in (('x', x), ('y', y)): instance(name, v, Tensor, 'a tensor')
+    if x.ndim != 4 or x.shape[:1] != y.shape:
+        raise ValueError('x wants images [N,C,H,W] and y their labels [N], got '
+                         f'{list(x.shape)} and {list(y.shape)}')
+    eps = number('eps', eps, 1e-6, 1); budgets = [0., eps]
     while budgets[-1]<1: budgets.append(min(2*budgets[-1], 1.))
     def row(e):
         x_adv = _attacked(call(pgd, eps=e, step_size=max(e, eps)/4, steps=steps, start=zero), model, x, y)

@@ -129,8 +129,9 @@ def pushes(
     if counts.shape != (len(classes),)*2:
         raise ValueError(f'{len(classes)} names want counts of shape {[len(classes)]*2}, '
                          f'got {list(counts.shape)}')
-    if counts.is_floating_point() or len(counts) and counts.min() < 0:
-        raise ValueError(f'counts must be whole numbers >= 0, got {counts.dtype} from {counts.min()}')
+    if counts.is_floating_point() or counts.is_complex() or len(counts) and counts.min() < 0:
+        low = '' if counts.is_complex() else f' from {counts.min()}'
+        raise ValueError(f'counts must be whole numbers >= 0, got {counts.dtype}{low}')
     for k,row in enumerate(counts.tolist()):
         if not (n := sum(row)): continue
         away = [c if j != k else -1 for j,c in enumerate(row)]; to = away.index(max(away))

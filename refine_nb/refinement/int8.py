@@ -18,7 +18,7 @@ from torch.ao.quantization import (HistogramObserver, MinMaxObserver, QConfig, g
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-from ..base import choose, number
+from ..base import choose, instance, number
 from ..vision import Data, Normalise, copied, plain_weights, to_input
 
 # %% ../../nbs/refinement/20_int8.ipynb #29c75bc2
@@ -30,6 +30,8 @@ def affine(
     beta_q:int=255,  # the integer for beta, > alpha_q
 )->tuple[float,int]: # scale s > 0, zero point z
     "Scale and zero point of a range (AdCorDA eq. 6)"
+    for name,q in (('alpha_q', alpha_q), ('beta_q', beta_q)): number(name, q, whole=True)
+    alpha, beta = number('alpha', alpha), number('beta', beta)
     if not (beta>alpha and beta_q>alpha_q):
         raise ValueError("affine wants beta > alpha and beta_q > alpha_q, "
                          f"got [{alpha}, {beta}] and [{alpha_q}, {beta_q}]")
@@ -45,6 +47,8 @@ def to_integers(
     beta_q:int=255,# greatest integer
 )->Tensor:         # int64, same shape, in alpha_q..beta_q
     "Numbers as integers (AdCorDA eq. 6); beyond the range they are cut off, which the equation leaves out"
+    for name,q in (('alpha_q', alpha_q), ('beta_q', beta_q)): number(name, q, whole=True)
+    instance('w', w, Tensor, 'weights'); s, z = number('s', s, above=0), number('z', z, whole=True)
     return (w/s+z).round().clamp(alpha_q, beta_q).long()
 
 # %% ../../nbs/refinement/20_int8.ipynb #422307e3
@@ -91,13 +95,13 @@ def prepared(
 )->nn.Module:                 # a copy in evaluation mode, fused, with observers behind its parts
     "A network that looks at its activations, ready to be converted"
     look = OBSERVERS[choose(observer, OBSERVERS, 'observer')]
-    with kernels(backend):
+    with kernels(instance('backend', backend, str, 'a name')):
         look = look.with_args(dtype=torch.quint8, quant_min=0, quant_max=_TOP[backend])
         config = get_default_qconfig_mapping(backend).set_global(
             QConfig(activation=look, weight=get_default_qconfig(backend).weight))
         for kind in _FLOAT: config.set_object_type(kind, None)
         custom = PrepareCustomConfig().set_non_traceable_module_classes([Normalise])
-        whole = plain_weights(copied(model).eval())
+        whole = plain_weights(copied(instance('model', model, nn.Module, 'a module')).eval())
         try: return _any_layout(prepare_fx(whole, config, (torch.empty(0),), prepare_custom_config=custom))
         except (torch.fx.proxy.TraceError, AssertionError, TypeError) as e:
             raise ValueError(f"{type(model).__name__} cannot be traced for the backend {backend!r}, "
@@ -113,6 +117,7 @@ def calibrate(
     n:int=1000,      # images, at least one batch
 )->nn.Module:        # `model`
     "Show the first training images to the observers"
+    instance('data', data, Data, 'data such as load_data gives')
     if number('n_calibrate', n, whole=True) < CALIBRATION_BATCH:
         raise ValueError(f"n_calibrate must be at least {CALIBRATION_BATCH}, the images of a batch, got {n}: "
                          "ranges of so few images are chance")
@@ -145,5 +150,6 @@ def quantise(
     n_calibrate:int=1000,     # training images, at least one batch
 )->Int8:
     "Post-training static quantisation (PTSQ; AdCorDA, section 3.4)"
+    instance('data', data, Data, 'data such as load_data gives')
     return Int8(calibrate(prepared(model, backend=backend, observer=observer), data, n_calibrate),
                 backend=backend)

@@ -6,10 +6,13 @@
 __all__ = ['integers', 'restored', 'mebibytes']
 
 # %% ../../nbs/refinement/25_plain_tensors.ipynb #76552b99
+from collections.abc import Mapping
+
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..base import instance
 from .int8 import Int8, kernels, prepared
 
 # %% ../../nbs/refinement/25_plain_tensors.ipynb #145ed931
@@ -86,4 +89,6 @@ def mebibytes(
     tensors:dict[str,Tensor], # e.g. of `integers` or of `state_dict()`
 )->float:                     # MiB, 2**20 bytes
     "Size on disk, as a safetensors file"
+    instance('tensors', tensors, Mapping, 'a mapping name -> tensor')
+    for k,v in tensors.items(): instance(k, v, Tensor, 'a tensor')
     return len(save({k: v.contiguous() for k,v in tensors.items()}))/2**20

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..base import Call, Recipe, Spec, bar, choose, number, seeded
+from ..base import Call, Recipe, Spec, bar, choose, instance, number, seeded
 from ..vision import Data, augment as augmented, draws, fingerprint, to_input
 from ..evaluation import predict, verdicts
 from ..training import Method, coral
@@ -91,7 +91,7 @@ def correct(
     seed:int=0, device='cpu', quiet=True,
 )->Corrected:
     "Steps 2 to 4 of AdCorDA (section 3.1); warns where there is nothing to correct or nothing was corrected"
-    _accept(data, attack, storage)
+    _accept(instance('data', data, Data, 'data such as load_data gives'), attack, storage)
     right = verdicts(model, data.train, size=data.size, device=device)
     wrong, none, start = (~right).nonzero()[:,0], torch.empty(0), time.monotonic()
     if attack and not len(wrong):
@@ -134,6 +134,7 @@ def of_this(
     source:Corrected, # T'
 )->Corrected:         # `source`
     "A corrected set that is of these images; `ValueError` for another's: its positions mean other images"
+    instance('data', data, Data, 'data such as load_data gives')
     if not isinstance(source, Corrected):
         raise ValueError(f"source wants a corrected set, got {type(source).__name__}: "
                          "make one with correct(model, data, attack)")
@@ -180,14 +181,14 @@ def paired_batches(
 ):                           # iterator of (x_source, y_source, x_target), each [batch_size,...]
     "One pass over T' in random order, each batch beside one of T (AdCorDA, step 5)"
     choose(pairing, ('independent','aligned'), 'pairing')
-    images, members = _source_images(data, source, device), source.members
+    images, members = _source_images(instance('data', data, Data, 'a Data'), source, device), source.members
     rows = _order(members, len(data.train) if fill else len(members), seed, epoch)
     other = (rows if pairing=='aligned'
              else torch.randperm(len(data.train), generator=seeded(seed, epoch, 'target'))[:len(rows)])
     u_s, u_t = (draws(len(rows), augment, seeded(seed, epoch, side, 'augment')).to(device)
                 for side in ('source','target'))
     rows, other, T = rows.to(device), other.to(device), data.train.to(device)
-    for i in range(0, len(rows)-batch_size+1, batch_size):
+    for i in range(0, len(rows)-number('batch_size', batch_size, 1, whole=True)+1, batch_size):
         part = slice(i, i+batch_size)
         x_s, x_t = images(rows[part]), to_input(T.x[other[part]], data.size)
         yield (_layout(augmented(x_s, augment, u_s[part])), T.y[rows[part]],
@@ -224,6 +225,7 @@ def adapt(
     device='cpu',
 )->Method:                   # for `fit`
     "Step 5 of AdCorDA: class loss on T' plus lambda times the CORAL loss between T' and T (equation 5)"
+    instance('data', data, Data, 'data such as load_data gives')
     choose(pairing, ('independent','aligned'), 'pairing')
     choose(augment, ('none','flip','crop_flip'), 'augmentation')
     n = _n_batches(data, source, batch_size, coral_weight)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ..base import Recipe, Spec, choose, number, seeded
+from ..base import Recipe, Spec, choose, instance, number, seeded
 from ..vision import Data, to_input
 from ..attacks import attacking
 from ..evaluation import EVAL_BATCH
@@ -26,6 +26,7 @@ def share_of(
     seed:int=0,     # of the draw
 )->Corrected:       # the same T_c, and part of T_a
     "T' at a lower correction rate (AdCorDA, section 5.3, Figure 2b)"
+    instance('full', full, Corrected, 'corrected images, as correct gives them')
     rate = number('rate', rate, 0, 1) # 1 corrects all that the attack can, 0 is the case None
     wrong = (~full.right).nonzero()[:,0]
     chosen = wrong[torch.randperm(len(wrong), generator=seeded(seed, 'share'))[:round(rate*len(wrong))]]
@@ -74,6 +75,7 @@ def part_of(
     seed:int=0,        # of the exchange
 )->Corrected:          # what serves as the source
     "A source that keeps some of what T' has and lacks the rest"
+    instance('data', data, Data, 'data such as load_data gives')
     choose(part, PARTS, 'part'); of_this(data, source)
     none = dict(index=source.index[:0], x=source.x[:0], linf=source.linf[:0], l2=source.l2[:0])
     if part=='T': return replace(source, right=torch.ones_like(source.right), **none)
@@ -92,6 +94,8 @@ def equal_steps(
     device='cpu',
 )->Method:                   # for `fit`
     "`adapt` from any of `PARTS`, with as many steps an epoch as a pass over T has"
+    batch_size = number('batch_size', batch_size, 1, whole=True)
+    instance('data', data, Data, 'data such as load_data gives')
     choose(part, PARTS, 'part'); choose(augment, ('none','flip','crop_flip'), 'augmentation')
     source, n = part_of(data, source, part, seed), len(data.train)//batch_size
     method = adapt(data, source=source, batch_size=batch_size, seed=seed, coral_weight=coral_weight,
@@ -119,6 +123,7 @@ def on_source(
     model:nn.Module, data:Data, source:Corrected, *, device='cpu',
 )->dict[str,dict]: # 'T', 'T_c', 'kept', "T'" -> {'n', 'loss', 'accuracy'}
     "Mean cross-entropy and accuracy on T, on T_c, on the images of T that T' keeps, and on T'"
+    instance('data', data, Data, 'data such as load_data gives')
     T, members = data.train, of_this(data, source).members
     with attacking(model):
         loss, right = _scores(model, T.x, T.y, data.size, device)

@@ -15,7 +15,7 @@ from torch.ao.quantization.observer import ObserverBase
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..base import Call, Recipe, Spec, choose
+from ..base import Call, Recipe, Spec, choose, instance
 from ..vision import Data, copied, foldable
 from ..training import Method
 from .int8 import BACKENDS, CALIBRATION_BATCH, OBSERVERS, Int8, calibrate, prepared
@@ -133,7 +133,7 @@ def through_int8(
     rev:int=1, device='cpu',  # rev 1: what follows a pooling is rounded while training, too
 )->Method:                    # for `fit`
     "Train with the quantised forward and the full-precision counterpart's gradient (AdCorDA, section 4)"
-    choose(norm, ('frozen','batch'), 'norm')
+    choose(norm, ('frozen','batch'), 'norm'); instance('method', method, Call, 'a call such as call(adapt)')
     inner, now = method(data, batch_size=batch_size, seed=seed, device=device), []
     def watch(m):
         watched = calibrate(prepared(m, backend=backend, observer=observer), data, n_calibrate)

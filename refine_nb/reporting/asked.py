@@ -46,6 +46,7 @@ def between(
     below:float=math.inf,  # an upper end which does not
 )->Callable:               # a check for `parameters`
     "Checks a single finite number, also as text"
+    low, high = number('low', low), number('high', high)
     ends = f'{low:g}..{high:g}' + (f', below {below:g}' if below < math.inf else '')
     def check(value):
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ..base import choose
+from ..base import choose, instance
 from ..runs import PRESETS
 from .claims import Claim, on_its_own
 from .listing import PAPERS
@@ -31,6 +31,7 @@ def quoted(
     text:str,         # of a `Claim`, such as 'a gain (read: over zero)'
 )->tuple[str,str]:    # the sentence in quotation marks, and the reading, '' where it is plain
     "What a document says, and how we read it"
+    instance('text', text, str, 'a text')
     if text.startswith('read: '): return 'a question of ours', text.removeprefix('read: ')
     if text.startswith('printed: '): return text, '' # a number of a table, no sentence
     said, _, reading = text.partition('(read: ')
@@ -41,6 +42,7 @@ def as_named(
     table:pd.DataFrame, # tidy
 )->pd.DataFrame:        # its data sets by the names of those that they stand for
     "A run on what stands in for a data set, as one of that"
+    instance('table', table, pd.DataFrame, 'a table of pandas')
     if 'dataset' not in table: return table
     return table.assign(dataset=table.dataset.str.replace('_jpeg|_resplit', '', regex=True))
 

@@ -8,13 +8,17 @@ __all__ = ['Missing', 'cell', 'Claim', 'on_its_own', 'judge']
 # %% ../../nbs/reporting/20_claims.ipynb #88bccac8
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Number
 import numpy as np
 import pandas as pd
+from ..base import instance
 from .figures import named
 
 # %% ../../nbs/reporting/20_claims.ipynb #b95a4029
 class Missing(LookupError):
     "A table lacks the row or the column that a claim needs; the message names it"
+
+def _words(where): return ', '.join(f'{k} {named([v])[0]}' for k,v in where.items())
 
 # %% ../../nbs/reporting/20_claims.ipynb #09ae4eb4
 def cell(
@@ -23,6 +27,7 @@ def cell(
     **where,                # column=value pairs that single out one row, e.g. model='resnet34', attack='DDN'
 )->float:
     "The number in one row of a tidy table; `Missing` names the row that is not there"
+    instance('table', table, pd.DataFrame, 'a table of pandas'); instance('column', column, str, 'a name')
     at = _hits(table, where)
     if column not in table: raise Missing(f'a column {column!r}')
     if len(at) > 1:
@@ -31,11 +36,10 @@ def cell(
     if pd.isna(value): raise Missing(f'{column} of {_words(where)}')
     return value
 
-def _words(where): return ', '.join(f'{k} {named([v])[0]}' for k,v in where.items())
-
 def _hits(table, where): # places of the rows with these values, at least one
     hits = np.ones(len(table), dtype=bool)
     for k,v in where.items():
+        instance(k, v, (str, Number, np.generic, type(None)), 'one value')
         if k not in table.columns: raise Missing(f'a column {k!r}')
         values = table[k]   # plain objects are compared quickly: no care for those that are missing
         hits &= ((values.to_numpy()==v).astype(bool) if values.dtype == object
@@ -72,6 +76,8 @@ def on_its_own(
     table:pd.DataFrame,
 )->tuple[str,str]:      # verdict in words, and what was read
     "A claim put to the paper's own numbers: holds, fails, stands in the text only, cannot be read from it"
+    instance('claim', claim, Claim, 'a Claim')
+    instance('table', table, pd.DataFrame, 'a table of pandas')
     holds, read = claim.verdict(table)
     if holds and claim.text.startswith('printed: '): return 'is the print itself', read
     circular = holds and 'stands_in' in table and claim.verdict(table[table.stands_in!='text'])[0] is None
@@ -99,6 +105,9 @@ def judge(
     preset:str,                 # the preset that made ours: 'demo', 'small' or 'paper'
 )->pd.DataFrame: # a row per claim: claim, text, source, the paper's own table, ours, numbers
     "Put every claim to the paper's own table and to ours"
+    instance('claims', claims, Iterable, 'claims')
+    instance('published', published, pd.DataFrame, 'a table of pandas')
+    instance('ours', ours, (pd.DataFrame, Mapping, type(None)), 'a table, tables by name, or None')
     rows, runs = [], (ours if isinstance(ours, Mapping) else {'ours': ours}) or {'ours': None}
     for c in claims:
         (paper, read), found = on_its_own(c, published), {who: _ours(c, table, preset)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ..base import instance, number
 from .claims import Claim
 
 # %% ../../nbs/reporting/82_direction.ipynb #6f9618cd
@@ -39,6 +40,7 @@ def plain(
     table:pd.DataFrame, # tidy
 )->pd.DataFrame:        # the same, texts as plain objects
     "A table that is quickly read ten thousand times"
+    instance('table', table, pd.DataFrame, 'a table of pandas')
     return table.astype({c: object for c in table if not pd.api.types.is_numeric_dtype(table[c])})
 
 # %% ../../nbs/reporting/82_direction.ipynb #1ecf6aa3
@@ -47,6 +49,8 @@ def drawn(
     times:int=40,
 )->list[pd.DataFrame]:
     "The tables that other images could have given, always the same"
+    times = number('times', times, 0, whole=True)
+    instance('table', table, pd.DataFrame, 'a table of pandas')
     rng = np.random.default_rng(1); table = plain(table)
     return [other_images(table, rng) for _ in range(times)]
 
@@ -60,6 +64,8 @@ def rows_behind(
     table:pd.DataFrame, # tidy
 )->pd.DataFrame:
     "The rows of a table that a claim turns on"
+    instance('claim', claim, Claim, 'a Claim')
+    instance('table', table, pd.DataFrame, 'a table of pandas')
     table = plain(table); whole = _read(claim, table)
     def of(rows): # by halves: where nothing changes without all of them, none is behind it
         if not rows or _read(claim, table.drop(index=rows)) == whole: return []
@@ -101,6 +107,8 @@ def weigh(
     others:list[pd.DataFrame]|None=None, # from `drawn`, where several claims read the table; None: drawn here
 )->Weighed:
     "Which way our numbers point, and how far by luck"
+    instance('claim', claim, Claim, 'a Claim')
+    instance('table', table, pd.DataFrame, 'a table of pandas')
     holds, said = _read(claim, table)
     if holds is None: return Weighed('', said, float('nan'))
     read = [r for r in (_read(claim, t) for t in others or drawn(table)) if r[0] is not None]

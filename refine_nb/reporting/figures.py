@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from ..base import choose, whole
+from ..base import choose, instance, whole
 
 # %% ../../nbs/reporting/10_figures.ipynb #71f1b060
 @contextmanager
@@ -64,6 +64,7 @@ def named(
     methods:Iterable[str], # as the tables print them
 )->list[str]:              # '-' and 'BL' are 'baseline', 'None' is 'no correction', 'Control' is 'control'
     "Methods as a page names them"
+    instance('methods', methods, Iterable, 'names of methods')
     return [_WORDS.get(m, m) for m in methods]
 
 # %% ../../nbs/reporting/10_figures.ipynb #f0ebb78d
@@ -71,6 +72,7 @@ def method_style(
     name:str, # as the tables print it, e.g. 'DDN', 'TRADES', 'ALS + SAT', or in words, e.g. 'no correction'
 )->dict: # keyword arguments of a matplotlib plot: color and marker
     "Colour and marker of a method, the same in every figure"
+    instance('name', name, str, 'the name of a method')
     ink, marker = _STYLES[choose(_PRINTED.get(name, name), _STYLES, 'method')]
     return dict(color=_INK[ink], marker=marker)
 
@@ -79,6 +81,7 @@ def method_colour(
     name:str, # as in `method_style`
 )->str: # such as '#0072B2'
     "Colour of a method, the same in every figure"
+    instance('name', name, str, 'the name of a method')
     return method_style(name)['color']
 
 # %% ../../nbs/reporting/10_figures.ipynb #0f655dd5
@@ -107,6 +110,7 @@ def dot_interval(
     ax:Axes|None=None,         # where to draw; None makes a figure of its own
 )->Axes:
     "A line per method: our value with its interval, the published value as a hollow diamond"
+    instance('table', table, pd.DataFrame, 'a table of pandas')
     for name in (label, 'accuracy'): choose(name, table, 'column of the table')
     if ax is None: ax = plt.subplots(figsize=(4, .9+.22*len(table)))[1]
     for y,row in enumerate(table.to_dict('records')): _line(ax, y, row, method_style(row[label]))
@@ -162,6 +166,7 @@ def plot_confusion(
     ax:Axes|None=None,    # where to draw; None makes a figure of its own
 )->Axes:
     "Share of each class that is taken for each, with the number of its images"
+    instance('classes', classes, (list, tuple), 'a list of names')
     counts, K = np.asarray(counts), len(classes)
     if counts.shape != (K, K):
         raise ValueError(f'{K} names want counts of shape ({K}, {K}), got {counts.shape}')

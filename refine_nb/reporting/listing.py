@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..base import choose
+from ..base import choose, instance
 from ..runs import PRESETS
 
 # %% ../../nbs/reporting/40_listing.ipynb #9fc04354
@@ -140,6 +140,7 @@ def report_folder(
     variant:str='', # what the notebook was asked for, e.g. 'resnet18_cifar10'
 )->Path:            # not made here: `save_report` makes it whole
     "The folder of a report"
+    instance('variant', variant, str, 'a text such as resnet18_cifar10')
     choose(artefact, ARTEFACTS, 'artefact'); choose(preset, PRESETS, 'preset')
     checkout = Path(__file__).resolve().parents[2] if '__file__' in globals() else Path.cwd().parents[1]
     root = Path(os.environ.get('REFINE_REPORTS')

@@ -7,12 +7,12 @@ __all__ = ['HEADERS', 'MARK', 'worded', 'said_once', 'health', 'marked']
 
 # %% ../../nbs/reporting/35_readable.ipynb #ddb1e4c1
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
 
-from ..base import choose
+from ..base import choose, instance, number
 
 # %% ../../nbs/reporting/35_readable.ipynb #6df8a415
 HEADERS = {'accuracy': 'test %', 'std': '± over seeds', 'delta': 'gain (points)', 'n': 'images',
@@ -26,6 +26,8 @@ def worded(
     **words:str,             # further headers, or other ones
 )->pd.DataFrame:             # without columns that are empty in all rows
     "A table with headers in words, p-values as p-values, and nothing empty"
+    instance('columns', columns, Iterable, 'names of columns')
+    instance('table', table, pd.DataFrame, 'a table of pandas')
     columns = list(columns) or list(table)
     for c in columns: choose(c, table, 'column of the table')
     out = table[columns].copy()
@@ -40,6 +42,8 @@ def said_once(
 # the table without the columns that do not vary; e.g. 'network resnet18, images 10,000'
 )->tuple[pd.DataFrame,str]:
     "Take out what is the same in every row, and say it"
+    instance('columns', columns, Iterable, 'names of columns')
+    instance('table', table, pd.DataFrame, 'a table of pandas')
     same = [c for c in columns if c in table and table[c].nunique(dropna=False)==1]
     def text(v): return f'{v:,}' if isinstance(v, (int, np.integer)) else str(v)
     return table.drop(columns=same), ', '.join(f'{HEADERS.get(c, c)} {text(table[c].iloc[0])}' for c in same)
@@ -53,6 +57,9 @@ def health(
     num_classes:int,
 )->str:                 # '' for a network that has learnt
     "What is wrong with a trained network: 'diverged', 'at chance level', or nothing"
+    number('accuracy', accuracy, 0, 1); number('num_classes', num_classes, 1, whole=True)
+    for h in instance('history', history, (list, tuple), 'a list of epochs'):
+        instance('epoch', h, Mapping, 'a mapping')
     losses = [h['loss'] for h in history]
     if not all(map(math.isfinite, losses)): return 'diverged'
     if losses and losses[-1] > max(losses[0], math.log(num_classes)): return 'diverged'
@@ -64,6 +71,8 @@ def marked(
     digits:int=2,       # of the accuracy
 )->list[str]:           # such as '51.42 [50.44, 52.40]', and '10.64 [10.05, 11.26] †' of a flagged network
     "Accuracies as a reader sees them, with interval and mark"
+    digits = number('digits', digits, 0, whole=True)
+    instance('table', table, pd.DataFrame, 'a table of pandas')
     def text(r):
         ends = ('' if math.isnan(r.get('low', math.nan))
                 else f" [{r['low']:.{digits}f}, {r['high']:.{digits}f}]")

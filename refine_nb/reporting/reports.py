@@ -14,13 +14,16 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..base import choose, commit, device_name, versions, whole
+from ..base import choose, commit, device_name, instance, number, versions, whole
 from ..runs import PRESETS
 from .figures import save_figure
 from .tables import show_table
 from .listing import report_folder
 
 # %% ../../nbs/reporting/50_reports.ipynb #d524ef85
+def _places(folder, notes):
+    instance('folder', folder, (str, Path), 'a path'); instance('notes', notes, Iterable, 'lines of text')
+
 def save_table(
     table:pd.DataFrame,      # as for `show_table`
     folder:str|Path,         # made if it is not there
@@ -29,6 +32,9 @@ def save_table(
     name:str='table',        # of the files, without ending
 )->list[Path]: # Markdown and CSV
     "Write a table as Markdown and CSV, each whole or not at all (house rule 10)"
+    instance('title', title, str, 'a text')
+    _places(folder, notes)
+    instance('table', table, pd.DataFrame, 'a table of pandas')
     texts = {'md': show_table(table, title, notes).data,
              'csv': table.to_csv(index=False, lineterminator='\n')}
     for kind,text in texts.items():
@@ -46,6 +52,8 @@ def run_record(
     **more,                 # further facts: data fingerprint, n, seeds, keys; JSON values
 )->dict: # JSON-ready
     "All that made a table, as a dictionary (house rule 9)"
+    instance('device', device, str, 'cpu or cuda')
+    instance('settings', settings, Mapping, 'a mapping of JSON values'); number('seconds', seconds, 0)
     return {'preset': preset, 'settings': dict(settings), 'seconds': round(float(seconds), 1),
             'device': device_name(device), 'versions': versions(), 'source': commit(), **more}
 
@@ -62,6 +70,10 @@ def save_report(
     figures:Mapping[str,Figure]={},      # file name -> figure; one is called 'figure'
 )->list[str]: # names of the files, sorted
     "Write tables, claims, figures and the run record as one folder, whole or not at all (house rule 10)"
+    instance('title', title, str, 'a text')
+    instance('run', run, Mapping, 'a mapping, as run_record gives it'); _places(folder, notes)
+    instance('tidy', tidy, pd.DataFrame, 'a table of pandas')
+    instance('tables', tables, Mapping, 'a mapping name -> table')
     choose('table', tables, 'table of the report')
     with whole(folder) as new:
         for name,table in tables.items(): save_table(table, new, title, notes, name)

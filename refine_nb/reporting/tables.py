@@ -10,12 +10,13 @@ __all__ = ['published', 'mean_std', 'over_seeds', 'measured', 'percent', 'with_i
 import math
 from collections.abc import Iterable, Mapping
 from importlib import resources
+from numbers import Real
 
 import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from ..base import Spec, choose, key
+from ..base import Spec, choose, instance, key, number
 from ..evaluation import wilson
 
 # %% ../../nbs/reporting/30_tables.ipynb #48aeff3f
@@ -36,7 +37,8 @@ def mean_std(
     values:Iterable[float], # one per seed, at least one
 )->tuple[float,float]: # mean and standard deviation (n-1), in the unit of the values; one value has std nan
     "Mean and standard deviation over seeds"
-    v = np.asarray(list(values), dtype=float)
+    instance('values', values, Iterable, 'numbers, one a seed')
+    v = np.asarray([_known('values', x) for x in values], dtype=float)
     if not len(v): raise ValueError('mean_std wants at least one value, got none')
     return float(v.mean()), float(v.std(ddof=1)) if len(v) > 1 else math.nan
 
@@ -45,7 +47,9 @@ def over_seeds(
     results:Iterable[Mapping], # one a seed, with `accuracy` in [0,1] and `n`, the number of images
 )->dict: # accuracy, std, low, high, all in %, and n
     "Accuracy over seeds: mean, standard deviation, and 95 % interval for one seed's number of images"
-    results = list(results); mean, std = mean_std(r['accuracy'] for r in results)
+    instance('results', results, Iterable, 'results, one a seed')
+    results = [instance('results', r, Mapping, 'results, one a seed') for r in results]
+    mean, std = mean_std(r['accuracy'] for r in results)
     if len({r['n'] for r in results}) > 1:
         raise ValueError(
             f"over_seeds wants as many images for each seed, got {', '.join(str(r['n']) for r in results)}")
@@ -62,12 +66,15 @@ def measured(
     return {**over_seeds(store.get(c, make=False).result for c in cells), 'key': ' '.join(map(key, cells))}
 
 # %% ../../nbs/reporting/30_tables.ipynb #3d2c6a62
+def _known(name, v): return v if isinstance(v, Real) and v != v else number(name, v) # nan: unknown
+
 def percent(
     fraction:float, # in [0,1]; nan for unknown
     digits:int=2,   # after the point
 )->str: # '' for nan
     "A fraction as a percentage, without the sign"
-    if math.isnan(fraction): return ''
+    if math.isnan(_known('fraction', fraction)): return ''
+    digits = number('digits', digits, 0, whole=True)
     if not 0 <= fraction <= 1:
         raise ValueError(f'percent wants a fraction in [0,1], got {fraction}: divide percentages by 100')
     return f'{100*fraction:.{digits}f}'
@@ -80,6 +87,7 @@ def with_interval(
     std:float=math.nan,    # over seeds, fraction; nan where there is none
 )->str: # such as '83.64 ± 0.06 [82.90, 84.35]', in %
     "A value with its spread over seeds and its interval over images"
+    for name,v in (('low', low), ('high', high), ('std', std)): _known(name, v)
     spread = '' if math.isnan(std) else f' ± {percent(std)}'
     ends = '' if math.isnan(low) or math.isnan(high) else f' [{percent(low)}, {percent(high)}]'
     return f'{percent(value)}{spread}{ends}'
@@ -90,6 +98,7 @@ def difference(
     published:float,  # in %, as printed; nan for unknown
 )->float: # points, two decimals
     "Ours minus published, at the printed precision"
+    ours, published = _known('ours', ours), _known('published', published)
     return round(ours-published, 2)
 
 # %% ../../nbs/reporting/30_tables.ipynb #7e53d4a6
@@ -117,6 +126,9 @@ def side_by_side(
     keys:Iterable[str]=('model', 'dataset', 'attack'), # columns that name a row, in both tables
 )->pd.DataFrame: # keys, ours, n, paper (texts), difference (points, ours minus paper)
     "Our table and the paper's, row by row, in the paper's order"
+    instance('keys', keys, Iterable, 'names of columns')
+    instance('ours', ours, pd.DataFrame, 'a table of pandas')
+    instance('published', published, pd.DataFrame, 'a table of pandas')
     keys = list(keys)
     a, b = _by_key(ours, keys, 'our table'), _by_key(published, keys, "the paper's table")
     rows = []
@@ -135,6 +147,8 @@ def show_table(
     notes:Iterable[str]=(),   # one line each, below the table
 )->Markdown: # shown by a notebook; the text is in `.data`
     "A table with its title and notes, as Markdown"
+    instance('notes', notes, Iterable, 'lines of text')
+    instance('table', table, pd.DataFrame, 'a table of pandas')
     head = [f'**{title}**', ''] if title else []
     number = {c: pd.api.types.is_numeric_dtype(table[c]) for c in table}
     rule = '|'.join('--:' if number[c] else ':--' for c in table)

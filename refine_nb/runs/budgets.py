@@ -27,7 +27,7 @@ def fits(
     engine:Engine=Engine(),
 )->bool:           # true, where time is left and the price is not known
     "Whether a run can be done in the time that is left, or at least be brought to a snapshot"
-    number('left', -1. if left == math.inf else left)
+    if not (isinstance(left, float) and left == math.inf): left = number('left', left)
     if left <= 0: return False
     if left == math.inf or (seconds := priced(spec, engine)) is None: return True
     parts = (spec.epochs if isinstance(spec, Recipe)

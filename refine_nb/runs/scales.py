@@ -185,6 +185,7 @@ def at_preset(
     shares:Mapping[str,Callable]={}, # preset -> `Brief`
 ):                              # the same, at the scale that a page runs
     "The preset's caps, then the page's share of it"
+    instance('p', p, Preset, 'a Preset, such as preset("small")')
     if isinstance(value, tuple): return tuple(at_preset(v, p, shares) for v in value)
     less = shares.get(p.name, lambda s: s)
     return less(scaled(value, p))

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable
 
 import pandas as pd
 
-from ..base import instance
+from ..base import instance, number
 from .divided import Task, weights_of_ways
 
-# %% ../../nbs/runs/64_simulated.ipynb #69fb4a21
+# %% ../../nbs/runs/64_simulated.ipynb #c0ffee21
 def _tasks(todo)->list[Task]:
     return [instance('todo', t, Task, 'tasks(plan)') for t in instance('todo', todo, list, 'a list of tasks')]
 
+# %% ../../nbs/runs/64_simulated.ipynb #69fb4a21
 def makespan(
     todo:list[Task],                # parents before children
     cost:Callable[[Task],float],    # seconds
@@ -25,7 +26,8 @@ def makespan(
     longest_first:bool=True,        # else in the order of the plan
 )->float:                           # seconds from the first start to the last end
     "How long a plan takes: whoever is free begins the first task that is ready, by order or by weight"
-    todo = _tasks(todo)
+    hands = number('hands', hands, 1, whole=True)
+    todo = _tasks(todo); instance('cost', cost, Callable, 'a function task -> seconds')
     ways = weights_of_ways(todo, cost)
     rank = {t: (-ways[t] if longest_first else 0., i) for i,t in enumerate(todo)}
     waits = {t: len(t.needs) for t in todo}; behind = {t: [] for t in todo}
@@ -49,7 +51,8 @@ def scaling(
     hands:Iterable[int]=(1, 2, 4, 8, 16, 32, 64),
 )->pd.DataFrame: # hands, hours (makespan), efficiency (in (0,1]), plan_order (hours), longest_way, hand_hours
     "How a plan scales: hours with many hands, and how well they are used"
-    todo = _tasks(todo)
+    instance('hands', hands, Iterable, 'whole numbers')
+    todo = _tasks(todo); instance('cost', cost, Callable, 'a function task -> seconds')
     work, chain = sum(map(cost, todo)), max(weights_of_ways(todo, cost).values(), default=0.)
     rows = []
     for n in hands:

@@ -9,13 +9,16 @@ __all__ = ['Until', 'Stopped', 'terminated']
 import math, os, signal, threading, time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ..base import number
 
 # %% ../../nbs/runs/05_stopping.ipynb #95f76f38
 class Until:
     "When to stop: at a time, or as soon as it is asked"
     def __init__(self,
         seconds:float=math.inf, # from now
-    ): self.end, self.asked = time.monotonic()+seconds, False
+    ):
+        if not (isinstance(seconds, float) and seconds == math.inf): seconds = number('seconds', seconds)
+        self.end, self.asked = time.monotonic()+seconds, False
     @property
     def left(self)->float: # seconds; 0 where the time is up, or it was asked to stop
         return 0. if self.asked else max(0., self.end-time.monotonic())

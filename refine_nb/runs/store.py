@@ -28,6 +28,7 @@ class Store:
         quiet=False,         # no progress bars
         every:float=20.,     # seconds between training snapshots, at least; 0 takes one after each epoch
     ):
+        if engine is not None: instance('engine', engine, Engine, 'an Engine, as engine() gives it')
         self.root, self.engine, self.quiet, self.every = home_folder(root), engine or _engine(), quiet, every
         self.until, self._data, self._locks = None, {}, {} # `until`: when what is being made is to stop
         _tidy(self.root)
@@ -44,6 +45,7 @@ def _tidy(root): # away with what killed processes left beside results that are 
         if any(root.glob(f'*/{run.name}/record.json')): shutil.rmtree(run, ignore_errors=True)
         elif run.is_dir() and not any(run.iterdir()): _drop_empty(root, run)
 
+# %% ../../nbs/runs/20_store.ipynb #c0ffee31
 def _drop_empty(root, run): # of no use to anyone but who is about to write into it
     with contextlib.suppress(OSError, filelock.Timeout), _lock(root, run.name).acquire(timeout=0): run.rmdir()
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from ..base import Adversarials, Recipe, ancestors, instance, key, listed, whole
+from ..base import Adversarials, Recipe, ancestors, choose, instance, key, listed, whole
 from ..refinement import Correction, Quantised
 from .entry import FORMAT, NUMBERS_ONLY, Damaged, _put, _record, writing, timeless
 from .store import Store
@@ -49,6 +49,7 @@ def export_results(
     numbers_only:bool=False, # leave out weights and images, which a report does not need
 )->dict:          # entries, bytes
     "Pack results into one tar file, with checksums; the same results are the same bytes"
+    choose(numbers_only, (False, True), 'numbers_only')
     instance('store', store, Store, 'a Store')
     specs = listed(specs); instance('path', path, (str, Path), 'a path')
     packed = _packs(store, specs, numbers_only)

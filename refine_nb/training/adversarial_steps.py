@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from ..base import seeded
+from ..base import instance, seeded
 from ..vision import Data
 from .fitting import Method, fine_tune
 from .step_parts import (STEP_GIVES, asks_for, attacker, counting, mean_loss, step_cosines,
@@ -23,6 +23,7 @@ _GIVES = (*STEP_GIVES, 'cos', 'cos_adv', 'steps_to_flip')
 
 def _slots(attack, objective, weight)->tuple[set,set]:
     "What the objective and the weight ask for"
+    if weight is not None: instance('weight', weight, Callable, 'a function or a call')
     asks = asks_for(objective, (*_GIVES, 'w') if weight else _GIVES, 'objective')
     weighs = asks_for(weight, _GIVES, 'weight') if weight else set()
     if weight and 'w' not in asks:
@@ -86,6 +87,7 @@ def adversarial_training(
     device='cpu',              # of the batches
 )->Method:
     "Training on attacked images: `adversarial` with the batches of `fine_tune`"
+    instance('data', data, Data, 'data such as load_data gives')
     step = adversarial(attack, objective, weight, mode=mode, folded=mode=='eval', see=see)
     plain = fine_tune(data, batch_size=batch_size, seed=seed, device=device, augment=augment)
     on_gpu = str(device).startswith('cuda')

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from ..base import Call, choose, number
+from ..base import Call, choose, instance, number
 from ..vision import Data
 from ..attacks import ce
 from .adversarial_steps import adversarial_training
@@ -79,6 +79,7 @@ def regulated_training(
     device='cpu',              # of the batches
 )->Method:                     # for a recipe that starts from a trained network: init=vanilla
     "`regulated` with the batches of `adversarial_training` (DRA, sections IV and V-A)"
+    instance('data', data, Data, 'data such as load_data gives')
     plain = adversarial_training(data, batch_size=batch_size, seed=seed, attack=attack, objective=halves,
                                  mode=mode, augment=augment, device=device)
     fade(0.)                   # says what is wrong with it

@@ -60,6 +60,11 @@ def fine_tune(
 class Diverged(RuntimeError):
     "A loss was not finite; the message says at which epoch and step, and what is kept"
 
+def _trainable(model, method, optimiser, epoch=0, epochs=1)->None: # or a sentence that says what is not
+    instance('model', model, Callable, 'a module'); instance('method', method, Method, 'a Method')
+    instance('optimiser', optimiser, torch.optim.Optimizer, 'an optimiser of torch')
+    number('epoch', epoch, 0, whole=True); number('epochs', epochs, 1, whole=True)
+
 def _finite(losses:list[Tensor], epoch:int, n:int)->float: # mean of the losses of an epoch of n steps
     losses = torch.stack(losses).float().cpu(); bad = (~losses.isfinite()).nonzero()
     if len(bad):
@@ -111,9 +116,7 @@ def train_epoch(
     quiet:bool=False,      # no bar
 )->dict: # mean loss and logs of the epoch, last learning rate, images per second
     "One pass of `method` over its batches; `Diverged` for a loss that is not finite"
-    instance('model', model, Callable, 'a module'); instance('method', method, Method, 'a Method')
-    instance('optimiser', optimiser, torch.optim.Optimizer, 'an optimiser of torch')
-    model.train()
+    _trainable(model, method, optimiser, epoch, epochs); model.train()
     start,n,losses,logs = time.monotonic(),method.n_steps,[],{}
     progress = bar(total=method.n_images, desc=f'epoch {epoch+1}/{epochs}', unit='img', quiet=quiet)
     with _drawing(seed, epoch), progress, suiting(model):
@@ -192,7 +195,7 @@ def fit(
     engine:Engine=Engine(), quiet:bool=False,
 )->dict: # history (a dict an epoch), best_epoch (from 1), best_accuracy, seconds; other: weights not left
     "Train for `epochs` epochs and select one; `Diverged` keeps the last good snapshot"
-    instance('model', model, nn.Module, 'a module')
+    _trainable(model, method, optimiser); instance('validate', validate, Callable, 'a function of the model')
     both = dict(epochs=epochs, seed=seed, schedule=schedule, clip=clip, robust=robust)
     about = dict(by=_judge(select, robust), validate=validate, method=method, optimiser=optimiser,
                  engine=engine, quiet=quiet, **both)

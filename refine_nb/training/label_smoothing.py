@@ -71,4 +71,5 @@ def als_trades(
     beta:float=6.,  # weight of robustness, >= 0
 )->Tensor:          # [B], >= 0
     "ALS on the clean images, plus the divergence of TRADES (ours)"
+    _check(y, z=z, z_adv=z_adv)
     return als(z, y, alpha=alpha) + _robust_term(z, z_adv, y, 1., beta)

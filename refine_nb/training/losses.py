@@ -38,8 +38,8 @@ def clean(
 # %% ../../nbs/training/00_losses.ipynb #8ca859c7
 def _weights(w, y): # [B], or a number for all: a column would make a table of all pairs
     if not isinstance(w, Tensor): return number('w', w, 0)
-    if w.shape!=y.shape:
-        raise ValueError(f"w wants one weight per example {list(y.shape)}, got {list(w.shape)}")
+    if w.shape!=y.shape or w.is_complex():
+        raise ValueError(f"w wants one weight per example {list(y.shape)}, got {w.dtype} {list(w.shape)}")
     if w.device.type=='cpu' and not (w>=0).all():
         if w.isnan().any(): raise NotFinite("a weight w is nan: look at what it is made from")
         raise ValueError(f"w wants weights >= 0, got {w.min():g}")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from ..base import choose, number
+from ..base import choose, instance, number
 from ..vision import at_scale
 from ..attacks import ce, gaussian, iterate, kl
-from .losses import _check
+from .losses import _came, _check
 
 # %% ../../nbs/training/06_self_paced.ipynb #f02b31fb
 def _checked(cos, y): # a sentence where these are no cosines
@@ -75,6 +75,12 @@ def self_paced_ce(
     return ce(pace(cos, y, beta=beta, through=through)*z, y)
 
 # %% ../../nbs/training/06_self_paced.ipynb #57ec8ae1
+def _rows(**logits): # two batches of one shape
+    sound = all(isinstance(z, Tensor) and z.is_floating_point() and z.ndim == 2 for z in logits.values())
+    if sound and len({z.shape for z in logits.values()}) == 1: return
+    came = ', '.join(map(_came, logits.values()))
+    raise ValueError(f"{' and '.join(logits)} want float logits [B,K] of one shape, got {came}")
+
 def inconsistency(
     z_adv:Tensor, # [B,K], logits of the attacked images
     z:Tensor,     # [B,K], logits of the clean images
@@ -82,7 +88,7 @@ def inconsistency(
     inside:bool=True, # the probability inside the square, as in the equation; False: as in the text
 )->Tensor:        # [B], >= 0; zero iff both predict the same
     "How far an attack moves each class (thesis, eq. 3.14)"
-    choose(inside, (True,False), 'inside')
+    choose(inside, (True,False), 'inside'); _rows(z_adv=z_adv, z=z)
     log_p,log_q = z.log_softmax(1),z_adv.log_softmax(1)
     return ((log_p.exp() if inside else 1)*(log_p-log_q)).square().sum(1)
 
@@ -95,6 +101,7 @@ def self_paced_kl(
     inside:bool=True, # as for `inconsistency`
 )->Tensor:        # [B], >= 0; zero iff both predict the same
     "Self-paced robustness loss (thesis, eq. 3.15)"
+    _rows(z_adv=z_adv, z=z)
     return number('alpha', alpha, 0)*kl(z_adv, z) + inconsistency(z_adv, z, inside=inside)
 
 # %% ../../nbs/training/06_self_paced.ipynb #7c54c9b5
@@ -150,6 +157,7 @@ def spat_pgd(
     generator:torch.Generator|None=None, # of the start
 )->Tensor:                 # [B,C,H,W], detached, in [0,1]
     "The inner attack of SPAT: PGD on its robustness loss (thesis, Algorithm 1)"
+    instance('model', model, nn.Module, 'a module')
     choose(robustness, ('sp','kl'), 'robustness')
     climbed = kl if robustness=='kl' else partial(self_paced_kl, alpha=alpha)
     with at_scale(model, s):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
-from ..base import choose
+from ..base import choose, instance
 from ..vision import Data, auxiliary
 from .adversarial_steps import adversarial_training
 from .fitting import Method
@@ -59,6 +59,7 @@ def advprop(
     device='cpu',              # of the batches
 )->Method:                     # for a model with `dual_norms`
     "`advprop_step` with the batches of `adversarial_training` (mixture document, after Xie et al. 2019)"
+    instance('data', data, Data, 'data such as load_data gives')
     step = advprop_step(attack, objective, attacked=attacked, mode=mode, folded=mode=='eval', see=see)
     plain = adversarial_training(data, batch_size=batch_size, seed=seed, attack=attack, objective=objective,
                                  mode=mode, augment=augment, device=device)
