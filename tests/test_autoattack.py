@@ -16,6 +16,7 @@ from torch import nn
 
 import refine_nb.attacks.ensemble as module
 from refine_nb.attacks import STANDARD, OtherRun, apgd, autoattack, boundary_start, fab_t, pgd
+from refine_nb.attacks.protocol import _Protocol
 from refine_nb.attacks.queue import _hash, _names
 
 N, QUICK = 16, dict(steps=15, n_queries=150)      # images; the standard at a size that a test can afford
@@ -107,6 +108,25 @@ def test_own_draws_same_verdicts_but_at_the_border(name, eps, nets, batch):
     assert not against, (f'images {against}: every seed of ours says one thing, '
                          f'every seed of theirs the other; border: {border}')
     assert len(border) <= N//4, border
+
+@pytest.mark.parametrize('component', ['apgd-t', 'fab-t'])
+@pytest.mark.parametrize('name, eps', [('plain', .14), ('loud', .14), ('rounded', .22)])
+def test_targets_side_by_side_are_one_after_the_other(component, name, eps, nets, batch):
+    """Rows of several targets share a batch, and leave as soon as one of their image breaks it.
+    The verdicts are those of a target after the other"""
+    net, (x, y) = nets[name], batch; given = dict(eps=eps, components=(component,), folded=False, **QUICK)
+    with torch.no_grad(): z = net(x)
+    broken, p = z.argmax(1) != y, _Protocol(norm='linf', reference=False, seed=0, n_targets=9, **{
+        k: v for k, v in given.items() if k != 'folded'})
+    attack, rows = module._ours(p, component, net, net, z.argsort(1), _names(x)), []
+    with module.attacking(net):
+        for job in range(9):
+            e = (~broken).nonzero()[:, 0]; rows.append(len(e))
+            if len(e): broken[e[attack(x[e], y[e], e, torch.full_like(e, job))[1]]] = True
+    for size in (7, 9*N):
+        together = autoattack(net, x, y, batch_size=size, **given)
+        assert torch.equal(together.breaker != -1, broken), f'batches of {size}'
+    assert min(rows) > 0 and (name == 'rounded' or rows[0] > rows[-1])
 
 def test_the_full_standard(nets, batch, same_draws):
     "Nothing made smaller: 100 steps, 9 targets, 5000 queries"

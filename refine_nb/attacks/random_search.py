@@ -82,8 +82,8 @@ def _pass(model, s, k):
     s['fault'] += torch.where(counts, bad, 0).sum(1)
     s['asked'] += (counts & (at<_WINDOW)).sum(1); s['taken'] += taken
     torch.where(taken, torch.where(counts & better, lead, torch.inf).amin(1), s['lead'], out=s['lead'])
-    rows = torch.arange(len(won), device=won.device)
-    s['best'].copy_(_coloured(s, rows, won))                           # the empty square where none is taken
+    i = torch.arange(len(won), device=won.device) if won.is_cuda else taken.nonzero()[:,0]
+    s['best'][i] = _coloured(s, i, won[i])                             # the empty square where none is taken
     s['open'] &= torch.arange(_WINDOW+1, device=won.device)>torch.where(taken, won, at[:,-1])[:,None]
     if 'rejected' in s:
         s['rejected'].scatter_(1, s['square'].gather(1, at), True); s['rejected'] &= ~taken[:,None]
