@@ -91,7 +91,7 @@ def correct(
     seed:int=0, device='cpu', quiet=True,
 )->Corrected:
     "Steps 2 to 4 of AdCorDA (section 3.1); warns where there is nothing to correct or nothing was corrected"
-    _accept(instance('data', data, Data, 'data such as load_data gives'), attack, storage)
+    _accept(data, attack, storage)
     right = verdicts(model, data.train, size=data.size, device=device)
     wrong, none, start = (~right).nonzero()[:,0], torch.empty(0), time.monotonic()
     if attack and not len(wrong):

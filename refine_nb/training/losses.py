@@ -39,7 +39,7 @@ def clean(
 def _weights(w, y): # [B], or a number for all: a column would make a table of all pairs
     if not isinstance(w, Tensor): return number('w', w, 0)
     if w.shape!=y.shape or w.is_complex():
-        raise ValueError(f"w wants one weight per example {list(y.shape)}, got {w.dtype} {list(w.shape)}")
+        raise ValueError(f"w wants one weight per example {list(y.shape)}, got {list(w.shape)} ({w.dtype})")
     if w.device.type=='cpu' and not (w>=0).all():
         if w.isnan().any(): raise NotFinite("a weight w is nan: look at what it is made from")
         raise ValueError(f"w wants weights >= 0, got {w.min():g}")
