@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['choose', 'instance', 'number', 'Call', 'RUNTIME', 'call', 'canonical', 'key', 'public_name', 'seeded', 'Adversarials',
-           'Cell', 'Recipe', 'Robustness', 'Spec', 'Worst', 'against', 'ancestors', 'listed', 'nested', 'rewrite',
+           'Cell', 'Recipe', 'Robustness', 'Spec', 'Worst', 'against', 'all_specs', 'ancestors', 'nested', 'rewrite',
            'clear', 'commit', 'device_name', 'locks_hold', 'run_wishes', 'time_budget', 'versions', 'whole', 'bar',
            'where', 'contents']
 
@@ -12,7 +12,7 @@ __all__ = ['choose', 'instance', 'number', 'Call', 'RUNTIME', 'call', 'canonical
 from .checking import choose, instance, number
 from .calls import Call, RUNTIME, call, canonical, key, public_name, seeded
 from .specs import (Adversarials, Cell, Recipe, Robustness, Spec, Worst, against,
-    ancestors, listed, nested, rewrite)
+    all_specs, ancestors, nested, rewrite)
 from .environment import (clear, commit, device_name, locks_hold, run_wishes,
     time_budget, versions, whole)
 from .progress import bar, where
@@ -21,5 +21,5 @@ from .doors import contents
 # %% ../../nbs/base/99_base.ipynb #e37f19a4
 _all_ = ['choose', 'instance', 'number', 'Call', 'RUNTIME', 'call', 'canonical', 'key', 'public_name',
          'seeded', 'Adversarials', 'Cell', 'Recipe', 'Robustness', 'Spec', 'Worst', 'against',
-         'ancestors', 'listed', 'nested', 'rewrite', 'clear', 'commit', 'device_name', 'locks_hold',
+         'all_specs', 'ancestors', 'nested', 'rewrite', 'clear', 'commit', 'device_name', 'locks_hold',
          'run_wishes', 'time_budget', 'versions', 'whole', 'bar', 'where', 'contents']

@@ -8,7 +8,7 @@ __all__ = ['priced', 'fits', 'whats_left']
 # %% ../../nbs/runs/52_budgets.ipynb #71fe9c1f
 import math
 
-from ..base import Recipe, Robustness, Spec, listed, number
+from ..base import Recipe, Robustness, Spec, all_specs, number
 from ..training import Engine
 from .prices import cost, duration, priceable
 
@@ -40,7 +40,7 @@ def whats_left(
     engine:Engine=Engine(),
 )->str:               # such as '3 runs, about 2.5 h here'
     "How many runs there are, and what they cost here"
-    specs = listed(specs)
+    specs = all_specs(specs)
     seconds = [priced(s, engine) for s in specs]
     known, n = sum(s for s in seconds if s is not None), seconds.count(None)
     unknown = f' and {n} of unknown price' if 0 < n < len(seconds) else ', of unknown price' if n else ''

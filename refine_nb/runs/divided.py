@@ -9,7 +9,7 @@ __all__ = ['Task', 'tasks', 'weights_of_ways', 'by_want']
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..base import Recipe, Spec, key, listed, nested
+from ..base import Recipe, Spec, key, all_specs, nested
 from .store import passed
 
 # %% ../../nbs/runs/24_divided.ipynb #55920be1
@@ -31,7 +31,7 @@ def tasks(
     plan:list[Spec],   # parents before children, as `Store.plan` gives it
 )->list[Task]:         # in an order in which they can be made
     "The plan as tasks that know what they wait for"
-    plan = listed(plan)
+    plan = all_specs(plan)
     longer, groups, of = passed(plan), {}, {}
     for s in plan: groups.setdefault(longer.get(s, s), []).append(s)
     for head, group in groups.items():

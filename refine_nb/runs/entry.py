@@ -59,9 +59,9 @@ def _bytes(path:Path)->bytes: # of a file of an entry
         raise Damaged(f'{path.name} is missing' if isinstance(e, FileNotFoundError)
                       else f'{path.name} cannot be read ({type(e).__name__})') from None
 
-# %% ../../nbs/runs/00_entry.ipynb #514808de
 def _sha(raw)->str: return hashlib.sha256(raw).hexdigest()
 
+# %% ../../nbs/runs/00_entry.ipynb #514808de
 NUMBERS_ONLY = 'numbers_only' # a file beside a record whose tensors stayed elsewhere
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..base import (Adversarials, Call, Cell, Recipe, Robustness, Spec, Worst, choose, instance,
-                            listed, number)
+                            all_specs, number)
 from ..vision import OwnImages, n_parameters, suiting
 from ..attacks import attacking
 from ..training import Engine
@@ -186,7 +186,7 @@ def price(
     engine:Engine=Engine(),
 )->pd.DataFrame:      # what, runs, time (text), seconds; the last row is the total
     "What a plan costs on this device"
-    specs = listed(specs)
+    specs = all_specs(specs)
     rows, on_the_way = {}, passed(specs)
     for s in specs:
         what, detail = _KINDS[type(s)], _detail(s)

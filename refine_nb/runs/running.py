@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from fastcore.basics import patch
 
-from ..base import Spec, bar, listed, number, run_wishes, time_budget
+from ..base import Spec, bar, all_specs, number, run_wishes, time_budget
 from .attempts import here
 from .budgets import fits, priced, whats_left
 from .clusters import ray
@@ -106,7 +106,7 @@ def run(self:Store,
     budget:float|str|None=None,  # seconds, or a time such as '25m'; None: as the environment wishes, or none
 )->list[Spec]:                   # what is left to be made: none without a budget
     "Make what is missing for `specs`, with a bar; `Unmade` names what could not be made by others"
-    specs, wishes = listed(specs), run_wishes()
+    specs, wishes = all_specs(specs), run_wishes()
     before, self.until = self.until, Until(_seconds(wishes['budget'] if budget is None else budget))
     executor = executor or _executor(wishes)
     try:

@@ -13,7 +13,7 @@ from itertools import count
 import filelock
 from fastcore.basics import patch
 
-from ..base import (Recipe, Spec, canonical, clear, commit, device_name, instance, key, listed,
+from ..base import (Recipe, Spec, canonical, clear, commit, device_name, instance, key, all_specs,
                             locks_hold, nested, public_name, versions)
 from ..training import Engine, engine
 from .entry import Damaged, Entry, home_folder, read_entry, write_entry, writing
@@ -119,7 +119,7 @@ def plan(self:Store, specs)->list[Spec]:
         if s in seen or self.find(s): return
         for p in nested(s): visit(p)
         seen[s] = None
-    for s in listed(specs): visit(s)
+    for s in all_specs(specs): visit(s)
     return list(seen)
 
 # %% ../../nbs/runs/20_store.ipynb #3b144d8a
@@ -160,7 +160,7 @@ def passed(
     specs,                 # what is to be made
 )->dict[Recipe,Recipe]:    # shorter recipe -> the longest one that passes through it
     "Recipes whose weights come about on the way of a longer run among `specs`"
-    specs = listed(specs)
+    specs = all_specs(specs)
     families = {}
     for r in specs:
         if isinstance(r, Recipe) and (f := _family(r)) is not None: families.setdefault(f, []).append(r)

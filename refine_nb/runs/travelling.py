@@ -13,7 +13,7 @@ from typing import BinaryIO
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from ..base import Adversarials, Recipe, ancestors, choose, instance, key, listed, whole
+from ..base import Adversarials, Recipe, ancestors, choose, instance, key, all_specs, whole
 from ..refinement import Correction, Quantised
 from .entry import FORMAT, NUMBERS_ONLY, Damaged, _put, _record, writing, timeless
 from .store import Store
@@ -51,7 +51,7 @@ def export_results(
     "Pack results into one tar file, with checksums; the same results are the same bytes"
     choose(numbers_only, (False, True), 'numbers_only')
     instance('store', store, Store, 'a Store')
-    specs = listed(specs); instance('path', path, (str, Path), 'a path')
+    specs = all_specs(specs); instance('path', path, (str, Path), 'a path')
     packed = _packs(store, specs, numbers_only)
     files = {n: {'bytes': p.stat().st_size, 'sha256': _sha(p)} for n,p in sorted(packed.items())}
     said = json.dumps({'format': FORMAT, 'numbers_only': numbers_only, 'files': files}, indent=1).encode()
@@ -140,8 +140,7 @@ def import_results(
     path:str|Path,          # an archive that `export_results` made
 )->dict[str,list[str]]:     # 'new', 'filled' (tensors come late), 'there', 'different': <kind>/<key>
     "Take results into a store, never over others under the same key; `BadArchive` before anything is written"
-    instance('store', store, Store, 'a Store')
-    instance('path', path, (str, Path), 'a path')
+    instance('store', store, Store, 'a Store'); instance('path', path, (str, Path), 'a path')
     found = {'new': [], 'filled': [], 'there': [], 'different': []}
     try:
         with tarfile.open(path, 'r:') as tar:
