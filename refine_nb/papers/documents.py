@@ -96,8 +96,8 @@ def on_ours(
         n = rows[rows.scale==scale].verdict.value_counts()
         if judged := n.get('holds', 0)+n.get('fails', 0):
             its = rows[(rows.scale==scale) & rows.verdict.isin(['holds','fails'])]
-            said.append(f"**At the scale they ask for, {n.get('holds', 0)} of {_many(judged, 'claim')} hold on "
-                        f"ours and {n.get('fails', 0)} fail** ({_each(its)}).")
+            said.append(f"**At the scale they ask for, {n.get('holds', 0)} of {_many(judged, 'claim')} hold "
+                        f"on ours and {n.get('fails', 0)} fail** ({_each(its)}).")
         if way := sum(n.get(w, 0) for w in ('with','against','undecided')):
             said.append(f"**At the {scale} scale, a direction and no verdict: our numbers go with "
                         f"{n.get('with', 0)} of {_many(way, 'claim')}, against {n.get('against', 0)}, and leave "
