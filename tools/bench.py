@@ -20,9 +20,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from refine_nb.base import call, commit, device_name, versions, whole
-from refine_nb.vision import classifier, fold
-from refine_nb.attacks import attacking, ce, kl_pgd, pgd
+from refine_nb.base import Call, call, commit, device_name, versions, whole
+from refine_nb.vision import classifier, cosine_head, fold
+from refine_nb.attacks import attacking, ce, dra, gaussian, kl_pgd, pgd, square
 from refine_nb.training import engine, trades
 from refine_nb.reporting import show_table
 
@@ -406,13 +406,29 @@ def autoattack_half(s): return verdict_contest(s, taught_at=.15, share=.58, warm
 @row('AutoAttack, standard version, a net that withstands nothing, against pyautoattack', at_least=20.)
 def autoattack_none(s): return verdict_contest(s, taught_at=0, share=0, eps=.3)
 
+@row('Square, several queries in one pass, against a query a pass', at_least=1.5)
+def square_ahead(s):
+    data = load_digits()
+    x, y = torch.tensor(data.images[:, None]/16, dtype=torch.float32), torch.tensor(data.target)
+    net, at = digits_net(x[:1200], y[:1200], eps=.15), slice(1200, 1200+s.digits)
+    eps = budget(net, x[at], y[at], .58); net, x, y = net.to(s.device), x[at].to(s.device), y[at].to(s.device)
+    def found(ahead): return lambda: square(net, x, y, eps=eps, ahead=ahead)
+    def agree(made):
+        share = (made['ours'] == made['theirs']).flatten(1).all(1).float().mean().item()
+        return share > .99, f'{share:.1%} of the images are equal'
+    return Contest({'ours': found(None), 'theirs': found(1)}, agree, f'{len(x)} digits, eps {eps:.2f}',
+                   warm=False)
+
 
 # ---- training ----------------------------------------------------------------------------------------------
 
 def our_step(attack, objective, **mode): # -> (net, x, y, optimiser) -> loss, as all steps below
     "Our step of adversarial training, as `adversarial_training` makes it"
-    step = needs('refine_nb.training').adversarial(call(attack, eps=EPS, step_size=STEP, steps=STEPS),
-                                                   objective, folded=not mode, **mode)
+    if not isinstance(attack, Call): attack = call(attack, eps=EPS, step_size=STEP, steps=STEPS)
+    return stepping(needs('refine_nb.training').adversarial(attack, objective, folded=not mode, **mode))
+
+def stepping(step):
+    "A step of ours on a batch, with the optimiser's"
     def make(net, x, y, optimiser):
         loss, _ = step(net.train(), (x, y, torch.Generator(x.device).manual_seed(2)), 0.)
         optimiser.zero_grad(set_to_none=True); loss.backward(); optimiser.step()
@@ -453,11 +469,11 @@ def trades_step(net, x, y, optimiser, beta=6.):
     loss.backward(); optimiser.step()
     return loss.detach()
 
-def training_contest(s, ours, theirs, same=None):
-    """A step of SGD on equal nets.
+def training_contest(s, ours, theirs, same=None, head=lambda net: net):
+    """A step of SGD on equal nets, with another head where `head` gives one.
     `same`: our step that does exactly what theirs does, timed as well, where it is not `ours`"""
     def side(step, place, n=s.batch, size=32, dtype=torch.float32):
-        net, (x, y) = place(s.net(dtype)), s.images(n, size, dtype)
+        net, (x, y) = place(head(s.net(dtype))), s.images(n, size, dtype)
         if s.cuda and place is ours_place: x = last(x)
         optimiser = torch.optim.SGD(net.parameters(), lr=.01, momentum=.9, weight_decay=5e-4)
         return lambda: seeded(step, net, x, y, optimiser)
@@ -482,6 +498,22 @@ def at_eval_mode(s): return training_contest(s, our_step(pgd, ce), eval_mode_ste
 
 @row('a TRADES step, against a loop that recomputes the clean logits at every inner step', at_least=1.6)
 def trades_recomputing(s): return training_contest(s, our_step(kl_pgd, trades), trades_step)
+
+@row('a SPAT step, against the released loop', at_least=1.8)
+def spat_released(s):
+    ours, published = needs('refine_nb.training'), needs('bench_loops')
+    return training_contest(s, our_step(ours.spat_pgd, call(ours.spat)), published.spat_step, head=cosine_head)
+
+@row('a MART step, against the released loop', at_least=1.)
+def mart_released(s):
+    ours, near_x = needs('refine_nb.training'), dict(start=gaussian, clamp_start=False)
+    attack = call(pgd, eps=EPS, step_size=STEP, steps=STEPS, **near_x)
+    return training_contest(s, our_step(attack, call(ours.mart)), needs('bench_loops').mart_step)
+
+@row('a DRA step, against Algorithm 1 line by line', at_least=1.)
+def dra_by_the_line(s):
+    step = needs('refine_nb.training').regulated(call(dra, eps=2/255), folded=True)
+    return training_contest(s, stepping(step), needs('bench_loops').dra_step)
 
 
 # ---- the device's own rates --------------------------------------------------------------------------------
