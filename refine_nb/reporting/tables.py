@@ -33,6 +33,8 @@ def published(
 _COUNTS = ('corrected', 'total', 'n') # columns of whole numbers, where a table has them
 
 # %% ../../nbs/reporting/30_tables.ipynb #07522cee
+def _known(name, v): return v if isinstance(v, Real) and v != v else number(name, v) # nan: unknown
+
 def mean_std(
     values:Iterable[float], # one per seed, at least one
 )->tuple[float,float]: # mean and standard deviation (n-1), in the unit of the values; one value has std nan
@@ -66,8 +68,6 @@ def measured(
     return {**over_seeds(store.get(c, make=False).result for c in cells), 'key': ' '.join(map(key, cells))}
 
 # %% ../../nbs/reporting/30_tables.ipynb #3d2c6a62
-def _known(name, v): return v if isinstance(v, Real) and v != v else number(name, v) # nan: unknown
-
 def percent(
     fraction:float, # in [0,1]; nan for unknown
     digits:int=2,   # after the point
