@@ -502,7 +502,8 @@ def trades_recomputing(s): return training_contest(s, our_step(kl_pgd, trades), 
 @row('a SPAT step, against the released loop', at_least=1.8)
 def spat_released(s):
     ours, published = needs('refine_nb.training'), needs('bench_loops')
-    return training_contest(s, our_step(ours.spat_pgd, call(ours.spat)), published.spat_step, head=cosine_head)
+    return training_contest(s, our_step(ours.spat_pgd, call(ours.spat)), published.spat_step,
+                            head=cosine_head)
 
 @row('a MART step, against the released loop', at_least=1.)
 def mart_released(s):

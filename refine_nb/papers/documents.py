@@ -100,8 +100,8 @@ def on_ours(
                         f"on ours and {n.get('fails', 0)} fail** ({_each(its)}).")
         if way := sum(n.get(w, 0) for w in ('with','against','undecided')):
             said.append(f"**At the {scale} scale, a direction and no verdict: our numbers go with "
-                        f"{n.get('with', 0)} of {_many(way, 'claim')}, against {n.get('against', 0)}, and leave "
-                        f"{n.get('undecided', 0)} undecided.**")
+                        f"{n.get('with', 0)} of {_many(way, 'claim')}, against {n.get('against', 0)}, and "
+                        f"leave {n.get('undecided', 0)} undecided.**")
     none = [PAPERS[p].short for p in PAPERS if not rows[rows.document==p].scale.any()]
     return said + ([f"No real run of {' and '.join(none)} is stored yet."] if none else [])
 

@@ -221,13 +221,16 @@ CLAIMS = { # of `PAPERS` -> what it says of an undefended network
     'dra': (
     _number('Table I', 'a vanilla network keeps 0.0 % at 8/255', 'DRA, Table I (line 72)', 'spat_pgd20_8'),
     _vanillas(2, '44.1 to 46.9'), _vanillas(5, '14.6 to 15.9'), _vanillas(8, '4.5 to 6.8'),
-    _number('D12, vanilla', 'DRA at 1 leaves a vanilla ResNet-50 44.5 %', 'DRA, section V-C (line 254)', 'dra_dra_1')),
+    _number('D12, vanilla', 'DRA at 1 leaves a vanilla ResNet-50 44.5 %', 'DRA, section V-C (line 254)',
+            'dra_dra_1')),
     'mixture': (
     _mixed('fgsm', '0.1', 47.18), _mixed('pgd', '0.1', 40.85), _mixed('fgsm', '0.5', 42.51),
     _mixed('pgd', '0.5', 11.28), _order('0.1'), _order('0.5')),
     'spat': (
-    _goes('dog to cat', 'almost half of dog images are misclassified as cats', '40 to 50 %, asked of another network', 40., 50.),
-    _goes('cat to dog', 'over 40% of the cat images are misclassified as dogs', 'more than 40 %, asked of another network', 40.))}
+    _goes('dog to cat', 'almost half of dog images are misclassified as cats',
+          '40 to 50 %, asked of another network', 40., 50.),
+    _goes('cat to dog', 'over 40% of the cat images are misclassified as dogs',
+          'more than 40 %, asked of another network', 40.))}
 
 # %% ../../nbs/papers/89_protocols_found.ipynb #8c89f86f
 def found(
