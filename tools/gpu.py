@@ -15,7 +15,7 @@ NEEDED = {'torch': 'torch', 'torchvision': 'torchvision', 'numpy': 'numpy', 'PIL
           'pandas': 'pandas', 'matplotlib': 'matplotlib', 'sklearn': 'scikit-learn', 'scipy': 'scipy',
           'safetensors': 'safetensors', 'filelock': 'filelock', 'platformdirs': 'platformdirs',
           'tqdm': 'tqdm', 'fastcore': 'fastcore', 'click': 'click'} # module -> as the registry names it
-LIMIT = 16_000_000 # bytes of a file that goes out: who lends a machine may fetch no larger ones
+LIMIT = 16_000_000 # bytes of a file that goes out: larger ones travel in pieces
 LEAST = 10.        # seconds that a run is worth beginning in
 GRACE = 20.        # seconds in which a run that is told to stop comes to its next snapshot
 
