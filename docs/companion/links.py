@@ -109,7 +109,8 @@ def html_links(app, page, text):
 HREF = re.compile(r'(<a\b[^>]*?href=")(?!https?:)([^"#]+?\.ipynb|(?:\.\./)*reports/[^"#]+)(#[^"]*)?"')
 
 VERDICT = re.compile(r'(<td\b[^>]*>\s*(?:<p>)?[^\w<]*)(holds|fails|with|against|undecided|not judged|'
-                     r'not carried|not run|stands in the text only|is the print itself|cannot be read from it)\b'
+                     r'not carried|not run|stands in the text only|is the print itself|'
+                     r'cannot be read from it)\b'
                      r'(?=[^<]*(?:</p>)?\s*</td>)')
 TONE = {'holds': 'good', 'with': 'good', 'fails': 'bad', 'against': 'bad'}
 
