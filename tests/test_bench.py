@@ -34,9 +34,9 @@ def make(row, contest, toy, **given):
 
 
 def test_ratios_by_hand():
-    toy = Toy(); contest = toy.contest([9., 2., 2.2, 2.5], [9., 5., 5., 5.]) # the first is the warm-up
+    toy = Toy(); contest = toy.contest([9., 2., 2., 2., 2.4, 2.5], [9., 5.]) # the first is the warm-up
     r = make(Row('toy', 'a toy', None, at_least=2.), contest, toy)
-    assert toy.order == ['ours', 'theirs']*4, 'interleaved, warm-up and three rounds'
+    assert toy.order == ['ours', 'theirs'] + ['ours', 'theirs', 'ours']*3, 'a warm-up, three rounds'
     by_hand = {'median': 5/2.2, 'min': 2., 'max': 2.5}
     assert r['ratios']['wall'] == pytest.approx(by_hand)
     assert r['ratios']['cpu'] == pytest.approx({k: 2*v for k,v in by_hand.items()})
@@ -46,7 +46,7 @@ def test_ratios_by_hand():
 
 def test_a_row_in_doubt_is_not_measured():
     "The ratio of 2 that another load once made .34 of"
-    toy = Toy(); r = make(Row('toy', 'a toy', None, at_least=2.), toy.contest([1., 1., 2.], [4.]), toy)
+    toy = Toy(); r = make(Row('toy', 'a toy', None, at_least=2.), toy.contest([1., 1., 1., 2.], [4.]), toy)
     assert r['status'] == 'not measured: ratios from 2.00 to 4.00' and r['reached'] is False
     assert bench.line(r)['ratio, wall'] == r['status'] and bench.line(r)['ours (s)'] == ''
     assert r['ratios']['wall']['median'] == 2., 'the JSON keeps what was seen'
@@ -63,7 +63,8 @@ def test_like_for_like_has_its_own_ratio():
     contest = Contest({**plain.sides, 'theirs on our net': toy.side('alike', 3.)}, plain.agree, '',
                       alike=('ours', 'theirs on our net'))
     r = make(Row('toy', '', None, at_least=2.), contest, toy)
-    assert (toy.order == ['ours', 'theirs', 'alike']*4 and r['ratios']['wall']['median'] == 6
+    there = ['ours', 'theirs', 'alike']
+    assert (toy.order == there + [*there, 'theirs', 'ours']*3 and r['ratios']['wall']['median'] == 6
             and r['ratios']['alike'] == {'median': 3., 'min': 3., 'max': 3.})
     assert bench.line(r)['like for like'] == '3.00' and len(r['seconds']['theirs on our net']) == 3
 
@@ -73,14 +74,14 @@ def test_a_target_that_is_missed_is_said():
             and bench.line(r)['ratio, wall'] == '1.90 (1.90 to 1.90)')
 
 def test_rounds_fill_the_time_and_never_fall_short():
-    # a round takes two seconds, and so does the warm-up
-    for seconds, rounds in ((0, 3), (11.9, 4), (12, 5), (1000, 9)):
+    # a round takes three seconds, the warm-up two
+    for seconds, rounds in ((0, 3), (13.9, 3), (14, 4), (17, 5), (1000, 9)):
         toy = Toy()
         assert make(Row('toy', '', None), toy.contest([1.], [1.]), toy, seconds=seconds)['rounds'] == rounds
 
 def test_a_long_contest_counts_its_first_round():
     toy = Toy(); r = make(Row('toy', '', None), toy.contest([1.], [2.], warm=False), toy)
-    assert toy.order == ['ours', 'theirs']*3 and r['rounds'] == 3 and r['agreement'] == '1 and 1'
+    assert toy.order == ['ours', 'theirs', 'ours']*3 and r['rounds'] == 3 and r['agreement'] == '1 and 1'
 
 def test_gpu_work_is_waited_for():
     waits = []

@@ -1,10 +1,11 @@
 """Speed side by side: our attacks and training steps against the codes that people use
 
-Markdown and JSON go to reports/bench/<device kind>/. `make bench` measures every row (under ten minutes),
-`make bench ARGS=--quick` in about one. Ours and theirs do the same work from the same start; a row first
-shows that they agree, then runs A, B, A, B, ..., at least three times each, and reports the median of the
-ratios with its range, in wall and in processor time, beside the load and the processor time that it got. A
-row whose ratios span a factor of 1.3 or more is not measured, and says so.
+Markdown and JSON go to reports/bench/<device kind>/. `make bench` measures every row in about half an hour,
+`make bench ARGS=--quick` in about one minute. Ours and theirs do the same work from the same start; a row
+first shows that they agree, then runs A, B, A at least three times, where A is the mean of both, so that a
+machine that slows down or wakes up does so for both. It reports the median of the ratios with its range, in
+wall and in processor time, beside the load and the processor time that it got. A row whose ratios span a
+factor of 1.3 or more is not measured, and says so.
 """
 import argparse, json, os, re, statistics, sys, time
 from collections.abc import Callable
@@ -95,18 +96,20 @@ def needs(name):
                      else f'{name} needs {e.name}, which is not installed') from None
 
 def race(contest, *, seconds, rounds, most=9, clock=Clock()):
-    """Interleaved rounds until `seconds` are over, at least `rounds`.
-    Gives agreement, and the times of each side, {side: [(wall, cpu)]}"""
+    """Rounds there and back (A, B, A) until `seconds` are over, at least `rounds`.
+    Gives agreement, and the times of each side, {side: [(wall, cpu)]}, a round's mean each"""
     times, start, longest = {k: [] for k in contest.sides}, clock.wall(), 0.
+    there_and_back = [*contest.sides, *list(contest.sides)[-2::-1]]
     if contest.warm:
         agrees, line = contest.agree({k: f() for k,f in contest.sides.items()})
         if not agrees: return agrees, line, times
     first = {}
     while (done := len(times['ours'])) < rounds or (done < most and clock.wall()-start+longest <= seconds):
-        began = clock.wall()
-        for k,f in contest.sides.items():
-            found, spent = clock.time(f)
-            times[k].append(spent); first.setdefault(k, found)
+        began, spent = clock.wall(), {k: [] for k in contest.sides}
+        for k in there_and_back:
+            found, took = clock.time(contest.sides[k])
+            spent[k].append(took); first.setdefault(k, found)
+        for k,v in spent.items(): times[k].append(tuple(map(statistics.mean, zip(*v))))
         longest = max(longest, clock.wall()-began)
     if not contest.warm: agrees, line = contest.agree(first)
     return agrees, line, times
@@ -182,7 +185,7 @@ def markdown(report):
     "The tables of a report, with the machine named"
     limits = report['limits']
     notes = ['Ratios are theirs over ours, except where the target says "at most"; '
-             'the median over interleaved rounds, and the range. '
+             'the median over rounds of A, B, A, and the range. '
              '"Like for like" is the ratio where both do exactly the same: theirs attacks our folded, '
              'channels-last copy of the net, or ours attacks in training mode as theirs does.',
              'The load is what the machine was asked for in the last minute of a row, "processors got" the '
@@ -400,7 +403,7 @@ def verdict_contest(s, *, taught_at, share, eps=None, **about):
                       about={'eps': eps}, **about)
     return contest
 
-@row('AutoAttack, standard version, a net of about 50 % robust accuracy, against pyautoattack', at_least=2.)
+@row('AutoAttack, standard version, a net of about 50 % robust accuracy, against pyautoattack', at_least=3.)
 def autoattack_half(s): return verdict_contest(s, taught_at=.15, share=.58, warm=False)
 
 @row('AutoAttack, standard version, a net that withstands nothing, against pyautoattack', at_least=20.)
