@@ -46,12 +46,46 @@ def test_ratios_by_hand():
 
 def test_a_row_in_doubt_is_not_measured():
     "The ratio of 2 that another load once made .34 of"
-    toy = Toy(); r = make(Row('toy', 'a toy', None, at_least=2.), toy.contest([1., 1., 1., 2.], [4.]), toy)
+    wavering = [1., *[1., 1., 2., 2., 2., 2.]*3]
+    toy = Toy(); r = make(Row('toy', 'a toy', None, at_least=2.), toy.contest(wavering, [4.]), toy)
     assert r['status'] == 'not measured: ratios from 2.00 to 4.00' and r['reached'] is False
     assert bench.line(r)['ratio, wall'] == r['status'] and bench.line(r)['ours (s)'] == ''
     assert r['ratios']['wall']['median'] == 2., 'the JSON keeps what was seen'
+    assert r['tries'] == 3 and toy.order.count('theirs') == 1 + 3*3, 'three rounds, three times'
     steady = make(Row('toy', '', None), Toy().contest([1., 1., 1.2], [2.]), Toy())
     assert steady['status'].startswith('not measured') # no time went by on this clock
+
+def test_a_row_in_doubt_is_run_anew():
+    toy = Toy(); r = make(Row('toy', 'a toy', None, at_least=2.), toy.contest([1., 1., 1., 2.], [4.]), toy)
+    assert (r['status'], r['tries'], r['rounds']) == ('measured', 2, 3)
+    assert r['ratios']['wall'] == {'median': 2., 'min': 2., 'max': 2.}
+
+def test_processor_time_counts_where_wall_time_is_taken_away():
+    "The ratio in wall time spans 1 to 2, that of the work 2 to 2.2"
+    toy = Toy(); contest = toy.contest([1.], [2.])
+    times = {'ours': [(1., 1.), (2., 1.), (1., 1.)], 'theirs': [(2., 2.), (2., 2.2), (2., 2.)]}
+    r = judge(Row('toy', '', None, at_least=2.), contest, True, '', times)
+    assert (r['status'], r['by'], r['reached']) == ('measured', 'cpu', True)
+    assert bench.line(r)['counts'] == 'CPU'
+    gpu = judge(Row('toy', '', None, at_least=2.), contest, True, '', times, clocks=('wall',))
+    assert (gpu['by'], gpu['reached']) == (None, False) and gpu['status'].startswith('not measured')
+
+def test_what_is_in_doubt_is_measured_again(tmp_path, monkeypatch):
+    rows = [Row(n, n, lambda s: Toy().contest([1.], [2.])) for n in ('a', 'b', 'new')]
+    steady, wavering = [[1., 1.]]*3, [[1., 1.], [2., 2.], [1., 1.]]
+    times = lambda ours: {'ours': ours, 'theirs': [[3., 3.]]*3}
+    like = {'alike': {'median': 9., 'min': 9., 'max': 9.}}
+    line = lambda name, ours: {'name': name, 'says': name, 'target': '', 'agrees': True, 'size': '',
+                               'agreement': '', 'seconds': times(ours), 'ratios': like}
+    s = bench.Setting('cpu'); old = {'commit': 'old', 'dirty': False}
+    stored = {'device': bench.device_name('cpu'), 'threads': torch.get_num_threads(), 'source': old,
+              'rows': [line('a', steady), line('b', wavering)]}
+    made = bench.once_more(stored, s, rows, seconds=0, rounds=3, say=lambda s: None)
+    a, b, new = made['rows']
+    assert (a['source'], a['by'], a['ratios']['wall']['median']) == (old, 'wall', 3.) and a['ratios']['alike']
+    assert b['source'] == new['source'] == bench.commit() and 'alike' not in b.get('ratios', {})
+    with pytest.raises(ValueError, match='the report is of Abacus and 9 threads.*measure all rows'):
+        bench.once_more({**stored, 'device': 'Abacus', 'threads': 9}, s, rows)
 
 def test_a_limit_is_ours_over_theirs():
     for ours, reached in ((1.04, True), (1.06, False)):
@@ -131,9 +165,10 @@ def test_the_json_is_complete(command):
             == torch.__version__.split('+')[0] and 'torchattacks' in made['versions'])
     fine, absent = made['rows']
     assert {'name', 'says', 'target', 'size', 'agrees', 'agreement', 'status', 'rounds', 'seconds', 'ours',
-            'theirs', 'ratios', 'reached', 'share', 'load'} == set(fine)
+            'theirs', 'ratios', 'reached', 'share', 'load', 'by', 'tries', 'source'} == set(fine)
     assert absent == {'name': 'absent', 'says': 'the absent row', 'target': 'at least 2.0',
-                      'status': 'torchattacks is not installed', 'load': absent['load']}
+                      'status': 'torchattacks is not installed', 'load': absent['load'],
+                      'source': made['source']}
 
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     (tmp_path/'half_there.py').write_text('import lacking_part'); monkeypatch.syspath_prepend(tmp_path)
