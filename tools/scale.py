@@ -1,15 +1,16 @@
 """How the plan of all artefacts scales: their runs at the published settings, priced here, for 1 to 64 hands.
 
 `make scale` writes reports/scale/. Prices are measured on this machine: on one with a GPU the hours are
-that GPU's, elsewhere only their ratios count. ARGS="--only tab1_adcorda,tab3_4_spat" takes some pages,
-"--preset small" another scale, "--out FOLDER" another place.
+that GPU's, elsewhere only their ratios count. A demo table is run with one worker and with two.
+ARGS="--only tab1_adcorda,tab3_4_spat" takes some pages, "--preset small" another scale, "--simulated" runs
+nothing, "--out FOLDER" writes elsewhere.
 """
-import argparse, contextlib, io, json, os, sys, tempfile, warnings
+import argparse, contextlib, io, json, os, sys, tempfile, time, warnings
 from pathlib import Path
 
 from refine_nb.base import ancestors, commit, device_name, whole
 from refine_nb.training import engine
-from refine_nb.runs import at_preset, duration, priced, scaling, tasks, weights_of_ways
+from refine_nb.runs import Store, at_preset, duration, priced, scaling, tasks, weights_of_ways, workers
 from refine_nb.reporting import ARTEFACTS, Sheet, leaves
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
@@ -51,9 +52,24 @@ def chain_of(todo, ways):
     while behind[chain[-1]]: chain.append(max(behind[chain[-1]], key=ways.get))
     return chain
 
+def measured(name='tab1_adcorda', hands=(1, 2)):
+    "Seconds that a demo table takes with so many workers, each time into an empty store"
+    cells, took = wants(name, 'demo'), {}
+    for n in hands:
+        with tempfile.TemporaryDirectory() as d:
+            begun = time.monotonic(); Store(d, engine(), quiet=True).run(cells, executor=workers(n))
+            took[n] = time.monotonic()-begun
+    return took
+
+def said_of(took):
+    if not took: return []
+    lines = [f"{n} worker{'s'*(n > 1)} {duration(t)}, {3600/t:.0f} tables an hour" for n,t in took.items()]
+    return [f"**Run here**, not simulated: Table 1 of AdCorDA at the demo preset takes {'; '.join(lines)}, "
+            f"each with one thread: {took[1]/took[2]:.2f} times as many. Starting a process is part of it."]
+
 def shown(table):
     "The table as a reader sees it"
-    named = {'hours': 'hours', 'plan_order': "hours in the plan's order", 'hand_hours': 'GPU-hours'}
+    named = {'hours': 'hours', 'plan_order': "hours in the plan's order", 'hand_hours': 'hand-hours'}
     t = table[['hands', *named, 'efficiency']].rename(columns=named).round(1)
     return t.assign(efficiency=[f'{100*e:.0f} %' for e in table.efficiency]).to_markdown(index=False)
 
@@ -70,6 +86,7 @@ def summary(table, todo, price, pages, about):
         f"{about['device']}, not run. A hand is a GPU, or a process, that does one task at a time; who is "
         f"free takes the task that is ready and has the longest way behind it.{unread}",
         shown(table), '![Hours with many hands](figure.png)',
+        *said_of(about['measured']),
         f"**What limits** is the longest chain, {duration(ways[chain[0]])}: no number of hands is faster.",
         '\n'.join(f'1. {t}: {duration(price(t))}' for t in chain),
         f"**What was changed because of it**: with more than one worker the longest way goes first. Against "
@@ -92,7 +109,8 @@ def picture(table, path):
 
 def main():
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ask.add_argument('--only'); ask.add_argument('--preset', default='paper')
+    ask.add_argument('--only'); ask.add_argument('--simulated', action='store_true', help='run nothing')
+    ask.add_argument('--preset', default='paper')
     ask.add_argument('--out', default=str(NBS.parent/'reports'/'scale'))
     said = ask.parse_args()
     names = said.only.split(',') if said.only else [i for i,a in ARTEFACTS.items() if a.ready]
@@ -105,7 +123,8 @@ def main():
     prices = {t: priced(t.head, here) or 0. for t in todo}
     table = scaling(todo, prices.get)
     about = {'preset': said.preset, 'device': device_name(here.device), **(commit() or {}),
-             'pages': {n: len(c) for n,c in pages.items()}, 'tasks': len(todo), 'unread': unread}
+             'pages': {n: len(c) for n,c in pages.items()}, 'tasks': len(todo), 'unread': unread,
+             'measured': {} if said.simulated else measured()}
     with whole(said.out) as new:
         new.mkdir(); table.to_csv(new/'table.csv', index=False); picture(table, new/'figure.png')
         (new/'README.md').write_text(summary(table, todo, prices.get, pages, about), encoding='utf-8')
