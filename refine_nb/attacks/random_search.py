@@ -89,7 +89,9 @@ def _pass(model, s, k):
         s['rejected'].scatter_(1, s['square'].gather(1, at), True); s['rejected'] &= ~taken[:,None]
 
 # %% ../../nbs/attacks/55_random_search.ipynb #43d40b24
-_FULL = dict(cpu=2**15, cuda=2**20) # numbers in the images of one pass
+# numbers in the images of one pass: a larger one takes as long for each image on two threads of a CPU,
+# as measured; for a GPU it is a guess
+_FULL = dict(cpu=2**15, cuda=2**20)
 
 def _depth(s, ahead):
     "How many queries to ask about at once"

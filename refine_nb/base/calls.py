@@ -30,6 +30,7 @@ class _Signature:
     def __init__(self, fn):
         all_ = [p for p in inspect.signature(fn).parameters.values()
                 if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self.names = frozenset(p.name for p in all_)
         self.settings = {p.name: p.default for p in all_ if p.name not in RUNTIME} # or `Parameter.empty`
         self.inputs = {p.name for p in all_ if p.default is p.empty}
         self.passed = set() # settings that its border has let through
@@ -92,7 +93,7 @@ class Call:
     @property
     def name(self)->str: return self.fn.rpartition('.')[2]
     @property
-    def accepts(self)->frozenset: return frozenset(inspect.signature(_function(self.fn)).parameters)
+    def accepts(self)->frozenset: return _signature(_function(self.fn)).names
     @property
     def all_settings(self)->dict:
         "Settings with the defaults spelled out"
@@ -152,6 +153,9 @@ def call(
     **settings,  # its settings: numbers, strings, booleans, None, tuples, functions, `Call`s or specs
 )->Call:
     "A function with settings as a value; `ValueError` for an unknown setting, or one of a wrong type"
+    if isinstance(fn, Call) or not callable(fn) or not hasattr(fn, '__qualname__'):
+        hint = ': change a call with .but(...)' if isinstance(fn, Call) else ''
+        raise ValueError(f"call wants a function, got {fn!r:.60} ({type(fn).__name__}){hint}")
     if fn.__module__ == '__main__' or '<' in fn.__qualname__:
         raise ValueError(f"call wants a function that can be imported by name, "
                          f"got {fn.__qualname__} of {fn.__module__}: export it to a module first")

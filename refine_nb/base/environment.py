@@ -34,7 +34,9 @@ def device_name(
     device:str|torch.device='cpu', # where the tensors are: 'cpu', 'cuda', 'cuda:1', 'mps'
 )->str: # such as 'NVIDIA H100 80GB HBM3' or 'AMD EPYC 7B13, 2 threads'
     "Model of the device, without host name (house rule 9)"
-    device = torch.device(device)
+    try: device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device wants 'cpu', 'cuda', 'cuda:1' or 'mps', got {device!r}") from None
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
     if device.type == 'cpu': return f'{_processor()}, {(n := torch.get_num_threads())} thread' + 's'*(n > 1)
     return f'{device.type}, {_processor()}'

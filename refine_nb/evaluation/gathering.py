@@ -69,7 +69,8 @@ def eps_curve(
     if x.ndim != 4 or x.shape[:1] != y.shape:
         raise ValueError('x wants images [N,C,H,W] and y their labels [N], got '
                          f'{list(x.shape)} and {list(y.shape)}')
-    eps = number('eps', eps, 1e-6, 1); budgets = [0., eps]
+    eps = number('eps', eps, 1e-6, 1) # 20 doublings at most
+    budgets = [0., eps]
     while budgets[-1]<1: budgets.append(min(2*budgets[-1], 1.))
     def row(e):
         x_adv = _attacked(call(pgd, eps=e, step_size=max(e, eps)/4, steps=steps, start=zero), model, x, y)
@@ -113,6 +114,7 @@ def _border(model, x, y, eps, n, effort, tolerance, surrogate):
     number('eps', eps, 0)
     if eps==0: raise ValueError("eps must be > 0, got 0: there is no attack to audit")
     last = check_attack(x, y, eps, eps, 1, linf)
+    if x.ndim!=4: raise ValueError(f'x wants images [N,C,H,W], got {list(x.shape)}')
     x,y = x[:n].clone(memory_format=torch.channels_last).detach(),y[:n].clone()
     if not len(x): raise ValueError("there are no images: give at least one")
     with attacking(model), torch.no_grad():

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from ..base import Recipe, Spec, choose, instance, number, seeded
 from ..vision import Data, to_input
-from ..attacks import attacking
+from ..attacks import attacking, logits_of
 from ..evaluation import EVAL_BATCH
 from ..training import Method
 from .refine import Corrected, Correction, adapt, of_this, paired_batches
@@ -114,7 +114,7 @@ def _scores(model, x, y, size, device): # per-example cross-entropy and verdict,
     for a,b in zip(x.split(EVAL_BATCH), y.split(EVAL_BATCH)):
         a, b = a.to(device), b.to(device)
         a = to_input(a, size, model).contiguous(memory_format=torch.channels_last)
-        z = model(a).float()
+        z = logits_of(model, a, int(b.max())).float()
         found.append((cross_entropy(z, b, reduction='none').cpu(), (z.argmax(1)==b).cpu()))
     return ([torch.cat(f) for f in zip(*found)] if found
             else [torch.empty(0), torch.empty(0, dtype=torch.bool)])

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'dot_interval', 'figure_style', 'method_colour', 'method_style',
-           'named', 'plot_confusion', 'plot_curves', 'save_figure', 'shared_legend', 'Claim', 'Missing', 'cell',
-           'judge', 'on_its_own', 'difference', 'mean_std', 'measured', 'over_seeds', 'percent', 'published',
+           'named', 'plot_confusion', 'plot_curves', 'save_figure', 'shared_legend', 'Claim', 'Missing', 'as_named',
+           'cell', 'judge', 'on_its_own', 'difference', 'mean_std', 'measured', 'over_seeds', 'percent', 'published',
            'show_conflicts', 'show_table', 'side_by_side', 'with_interval', 'HEADERS', 'MARK', 'health', 'marked',
            'said_once', 'worded', 'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue',
            'report_folder', 'Stored', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
            'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'ledger', 'our_tables', 'Weighed', 'drawn',
            'other_images', 'plain', 'rows_behind', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES',
-           'SCORED', 'VERDICT_MARKS', 'as_named', 'ours_of', 'quoted', 'scored']
+           'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
 
 # %% ../../nbs/reporting/99_reporting.ipynb #f5d3f17a
 from .asked import between, one_whole, parameters, whole_numbers
 from .figures import (dot_interval, figure_style, method_colour, method_style,
     named, plot_confusion, plot_curves, save_figure, shared_legend)
-from .claims import Claim, Missing, cell, judge, on_its_own
+from .claims import Claim, Missing, as_named, cell, judge, on_its_own
 from .tables import (difference, mean_std, measured, over_seeds, percent, published,
     show_conflicts, show_table, side_by_side, with_interval)
 from .readable import HEADERS, MARK, health, marked, said_once, worded
@@ -29,18 +29,17 @@ from .sheet import Sheet, Unfinished, leaves
 from .all_claims import ledger, our_tables
 from refine_nb.reporting.direction import (Weighed, drawn, other_images, plain, rows_behind, weigh,
     with_intervals)
-from refine_nb.reporting.board import (Board, PRINT_MARKS, SCALES, SCORED, VERDICT_MARKS, as_named,
-    ours_of, quoted, scored)
+from refine_nb.reporting.board import (Board, PRINT_MARKS, SCALES, SCORED, VERDICT_MARKS, ours_of,
+    quoted, scored)
 
 # %% ../../nbs/reporting/99_reporting.ipynb #f1ca70c7
 _all_ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'dot_interval', 'figure_style',
          'method_colour', 'method_style', 'named', 'plot_confusion', 'plot_curves', 'save_figure',
-         'shared_legend', 'Claim', 'Missing', 'cell', 'judge', 'on_its_own', 'difference', 'mean_std',
-         'measured', 'over_seeds', 'percent', 'published', 'show_conflicts', 'show_table',
+         'shared_legend', 'Claim', 'Missing', 'as_named', 'cell', 'judge', 'on_its_own', 'difference',
+         'mean_std', 'measured', 'over_seeds', 'percent', 'published', 'show_conflicts', 'show_table',
          'side_by_side', 'with_interval', 'HEADERS', 'MARK', 'health', 'marked', 'said_once', 'worded',
          'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'report_folder',
          'Stored', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
          'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'ledger', 'our_tables',
          'Weighed', 'drawn', 'other_images', 'plain', 'rows_behind', 'weigh', 'with_intervals',
-         'Board', 'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'as_named', 'ours_of', 'quoted',
-         'scored']
+         'Board', 'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..base import choose, commit, device_name, instance, number, versions, whole
+from ..base import as_path, choose, commit, device_name, instance, number, versions, whole
 from ..runs import PRESETS
 from .figures import save_figure
 from .tables import show_table
@@ -22,7 +22,7 @@ from .listing import report_folder
 
 # %% ../../nbs/reporting/50_reports.ipynb #d524ef85
 def _places(folder, notes):
-    instance('folder', folder, (str, Path), 'a path'); instance('notes', notes, Iterable, 'lines of text')
+    as_path('folder', folder); instance('notes', notes, Iterable, 'lines of text')
 
 def save_table(
     table:pd.DataFrame,      # as for `show_table`

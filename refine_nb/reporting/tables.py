@@ -104,6 +104,8 @@ def difference(
 # %% ../../nbs/reporting/30_tables.ipynb #7e53d4a6
 def _by_key(table, keys, what):
     for k in keys: choose(k, table, f'column of {what}')
+    for c in {'accuracy', 'low', 'high', 'std', 'n'} & {*table}:
+        for v in table[c]: instance(f'{c} of {what}', float('nan') if pd.isna(v) else v, Real, 'numbers')
     rows = {tuple(r[k] for k in keys): r for r in table.to_dict('records')}
     if len(rows) < len(table):
         raise ValueError(f'{what} has rows with the same {", ".join(keys)}: keys must name one row')
@@ -147,7 +149,7 @@ def show_table(
     notes:Iterable[str]=(),   # one line each, below the table
 )->Markdown: # shown by a notebook; the text is in `.data`
     "A table with its title and notes, as Markdown"
-    instance('notes', notes, Iterable, 'lines of text')
+    instance('title', title, str, 'a text'); instance('notes', notes, Iterable, 'lines of text')
     instance('table', table, pd.DataFrame, 'a table of pandas')
     head = [f'**{title}**', ''] if title else []
     number = {c: pd.api.types.is_numeric_dtype(table[c]) for c in table}

@@ -9,7 +9,7 @@ __all__ = ['Task', 'tasks', 'weights_of_ways', 'by_want']
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..base import Recipe, Spec, key, all_specs, nested
+from ..base import Recipe, Spec, all_specs, key, nested
 from .store import passed
 
 # %% ../../nbs/runs/24_divided.ipynb #55920be1

@@ -17,7 +17,7 @@ import platformdirs
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..base import instance, whole
+from ..base import as_path, instance, whole
 
 # %% ../../nbs/runs/00_entry.ipynb #f5d0404d
 _NO = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR,
@@ -174,7 +174,7 @@ def home_folder(
     root:str|Path|None=None, # None: $REFINE_HOME, else the user's cache folder
 )->Path:                     # absolute; exists, and is of this format
     "The store's folder; `ValueError` for a store of another format"
-    if root is not None: instance('root', root, (str, Path), 'a path')
+    if root is not None: as_path('root', root)
     root = Path(root or os.environ.get('REFINE_HOME') or platformdirs.user_cache_dir('refine_nb'))
     root = root.expanduser().absolute(); sign = root/'store.json'
     with writing(root):

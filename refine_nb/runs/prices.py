@@ -7,20 +7,22 @@ __all__ = ['SIZES', 'WRONG_SHARE', 'ROBUST_SHARE', 'speed', 'sizes_of', 'images'
            'price']
 
 # %% ../../nbs/runs/50_prices.ipynb #036d15fe
-import time
+import contextlib, json, time
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 
 import pandas as pd
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..base import (Adversarials, Call, Cell, Recipe, Robustness, Spec, Worst, choose, instance,
-                            all_specs, number)
+from ..base import (Adversarials, Call, Cell, Recipe, Robustness, Spec, Worst, all_specs, choose,
+                            device_name, instance, key, number, whole)
 from ..vision import OwnImages, n_parameters, suiting
 from ..attacks import attacking
 from ..training import Engine
 from ..refinement import Correction, OnSource, Quantised, Share
+from .entry import home_folder
 from .given import Given
 from .store import passed
 from .values import unfilled
@@ -33,17 +35,10 @@ def _seconds(f, engine:Engine)->float: # wall time of one call, after the device
     return time.perf_counter()-start
 
 # %% ../../nbs/runs/50_prices.ipynb #94ab49ea
-@lru_cache(maxsize=None)
-def speed(
-    model:Call,          # (num_classes) -> module; weights are not loaded
-    shape:tuple[int,int,int], # (C,H,W) of the input
-    num_classes:int,
-    engine:Engine=Engine(),
-)->dict[str,float]:      # 'forward', 'attack', 'train': seconds an image
-    "Measured seconds per image of this model on this device"
+def _measured(model, shape, num_classes, engine): # as for `speed`
     net = engine.place(unfilled(model)(num_classes=num_classes))
-    small = shape[-1] <= 64 and n_parameters(net) < 5e6
-    batch = 16 if engine.device.startswith('cuda') or small else 4
+    small = shape[-1] <= 64; light = small and n_parameters(net) < 5e6
+    batch = (128 if small else 32) if engine.device.startswith('cuda') else 16 if light else 4
     x = torch.rand(batch, *shape, device=engine.device).contiguous(memory_format=torch.channels_last)
     y = torch.zeros(batch, dtype=torch.int64, device=engine.device)
     opt = torch.optim.SGD(net.parameters(), lr=0., momentum=.9)
@@ -56,6 +51,30 @@ def speed(
         with engine.autocast(), suiting(net): loss = cross_entropy(net.train()(x.detach()), y)
         loss.backward(); opt.step()
     return {f.__name__: min(_seconds(f, engine) for _ in range(2))/batch for f in (forward, attack, train)}
+
+# %% ../../nbs/runs/50_prices.ipynb #3f0c1a77
+_KEPT = 24*3600 # seconds for which a speed is believed
+
+def _kept(what:dict, measure:Callable[[],dict])->dict:
+    "What was measured of late, else measured now and kept; where it cannot be kept, it is measured again"
+    path = home_folder()/'speeds'/f'{key(what)}.json'
+    with contextlib.suppress(OSError, ValueError):
+        if 0 <= time.time()-path.stat().st_mtime < _KEPT: return json.loads(path.read_text())
+    found = measure()
+    with contextlib.suppress(OSError), whole(path) as new: new.write_text(json.dumps(found))
+    return found
+
+@lru_cache(maxsize=None)
+def speed(
+    model:Call,          # (num_classes) -> module; weights are not loaded
+    shape:tuple[int,int,int], # (C,H,W) of the input
+    num_classes:int,
+    engine:Engine=Engine(),
+)->dict[str,float]:      # 'forward', 'attack', 'train': seconds an image
+    "Measured seconds per image of this model on this device, of today"
+    what = {'model': model, 'shape': shape, 'num_classes': num_classes, 'torch': torch.__version__,
+            'device': device_name(engine.device), 'engine': repr(engine)}
+    return _kept(what, lambda: _measured(model, shape, num_classes, engine))
 
 # %% ../../nbs/runs/50_prices.ipynb #cd24bf0e
 SIZES = { # images for training and validation together, images for the test, classes, (C,H,W)

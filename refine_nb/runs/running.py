@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from fastcore.basics import patch
 
-from ..base import Spec, bar, all_specs, number, run_wishes, time_budget
+from ..base import Spec, all_specs, bar, number, run_wishes, time_budget
 from .attempts import here
 from .budgets import fits, priced, whats_left
 from .clusters import ray

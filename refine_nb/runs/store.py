@@ -13,7 +13,7 @@ from itertools import count
 import filelock
 from fastcore.basics import patch
 
-from ..base import (Recipe, Spec, canonical, clear, commit, device_name, instance, key, all_specs,
+from ..base import (Recipe, Spec, all_specs, canonical, clear, commit, device_name, instance, key,
                             locks_hold, nested, public_name, versions)
 from ..training import Engine, engine
 from .entry import Damaged, Entry, home_folder, read_entry, write_entry, writing

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from ..base import Adversarials, Recipe, ancestors, choose, instance, key, all_specs, whole
+from ..base import Adversarials, Recipe, all_specs, ancestors, as_path, choose, instance, key, whole
 from ..refinement import Correction, Quantised
 from .entry import FORMAT, NUMBERS_ONLY, Damaged, _put, _record, writing, timeless
 from .store import Store
@@ -51,15 +51,15 @@ def export_results(
     "Pack results into one tar file, with checksums; the same results are the same bytes"
     choose(numbers_only, (False, True), 'numbers_only')
     instance('store', store, Store, 'a Store')
-    specs = all_specs(specs); instance('path', path, (str, Path), 'a path')
+    specs, path = all_specs(specs), as_path('path', path)
     packed = _packs(store, specs, numbers_only)
     files = {n: {'bytes': p.stat().st_size, 'sha256': _sha(p)} for n,p in sorted(packed.items())}
     said = json.dumps({'format': FORMAT, 'numbers_only': numbers_only, 'files': files}, indent=1).encode()
-    with writing(Path(path).parent), whole(path) as new, tarfile.open(new, 'w') as tar:
+    with writing(path.parent), whole(path) as new, tarfile.open(new, 'w') as tar:
         _add(tar, _LIST, len(said), io.BytesIO(said))
         for name,about in files.items():
             with open(packed[name], 'rb') as f: _add(tar, name, about['bytes'], f)
-    return {'entries': sum(n.endswith('record.json') for n in files), 'bytes': Path(path).stat().st_size}
+    return {'entries': sum(n.endswith('record.json') for n in files), 'bytes': path.stat().st_size}
 
 def _sha(path)->str:
     seen = hashlib.sha256()
@@ -140,7 +140,7 @@ def import_results(
     path:str|Path,          # an archive that `export_results` made
 )->dict[str,list[str]]:     # 'new', 'filled' (tensors come late), 'there', 'different': <kind>/<key>
     "Take results into a store, never over others under the same key; `BadArchive` before anything is written"
-    instance('store', store, Store, 'a Store'); instance('path', path, (str, Path), 'a path')
+    instance('store', store, Store, 'a Store'); path = as_path('path', path)
     found = {'new': [], 'filled': [], 'there': [], 'different': []}
     try:
         with tarfile.open(path, 'r:') as tar:
