@@ -81,6 +81,7 @@ def on_its_own(
     holds, read = claim.verdict(table)
     if holds and claim.text.startswith('printed: '): return 'is the print itself', read
     circular = holds and 'stands_in' in table and claim.verdict(table[table.stands_in!='text'])[0] is None
+    if holds is None: read = 'no such number is printed'
     return 'stands in the text only' if circular else _WORDS[holds], read
 
 # %% ../../nbs/reporting/20_claims.ipynb #9e1d0cfe
