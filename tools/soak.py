@@ -1,8 +1,8 @@
 """What a store survives, counted: random kills, damages, full and read-only disks, a clock set back.
 
 `make soak` takes some minutes and writes reports/reliability/. ARGS="--kills 100 --damages 300" are the full
-counts, "--seed 2" draws others, "--out FOLDER" writes elsewhere. A figure that is not as promised ends it
-with status 1.
+counts, "--seed 2" draws others, "--only 'bad input'" runs one, "--out FOLDER" writes elsewhere. A figure that
+is not as promised ends it with status 1.
 """
 import argparse, json, os, random, shutil, signal, sys, tempfile, time, warnings
 from collections import Counter
@@ -188,28 +188,39 @@ def page(found, about):
             "| test | what was done | what went wrong |\n|---|---|---|\n" + '\n'.join(lines) +
             "\n\n`make soak` gives the same on another machine.\n")
 
+def trials(scratch, said, draw):
+    "Each test by its name, to be called"
+    peace, table, every = scratch/'peace', SUBJECTS['a table'], sum(SUBJECTS.values(), [])
+    share = -(-said.kills//len(SUBJECTS))
+    return {**{f'SIGKILL, {what}': lambda specs=specs: kills(scratch, peace, specs, share, draw)
+               for what,specs in SUBJECTS.items()},
+            'four at once': lambda: at_once(scratch, peace, table),
+            'damaged files': lambda: damages(scratch, peace, every, said.damages, draw),
+            'no room': lambda: short_of_room(scratch, peace, table, said.full, draw),
+            'read only': lambda: read_only(scratch, peace, table),
+            'clock set back': lambda: clock_back(scratch, peace, table),
+            'bad input': lambda: bad_input(scratch, said.tries, said.seed)}
+
 def main():
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name,n in (('kills', 30), ('damages', 60), ('full', 5), ('tries', 5000), ('seed', 1)):
         ask.add_argument(f'--{name}', type=int, default=n)
+    ask.add_argument('--only', help='one test by its name; the others stay in the report as they are')
     ask.add_argument('--out', default=str(ROOT/'reports'/'reliability'))
-    said = ask.parse_args(); draw = random.Random(said.seed); begun = time.monotonic(); found = {}
-    torch.set_num_threads(1)
+    said = ask.parse_args(); draw = random.Random(said.seed); begun = time.monotonic()
+    torch.set_num_threads(1); old = Path(said.out)/'run.json'
+    before = json.loads(old.read_text()) if said.only and old.exists() else {}
+    found, parts, minutes = before.get('found', {}), before.get('parts', {}), before.get('minutes', 0)
     with tempfile.TemporaryDirectory() as d:
-        scratch, peace = Path(d), Path(d)/'peace'
-        for specs in SUBJECTS.values(): quiet(peace, 3600.).run(specs, executor=here())
-        table, all_specs = SUBJECTS['a table'], sum(SUBJECTS.values(), [])
-        def note(what, f): found[what] = f; print(f'{what}: {f}', flush=True)
-        for what,specs in SUBJECTS.items():
-            note(f'SIGKILL, {what}', kills(scratch, peace, specs, -(-said.kills//len(SUBJECTS)), draw))
-        note('four at once', at_once(scratch, peace, table))
-        note('damaged files', damages(scratch, peace, all_specs, said.damages, draw))
-        note('no room', short_of_room(scratch, peace, table, said.full, draw))
-        note('read only', read_only(scratch, peace, table))
-        note('clock set back', clock_back(scratch, peace, table))
-        note('bad input', bad_input(scratch, said.tries, said.seed))
-    about = {'seed': said.seed, 'minutes': (time.monotonic()-begun)/60, 'device': device_name(),
-             **(commit() or {})}
+        tests = trials(Path(d), said, draw)
+        if said.only and said.only not in tests:
+            sys.exit(f"no test {said.only!r}: choose from {', '.join(tests)}")
+        for specs in SUBJECTS.values(): quiet(Path(d)/'peace', 3600.).run(specs, executor=here())
+        for what in [said.only] if said.only else tests:
+            found[what], parts[what] = tests[what](), commit() or {}
+            print(f'{what}: {found[what]}', flush=True)
+    about = {'seed': said.seed, 'minutes': minutes+(time.monotonic()-begun)/60, 'device': device_name(),
+             **(commit() or {}), 'parts': parts}
     with whole(said.out) as new:
         new.mkdir(); (new/'README.md').write_text(page(found, about), encoding='utf-8')
         (new/'run.json').write_text(json.dumps({**about, 'found': found}, indent=1)+'\n')

@@ -44,9 +44,10 @@ def number(
     ok = (isinstance(value, Real) and not isinstance(value, bool)
           and (isinstance(value, Integral) or math.isfinite(value))
           and low <= value <= high and (above is None or value > above) and (below is None or value < below))
-    if ok and (not whole or value == int(value)):
-        return int(value) if whole or isinstance(value, Integral) else float(value)
-    hint = ': a text is no number' if isinstance(value, str) else ''
+    huge = ok and not -2**63 <= value < 2**63 # for whole numbers of torch
+    if ok and (not whole or value == int(value) and not huge):
+        return int(value) if whole or isinstance(value, Integral) and not huge else float(value)
+    hint = ': a text is no number' if isinstance(value, str) else ': too large' if huge and whole else ''
     raise ValueError(f'{name} wants a {"whole" if whole else "finite"} number'
                      f'{_range(low, high, above, below)}, got {value!r} ({type(value).__name__}){hint}')
 

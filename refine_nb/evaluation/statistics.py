@@ -87,7 +87,7 @@ def robustness_curve(
     "Accuracy against budget, with n and intervals"
     instance('verdicts', verdicts, Mapping, 'a mapping eps -> verdicts')
     if not verdicts: raise ValueError('robustness_curve wants verdicts at one eps at least, got none')
-    for e in verdicts: number('eps', e, 0)
+    for e,v in verdicts.items(): number('eps', e, 0); instance(f'the verdicts at {e}', v, Tensor, 'a tensor')
     if len(lengths := {len(v) for v in verdicts.values()}) > 1:
         raise ValueError(f'a curve wants the same images at each eps, got {sorted(lengths)} of them')
     return pd.DataFrame([{'eps': float(e), **proportion(v, level)} for e,v in sorted(verdicts.items())])

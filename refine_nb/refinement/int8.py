@@ -30,7 +30,7 @@ def affine(
     beta_q:int=255,  # the integer for beta, > alpha_q
 )->tuple[float,int]: # scale s > 0, zero point z
     "Scale and zero point of a range (AdCorDA eq. 6)"
-    for name,q in (('alpha_q', alpha_q), ('beta_q', beta_q)): number(name, q, whole=True)
+    for name,q in (('alpha_q', alpha_q), ('beta_q', beta_q)): number(name, q, -2**31, 2**31-1, whole=True)
     alpha, beta = number('alpha', alpha), number('beta', beta)
     if not (beta>alpha and beta_q>alpha_q):
         raise ValueError("affine wants beta > alpha and beta_q > alpha_q, "
@@ -47,7 +47,7 @@ def to_integers(
     beta_q:int=255,# greatest integer
 )->Tensor:         # int64, same shape, in alpha_q..beta_q
     "Numbers as integers (AdCorDA eq. 6); beyond the range they are cut off, which the equation leaves out"
-    for name,q in (('alpha_q', alpha_q), ('beta_q', beta_q)): number(name, q, whole=True)
+    for name,q in (('alpha_q', alpha_q), ('beta_q', beta_q)): number(name, q, -2**31, 2**31-1, whole=True)
     instance('w', w, Tensor, 'weights'); s, z = number('s', s, above=0), number('z', z, whole=True)
     return (w/s+z).round().clamp(alpha_q, beta_q).long()
 

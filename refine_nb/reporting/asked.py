@@ -7,11 +7,13 @@ __all__ = ['whole_numbers', 'one_whole', 'between', 'parameters']
 
 # %% ../../nbs/reporting/00_asked.ipynb #b27abe85
 import math, re
-from numbers import Integral
+from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import Callable, Iterable
 
-from ..base import choose, number
+import pandas as pd
+
+from ..base import choose, instance, number
 
 # %% ../../nbs/reporting/00_asked.ipynb #50b1c2aa
 def whole_numbers(
@@ -77,3 +79,10 @@ def _checked(name:str, value, kind:Callable|Iterable):
         return choose(value, kind, name)
     try: return kind(value)
     except ValueError as e: raise ValueError(f"{name} {e}") from None
+
+# %% ../../nbs/reporting/00_asked.ipynb #9e11a0c2
+def _numeric(table, columns, what='the table'):
+    "What stands in these columns, where a table has them, are numbers, or nothing"
+    for c in columns:
+        for v in table[c] if c in table else ():
+            instance(f'{c} of {what}', math.nan if pd.isna(v) else v, Real, 'numbers')

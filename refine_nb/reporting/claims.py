@@ -119,6 +119,7 @@ def judge(
     instance('claims', claims, Iterable, 'claims')
     instance('published', published, pd.DataFrame, 'a table of pandas')
     instance('ours', ours, (pd.DataFrame, Mapping, type(None)), 'a table, tables by name, or None')
+    instance('preset', preset, str, 'the name of a preset')
     rows, runs = [], (ours if isinstance(ours, Mapping) else {'ours': ours}) or {'ours': None}
     for c in claims:
         (paper, read), found = on_its_own(c, published), {who: _ours(c, table, preset)

@@ -17,6 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ..base import choose, instance, whole
+from .asked import _numeric
 
 # %% ../../nbs/reporting/10_figures.ipynb #71f1b060
 @contextmanager
@@ -112,6 +113,7 @@ def dot_interval(
     "A line per method: our value with its interval, the published value as a hollow diamond"
     instance('table', table, pd.DataFrame, 'a table of pandas')
     for name in (label, 'accuracy'): choose(name, table, 'column of the table')
+    _numeric(table, ('accuracy', 'low', 'high', 'published'))
     if ax is None: ax = plt.subplots(figsize=(4, .9+.22*len(table)))[1]
     for y,row in enumerate(table.to_dict('records')): _line(ax, y, row, method_style(row[label]))
     flags = [' †' if f else '' for f in table.flag.fillna('')] if 'flag' in table else ['']*len(table)
@@ -170,6 +172,7 @@ def plot_confusion(
     counts, K = np.asarray(counts), len(classes)
     if counts.shape != (K, K):
         raise ValueError(f'{K} names want counts of shape ({K}, {K}), got {counts.shape}')
+    if counts.dtype.kind not in 'iuf': raise ValueError(f'counts are numbers of images, got {counts.dtype}')
     if ax is None: ax = plt.subplots(figsize=(4, 3) if K > 4 else (4, 2))[1]
     n = counts.sum(1); shares = 100*counts/np.maximum(n, 1)[:,None]
     image = ax.imshow(shares, cmap='cividis', vmin=0, vmax=100)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..base import choose, instance, number
+from .asked import _numeric
 
 # %% ../../nbs/reporting/35_readable.ipynb #6df8a415
 HEADERS = {'accuracy': 'test %', 'std': '± over seeds', 'delta': 'gain (points)', 'n': 'images',
@@ -73,6 +74,7 @@ def marked(
     "Accuracies as a reader sees them, with interval and mark"
     digits = number('digits', digits, 0, whole=True)
     instance('table', table, pd.DataFrame, 'a table of pandas')
+    choose('accuracy', table, 'column of the table'); _numeric(table, ('accuracy', 'low', 'high'))
     def text(r):
         ends = ('' if math.isnan(r.get('low', math.nan))
                 else f" [{r['low']:.{digits}f}, {r['high']:.{digits}f}]")

@@ -18,6 +18,7 @@ from IPython.display import Markdown
 
 from ..base import Spec, choose, instance, key, number
 from ..evaluation import wilson
+from .asked import _numeric
 
 # %% ../../nbs/reporting/30_tables.ipynb #48aeff3f
 def published(
@@ -104,8 +105,7 @@ def difference(
 # %% ../../nbs/reporting/30_tables.ipynb #7e53d4a6
 def _by_key(table, keys, what):
     for k in keys: choose(k, table, f'column of {what}')
-    for c in {'accuracy', 'low', 'high', 'std', 'n'} & {*table}:
-        for v in table[c]: instance(f'{c} of {what}', float('nan') if pd.isna(v) else v, Real, 'numbers')
+    _numeric(table, ('accuracy', 'low', 'high', 'std', 'n'), what)
     rows = {tuple(r[k] for k in keys): r for r in table.to_dict('records')}
     if len(rows) < len(table):
         raise ValueError(f'{what} has rows with the same {", ".join(keys)}: keys must name one row')

@@ -141,6 +141,7 @@ def import_results(
 )->dict[str,list[str]]:     # 'new', 'filled' (tensors come late), 'there', 'different': <kind>/<key>
     "Take results into a store, never over others under the same key; `BadArchive` before anything is written"
     instance('store', store, Store, 'a Store'); path = as_path('path', path)
+    if not path.is_file(): raise BadArchive(f'there is no archive {path}: name one that export_results made')
     found = {'new': [], 'filled': [], 'there': [], 'different': []}
     try:
         with tarfile.open(path, 'r:') as tar:

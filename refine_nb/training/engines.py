@@ -26,6 +26,7 @@ class Engine:
 
     def __post_init__(self):
         choose(self.precision, ('float32','bfloat16'), 'precision')
+        for name in ('compiled','graphs'): choose(getattr(self, name), (False,True), name)
         if not isinstance(self.device, str) or not re.fullmatch(r'cpu|cuda(:[0-9]+)?', self.device):
             raise ValueError(f"unknown device {self.device!r}: choose 'cpu', 'cuda', "
                              "or a GPU by number such as 'cuda:1'")

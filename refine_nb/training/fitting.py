@@ -60,8 +60,8 @@ def fine_tune(
 class Diverged(RuntimeError):
     "A loss was not finite; the message says at which epoch and step, and what is kept"
 
-def _trainable(model, method, optimiser, epoch=0, epochs=1)->None: # or a sentence that says what is not
-    instance('model', model, Callable, 'a module'); instance('method', method, Method, 'a Method')
+def _trainable(model, method, optimiser, epoch=0, epochs=1, kind=Callable)->None: # or a sentence says why
+    instance('model', model, kind, 'a module'); instance('method', method, Method, 'a Method')
     instance('optimiser', optimiser, torch.optim.Optimizer, 'an optimiser of torch')
     number('epoch', epoch, 0, whole=True); number('epochs', epochs, 1, whole=True)
 
@@ -195,7 +195,7 @@ def fit(
     engine:Engine=Engine(), quiet:bool=False,
 )->dict: # history (a dict an epoch), best_epoch (from 1), best_accuracy, seconds; other: weights not left
     "Train for `epochs` epochs and select one; `Diverged` keeps the last good snapshot"
-    _trainable(model, method, optimiser); instance('validate', validate, Callable, 'a function of the model')
+    _trainable(model, method, optimiser, kind=nn.Module); instance('validate', validate, Callable, 'a function of the model')
     both = dict(epochs=epochs, seed=seed, schedule=schedule, clip=clip, robust=robust)
     about = dict(by=_judge(select, robust), validate=validate, method=method, optimiser=optimiser,
                  engine=engine, quiet=quiet, **both)
