@@ -11,13 +11,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..reporting import figure_style, worded
-from ..papers.spat_geometry import similarity_curve
+from ..papers.spat_geometry import factor_ends, similarity_curve
 
 # %% ../../nbs/fig3_4_spat.ipynb #1320f314
 def tidy(
     betas:tuple[int,...], # hundredths
     s:float=5.,           # scale
-# other, beta (nan: NCE), s, minimum, peak, over_turn, over_sure, slope_hard, slope_sure, held_sure
+# other, beta (nan: NCE), s, what `view` shows, and the columns of `factor_ends`
 )->pd.DataFrame:
     "What the loss does along the similarity; no key, as no run is behind it"
     rows = []
@@ -29,7 +29,8 @@ def tidy(
             rows.append({'other': other, 'beta': beta, 's': s, 'minimum': free.loss.idxmin(),
                          'peak': None if beta is None else (1+beta)/2 if other=='still' else (1+2*beta)/4,
                          'over_turn': over[.6], 'over_sure': over[.9], 'slope_hard': free.slope[.2],
-                         'slope_sure': free.slope[.9], 'held_sure': held.slope[.9]})
+                         'slope_sure': free.slope[.9], 'held_sure': held.slope[.9],
+                         **({} if beta is None else factor_ends(beta))})
     return pd.DataFrame(rows).astype({'beta': float, 'peak': float}).assign(key='')
 
 # %% ../../nbs/fig3_4_spat.ipynb #e658192e
@@ -42,8 +43,9 @@ def view(
                        **{c: [f'{v:+.3f}' for v in ours[c]] for c in ('slope_hard','slope_sure','held_sure')},
                        **{c: [f'{v:.2f}' for v in ours[c]] for c in ('over_turn','over_sure')},
                        minimum=[f'{v:.3f}' for v in ours.minimum])
-    return worded(seen.drop(columns=['s','key']), other='other cosine', minimum='loss is least at',
-                  peak='by the formula', over_turn='times NCE at 0.6', over_sure='times NCE at 0.9',
+    return worded(seen.drop(columns=['s', 'key', *factor_ends()]), other='other cosine',
+                  minimum='loss is least at', peak='by the formula', over_turn='times NCE at 0.6',
+                  over_sure='times NCE at 0.9',
                   slope_hard='slope at 0.2', slope_sure='slope at 0.9', held_sure='slope at 0.9, held')
 
 # %% ../../nbs/fig3_4_spat.ipynb #c1264fc2
