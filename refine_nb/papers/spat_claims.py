@@ -12,9 +12,11 @@ import pandas as pd
 
 from ..reporting import Claim, Missing, cell, published
 from .mixture_text import found_claims
+from .spat_tables import COLUMNS
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #b50ad7ac
 ATTACKS = ('fgsm', 'pgd_20', 'pgd_100', 'mim_20', 'fab', 'cw_linf', 'autoattack') # of Table 3.4
+_HEADS = {v: k for k,v in COLUMNS.items()} # as published -> as the thesis heads it
 
 def lead(
     table:pd.DataFrame,              # tidy
@@ -30,7 +32,7 @@ def _best(t, attack):
     if part.empty: raise Missing(f'attack {attack}')
     if 'SPAT' not in set(part.method): raise Missing('method SPAT')
     return part.loc[part.accuracy.idxmax(), 'method']
-def _lost(t): return '; '.join(f'{a}: {_best(t, a)}' for a in _columns(t) if _best(t, a)!='SPAT')
+def _lost(t): return '; '.join(f'{_HEADS[a]}: {_best(t, a)}' for a in _columns(t) if _best(t, a)!='SPAT')
 def _score(t):
     lost = _lost(t)
     return f"best in {len(won(t))} of {len(_columns(t))} attacks" + (f'; not in {lost}' if lost else '')
@@ -54,8 +56,8 @@ TAB4 = (
           'it (read: at most a point below)', _WHITE,
           lambda t: -1 <= lead(t, 'cw_linf', over='MART') < 0,
           lambda t: f"{lead(t, 'cw_linf', over='MART'):+.2f}"),
-    Claim('T5', 'SPAT leads TRADES under PGD-20 (ours: and the lead survives AutoAttack by half or more, '
-          'open-T8)', 'SPAT thesis Table 3.4 (text lines 621 and 625)',
+    Claim('T5', 'read: half or more of the lead of SPAT over TRADES under PGD-20 survives AutoAttack '
+          '(open-T8)', 'SPAT thesis Table 3.4 (text lines 621 and 625)',
           lambda t: lead(t, 'autoattack') >= lead(t, 'pgd_20')/2 > 0,
           lambda t: f"{lead(t, 'pgd_20'):+.2f} under PGD-20, {lead(t, 'autoattack'):+.2f} under AutoAttack"))
 
@@ -86,7 +88,7 @@ TAB5 = (
           lambda t: won(t)==_columns(t), _score),
     Claim('T8', 'the weakest attack (FGSM) has the highest black box transferability (read: it leaves least, '
           'for every defence)', _BLACK, lambda t: set(_fgsm_lowest(t))=={'fgsm'},
-          lambda t: ', '.join(f'{k}: {v}' for k,v in _fgsm_lowest(t).items())),
+          lambda t: ', '.join(f'{k}: {_HEADS[v]}' for k,v in _fgsm_lowest(t).items())),
     Claim('T9', 'AutoAttack has almost no effect on the SPAT trained model (from 84.26 % to 84.25 %; read: '
           'at most a tenth of a point)', _BLACK,
           lambda t: _clean(t)-cell(t, method='SPAT', attack='autoattack') <= .1,
@@ -136,8 +138,8 @@ TAB7 = (
     Claim('T12, margin', 'the self-paced robustness term contributes to a larger margin of robustness '
           'improvement', _SP,
           lambda t: _change(t, ONLY_A, FULL, 'pgd_20') < _change(t, ONLY_R, FULL, 'pgd_20'),
-          lambda t: f"{_change(t, ONLY_A, FULL, 'pgd_20'):+.2f} against "
-          f"{_change(t, ONLY_R, FULL, 'pgd_20'):+.2f} without it"))
+          lambda t: f"{_change(t, ONLY_A, FULL, 'pgd_20'):+.2f} without it, "
+          f"{_change(t, ONLY_R, FULL, 'pgd_20'):+.2f} without the accuracy loss's factors"))
 TAB8 = (
     Claim('T13', 'the normalization in NCE boosts both model robustness and standard accuracy', _NCE,
           lambda t: min(_gains(t, FULL, CE_SP)) > 0, _changes(FULL, CE_SP)),
@@ -154,7 +156,7 @@ TAB9 = (
     Claim('T15', 'the SPAT-trained model exhibits stronger robustness to different types of corruption '
           '(read: on every type, open-T4)', 'SPAT thesis section 3.5.3 (text line 717)',
           lambda t: bool((_ahead(t) > 0).all()),
-          lambda t: ', '.join(f'{k} {v:+.2f}' for k,v in _ahead(t).items())),)
+          lambda t: ', '.join(f"{k.replace('_', ' ')} {v:+.2f}" for k,v in _ahead(t).items())),)
 CLAIMS = {'tab3_2_spat': TAB2, 'tab3_3_spat': TAB3, 'tab3_4_spat': TAB4, 'tab3_5_spat': TAB5,
           'tab3_6_spat': TAB6, 'tab3_7_spat': TAB7, 'tab3_8_spat': TAB8, 'tab3_9_spat': TAB9}
 
