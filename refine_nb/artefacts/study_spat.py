@@ -24,7 +24,8 @@ def tidy(
                         for k,row in cells.items() for a,c in row.items()]).drop(columns='std')
     parts = [acc, leads(cells, store).assign(part='lead'),
              audits(cells, store, 'x1', ('SPAT','TRADES'), n_audit, seed).assign(part='audit')]
-    found = store.get(cells['SPAT']['autoattack'], make=False).result['label'] # less is not called so
+    # 'upper bound' where a part of it was run
+    found = store.get(cells['SPAT']['autoattack'], make=False).result['label']
     words = NAMED | {'autoattack': found.removesuffix(' (standard)')}
     return pd.concat(parts, ignore_index=True).assign(label=lambda t: t.attack.map(words).fillna(''))
 

@@ -22,7 +22,7 @@ from .spat import BUDGET, ablation, attackers, network, trained
 
 # %% ../../nbs/papers/77_spat_study.ipynb #89032d04
 LONG = {'SPAT': 'SPAT', 'SPAT, plain CE': 'SPAT on plain logits, as in Table 3.8', 'TRADES': 'TRADES',
-        'TRADES, cosines': 'TRADES with a cosine head, shown times 5'}
+        'TRADES, cosines': 'TRADES with a cosine head, cosines times 5'}
 
 def networks(
     dataset:str='cifar10', seed:int=0, model:str='resnet18', # as for `trained`
@@ -127,9 +127,10 @@ def verdict(
     if low <= 0:
         return f'{network} has no clear lead over TRADES under the released attack ({first:+.1f} points).'
     gone = 100*(first-last)/first
+    share = 'nothing' if gone <= 0 else 'all' if gone >= 100 else f'{gone:.0f} %'
     kept = 'is still clear of zero' if left > 0 else 'is no longer clear of zero'
     return (f"{network} leads TRADES by {first:+.1f} points under the released attack and by {last:+.1f} in "
-            f"the worst case: {gone:.0f} % of the lead is the attack's, and what is left {kept}.")
+            f"the worst case: {share} of the lead is the attack's, and what is left {kept}.")
 
 # %% ../../nbs/papers/77_spat_study.ipynb #058229a2
 def found_study(
