@@ -112,7 +112,7 @@ FIG3_1 = (
           'has the bound alone)', _THESIS+'354', lambda t: _pushed(t, 'cat', 'dog') >= 40,
           lambda t: f"{_pushed(t, 'cat', 'dog'):.1f} %"),
     Claim('L342', 'are classification predictions of untargeted adversaries predictable? (read: yes, at '
-          'least half of those that fall go to their hard class)', _THESIS+'342 and 467',
+          'least half of those that fall go to their hard class)', 'SPAT thesis, text lines 342 and 467',
           lambda t: _pushed(t, 'moved', 'hard class') >= 50,
           lambda t: f"{_pushed(t, 'moved', 'hard class'):.1f} %"))
 
