@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 from ..base import Cell, ancestors, choose, device_name
 from ..training import Engine
-from ..runs import PRESETS, Store, at_preset, duration, price
+from ..runs import PRESETS, Preset, Store, at_preset, duration, price, rooted
 from .listing import ARTEFACTS, NEEDS
 
 # %% ../../nbs/reporting/60_announcing.ipynb #0e86a342
@@ -54,17 +54,29 @@ def _weights(cells:list[Cell])->str:
     return ''.join(_FROM.get(w, '')
                    for w in sorted({c.recipe.model.all_settings.get('weights') or '' for c in cells}))
 
+def _needs(asked, cells:list[Cell])->str: # every data set behind a page, the one that was asked for first
+    sets = [asked, *(rooted(c).data['name'] for c in cells)]
+    return ' and '.join(dict.fromkeys(NEEDS.get(s, 'your own images') for s in sets))
+
 # %% ../../nbs/reporting/60_announcing.ipynb #19ee1dda
+def _scale(p:Preset, cells)->str: # what it is, by the images and networks that the cells have at it
+    roots = [rooted(c) for c in cells]
+    sizes = dict.fromkeys(r.data.all_settings.get('size') or 32 for r in roots)
+    says = p.says.replace('32x32', ' and '.join(f'{s}x{s}' for s in sizes))
+    small = all(r.model.name=='small_network' for r in roots) # of its own, without a stem to change
+    return says.replace(' with a CIFAR stem', '') if small else says
+
 def _said(shares, name)->str: # what a page takes less of
     return f'; {says}' if (says := getattr(shares.get(name), 'says', '')) else ''
 
 def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine, shares)->str:
     "What the small and the paper's scale need and cost here, as Markdown lines"
-    needs, lines = NEEDS.get(settings['dataset'], 'your own images'), []
+    needs, lines = _needs(settings['dataset'], cells), []
     for name in ('small', 'gpu', 'paper'):
-        cost = price(ancestors(*at_preset(tuple(cells), PRESETS[name], shares)), engine).seconds.iloc[-1]
+        at = at_preset(tuple(cells), PRESETS[name], shares)
+        cost = price(ancestors(*at), engine).seconds.iloc[-1]
         also = _weights(cells) if name=='paper' else ''
-        lines.append(f"- **{name}**: {PRESETS[name].says}{_said(shares, name)}. "
+        lines.append(f"- **{name}**: {_scale(PRESETS[name], at)}{_said(shares, name)}. "
                      f"`{_command(artefact, name, settings)}` needs {needs}{also}; "
                      f"about {duration(cost)} on this machine.")
     return '\n'.join(lines)
@@ -87,12 +99,13 @@ def announce(
     at, less = at_preset(tuple(cells), p.preset, shares), _said(shares, p.preset.name)
     where = f"{_network(at[0])} on {p.preset.data or p.dataset}{less.replace(';', ',')}"
     tag = {'demo': 'DEMO', 'small': 'SMALL RUN', 'gpu': 'GPU RUN', 'paper': "PAPER'S SCALE"}[p.preset.name]
+    says = _scale(p.preset, at)
     settings = {'model': p.model, 'dataset': getattr(p.dataset, 'path', p.dataset)}
-    banner = f"**{tag}: {what}, {where}.** This is {p.preset.says}{less}."
+    banner = f"**{tag}: {what}, {where}.** This is {says}{less}."
     if p.preset.name=='demo':
         banner += f"\n\nThe real thing:\n\n{_real_thing(artefact, settings, cells, store.engine, shares)}"
     return Announcement(banner, f"{tag}: {what}, {where}", f"{tag}: {what}, {where}",
-                        f"{tag}: {p.preset.says}{less}.", lambda: made_on(at, store))
+                        f"{tag}: {says}{less}.", lambda: made_on(at, store))
 
 # %% ../../nbs/reporting/60_announcing.ipynb #5364360c
 def announce_figure(

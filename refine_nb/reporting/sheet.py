@@ -12,10 +12,9 @@ from dataclasses import replace
 from functools import cached_property
 from types import SimpleNamespace
 
-import PIL.Image
 import pandas as pd
 from fastcore.basics import patch
-from IPython.display import Image, Markdown, display
+from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from ..base import Cell, Recipe, Spec, ancestors, choose, time_budget
@@ -95,34 +94,6 @@ def _given(namespace): # without constants that were imported before the check
     loaded = [m for name,m in list(sys.modules.items()) if name.startswith('refine_nb.')]
     return {k: v for k,v in namespace.items()
             if not any(getattr(m, k, None) is v for m in loaded if v is not None)}
-
-# %% ../../nbs/reporting/70_sheet.ipynb #cf0b589b
-@patch
-def opening(self:Sheet,
-    shows:str,  # what it is meant to show: 'Table 1 (section 5.1) is meant to ...'
-    found:Callable[[pd.DataFrame],str]|None=None, # tidy table of the largest run -> one or two sentences
-    words:Mapping[str,str]={},                    # abbreviation -> what it stands for
-)->str:                                           # Markdown
-    "Citation, what it is meant to show, abbreviations, and what we found in the largest run that is there"
-    best = next(iter(stored(self.about.id)), None)
-    lines = [f'{self.about.citation}.', shows]
-    if words: lines.append('; '.join(f'**{a}**: {w}' for a,w in words.items()) + '.')
-    if found: lines.append(f'**What we found** ({best.title}): {found(best.tidy)}' if best else _NOTHING)
-    return '\n\n'.join(lines)
-
-_NOTHING = '**What we found**: nothing yet. No run on real images is stored in `reports/`.'
-
-# %% ../../nbs/reporting/70_sheet.ipynb #a89be2b9
-@patch
-def paper(self:Sheet, *args, **kwargs)->None: # as for `opening`
-    "Open the page: `opening`, and the picture of the largest run that is there"
-    display(Markdown(self.opening(*args, **kwargs)))
-    best = next(iter(stored(self.about.id)), None)
-    if best and (picture := best.folder/'figure.png').exists(): display(_fitting(picture))
-
-def _fitting(picture): # as wide as it needs: several panels take the page
-    across, down = PIL.Image.open(picture).size
-    return Image(picture, width=960 if across > 3*down else 640)
 
 # %% ../../nbs/reporting/70_sheet.ipynb #19a70142
 @patch
@@ -217,12 +188,13 @@ def show(self:Sheet,
     self.tables[name], notes = view, tuple(notes)
     if name == 'table': self.below = notes
     return show_table(view, f'{self.title.text}{": " if what else ""}{what}',
-                      (*notes, *_images(self.ours), *_marks(self.ours), *self.title.notes))
+                      (*notes, *_images(self.ours, view), *_marks(self.ours), *self.title.notes))
 
-def _images(table)->tuple[str,...]: # how many, where it is the same number in all rows
+def _images(table, view)->tuple[str,...]: # how many, where it is the same number in all rows
     n = getattr(table, 'n', None) # a span of text on the scoreboard, '500 to 1,000'
     if n is None or not pd.api.types.is_numeric_dtype(n) or n.nunique(dropna=False) != 1: return ()
-    return (f'n = {n.iloc[0]:,.0f} test images; intervals are over images.',)
+    spans = 'low' in view or any('[' in str(v) for v in view.to_numpy().flat)
+    return (f"n = {n.iloc[0]:,.0f} test images{'; intervals are over images' if spans else ''}.",)
 
 # %% ../../nbs/reporting/70_sheet.ipynb #819dc4ef
 @patch
