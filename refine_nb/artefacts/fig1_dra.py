@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from ..evaluation import predict
 from ..reporting import figure_style, method_colour
 from ..papers.dra_figures import arcs, regions, two_classifiers
 
@@ -26,11 +27,15 @@ def trained(
 # %% ../../nbs/fig1_dra.ipynb #60e8c5fb
 def tidy(
     drawn:dict[int,dict], # seed -> as `trained` gives it
-# net, accuracy (%), cut (% of the area), crossed (% of the boxes), the mean over seeds; n, key
+# net, accuracy (% of fresh points), cut (% of the area), crossed (% of the boxes), the mean over seeds; key
 )->pd.DataFrame:
     "What the two classifiers do in the regions"
     nets = ('classifier 1', 'classifier 2')
-    rows = [{'net': k, **regions(d[k], d['x'], d['y'], d['eps'])} for d in drawn.values() for k in nets]
+    def row(seed, d, k):
+        x, y, _ = arcs(5*len(d['x']), 10_000+seed) # fresh: ten times as many of each class
+        right = (predict(d[k], x)==y).float().mean().item()
+        return {'net': k, 'accuracy': 100*right, **regions(d[k], d['x'], d['y'], d['eps'])}
+    rows = [row(s, d, k) for s,d in drawn.items() for k in nets]
     table = pd.DataFrame(rows).groupby('net', sort=False).mean().reset_index()
     # none of the store
     return table.assign(seeds=len(drawn), points=len(next(iter(drawn.values()))['x']), key='')

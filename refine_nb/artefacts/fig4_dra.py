@@ -32,11 +32,11 @@ def tidy(
     store,                            # where they were made
 )->pd.DataFrame: # model, eps, p, accuracy, low, high, 'of all', 'of those right' (%), n, key
     "The points of Figure 4, with both definitions of success"
+    def right(c): return store.value(c).right
     def one(m, e, p, c, clean):
         found = {k: v for k,v in measured([c], store).items() if k != 'std'}
-        return {'model': m, 'eps': e, 'p': p, **found, **success(clean, found['accuracy'])}
-    def clean(row): return measured([row['0']], store)['accuracy']
-    return pd.DataFrame([one(m, e, p, c, clean(row)) for (m, e),row in cells.items() for p,c in row.items()])
+        return {'model': m, 'eps': e, 'p': p, **found, **success(right(clean), right(c))}
+    return pd.DataFrame([one(m, e, p, c, row['0']) for (m, e),row in cells.items() for p,c in row.items()])
 
 # %% ../../nbs/fig4_dra.ipynb #b6dfeca9
 def view(
