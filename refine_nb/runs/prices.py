@@ -189,7 +189,7 @@ def _detail(spec): # what tells runs of one kind apart
     if isinstance(spec, Recipe): return spec.method.name
     if isinstance(spec, Given): return spec.model.name
     if isinstance(spec, Quantised): return spec.backend
-    if isinstance(spec, Robustness): return f'{len(spec.components)} components'
+    if isinstance(spec, Robustness): return f"{(n := len(spec.components))} component{'s'*(n!=1)}"
     if isinstance(spec, (OnSource, Worst)): return {OnSource: 'source', Worst: 'worst case'}[type(spec)]
     return (f'transferred {spec.attack.name}' if getattr(spec, 'surrogate', None)
             else spec.attack.name if spec.attack
