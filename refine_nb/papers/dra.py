@@ -27,7 +27,7 @@ def printed_pgd(
     eps:float,    # of images in [0,1]
     steps:int=20,
 )->Call:
-    "PGD with so many steps of eps/steps, from the image (DRA, section V-A)"
+    "PGD with so many steps of eps/steps (DRA, section V-A), from the image: a start of our choice"
     return call(pgd, eps=eps, step_size=eps/steps, steps=steps, start=zero)
 
 # %% ../../nbs/papers/80_dra.ipynb #ed445816

@@ -43,7 +43,7 @@ def across(
 # %% ../../nbs/papers/90_dra_tables.ipynb #fc613346
 def column(
     attack:str,             # of `columns` or `across`; in Table I behind its data set, as in 'mnist clean'
-    label:str='AutoAttack', # of the last: less than AutoAttack is not called so
+    label:str='AutoAttack', # of the last: its first attack alone is an upper bound, and has that label
 )->str: # e.g. 'PGD, 8/255'
     "A column in words"
     where, _, attack = attack.rpartition(' ')
@@ -73,8 +73,10 @@ WORDS = {'Vanilla': 'trained on clean images alone',
          'MART': 'misclassification-aware adversarial training',
          'DRA': 'dynamically regulated adversary, the attack of the document: gradient steps, of which the '
          'share p that matters most is kept',
-         'PGD': 'projected gradient descent, 20 steps of ε/20 as printed',
-         'PGD by ε/10': 'the same with 20 steps of ε/10 from a random start, which use the budget; ours'}
+         'PGD': 'projected gradient descent, 20 steps of ε/20 as printed; the start at the image itself '
+         'is ours',
+         'PGD by ε/10': '20 steps of ε/10 from a random start, which use the budget; ours',
+         'APGD-CE': "Auto-PGD on the cross-entropy, AutoAttack's first attack"}
 
 SHARE_OF = dict(zip(('0','1/6','1/3','1/2','1'), SHARES)) # p, as printed -> share
 

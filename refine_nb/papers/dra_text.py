@@ -52,7 +52,7 @@ SETTINGS = (
           'DRA section V '
           '(line 191)', lambda t: _v(t, 'iterations of PGD in the evaluation')
           == _v(t, 'eps over the step of PGD in the evaluation'),
-          lambda t: 'reached only where no sign changes'))
+          lambda t: 'from the image itself reached only where no sign changes'))
 
 # %% ../../nbs/papers/98_dra_text.ipynb #344649f3
 STRENGTH = (
