@@ -184,14 +184,13 @@ def _bounded(t, name='adcorda_5e-4'): # ours is an upper bound: above print it d
         raise Missing(f'all of AutoAttack: its first attack leaves {_said(t, name).rpartition(": ")[2]}')
     return _meets(t, name)
 
-_OTHER = 'its own network' # of a claim: none of ours has what it needs, and so no verdict
-
 def _number(id, text, source, name, network): # a claim that quotes what is printed of a network
     return Claim(id, f'printed: {text}', source, lambda t: _meets(t, name, network),
                  lambda t: _said(t, name, network), 'paper' if network=='resnet18' else _OTHER)
 
 # %% ../../nbs/papers/89_protocols_found.ipynb #46fde38c
 _TABLE_1, _FIGURE = 'Mixture, Table 1 (line 163)', 'SPAT thesis, Figure 3.1 (line 354)'
+_OTHER = 'its own network' # what a claim needs that gets no verdict: none of ours is it
 
 def _less(t, a, b): return cell(t, name=a) < cell(t, name=b)
 def _each(t, *names): return ', '.join(f'{ROWS[n][1]}: {cell(t, name=n):.1f} %' for n in names)
