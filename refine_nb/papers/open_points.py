@@ -198,7 +198,8 @@ _TWICE = (('Madry','Madry'), ('TRADES','TRADES 6'), ('MART','MART')) # in the th
 
 # %% ../../nbs/papers/07_open_points.ipynb #01ba970b
 BETWEEN = {
-    'open-X1': lambda: ('20 steps of eps/10 may go twice eps, of eps/20 once; two of 2/255 go 0.157 of 0.1',
+    'open-X1': lambda: ('20 steps of eps/10 may go twice eps, of eps/20 once; two of 2/255 go 0.157 times an '
+                        'eps of 0.1',
                         round(4/255/.1, 3) == .157),
     'open-X2': lambda: ('; '.join(_both_print(*k)[0] for k in _TWICE),
                         all(_both_print(*k)[1] for k in _TWICE)),
@@ -241,7 +242,7 @@ def points_view(
     return pd.DataFrame({'point': them.conflict, 'document': them.document.map(short), 'weight': them.weight,
                          'left open, or contradicted': them.open, 'worked out': them.worked_out, 'numbers':
                          them.confirmed, 'our decision': them.decision,
-                         'asked for by': them.apply(places, axis=1),
+                         'carried out in': them.apply(places, axis=1),
                          'source': them.source})
 
 # %% ../../nbs/papers/07_open_points.ipynb #9021a27c
@@ -252,7 +253,7 @@ def found_points(
     n = them.weight.value_counts()
     return (f"Of {len(them)} open points {n['number']} change a number or the method, {n['reading']} "
             f"what a sentence "
-            f"may claim, and {n['wording']} are of words. {len(DECIDED)} can be worked out again from "
-            f"printed numbers: "
+            f"may claim, and {n['wording']} concern wording only. {len(DECIDED)} can be worked out again "
+            f"from printed numbers: "
             f"{(them.confirmed=='confirmed').sum()} are confirmed, "
             f"{(them.confirmed=='not confirmed').sum()} not.")
