@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..reporting import Claim, Missing, cell, named, published
+from .adcorda_study import on_edition
 from .adcorda_tables import RESNETS, gains
 
 # %% ../../nbs/papers/30_adcorda_text.ipynb #424c2b2c
@@ -112,8 +113,8 @@ def found_fig2(
             f"{len(ddn)} lengths, below it at {below}.")
     try: slope, share = straightness(table)
     except Missing: return text
-    return (f"{text} From no correction to all, the accuracy {'rises' if slope > 0 else 'falls'} "
-            f"by {abs(slope):.2f} points, and a straight line explains {share:.0%} of the variance.")
+    return (f"{text} A straight line fitted from no correction to all {'rises' if slope > 0 else 'falls'} "
+            f"by {abs(slope):.2f} points and explains {100*share:.0f} % of the variance.")
 
 # %% ../../nbs/papers/30_adcorda_text.ipynb #c70e3586
 def known_losses()->pd.DataFrame: # dataset, attack, set, loss, stands_in
@@ -157,10 +158,10 @@ STUDY = (
           lambda t: 'removal {:.4f}, correction {:.4f}'.format(*_falls(t)), about={'dataset': 'cifar100'}),
     _cause('A20, steps', 'a fair comparison with baseline models (read: AdCorDA beats as many ordinary '
            'steps)', 'AdCorDA, section 4 (line 231)', 'AdCorDA against further training'),
-    _cause('L245, removal', 'even just removing the incorrect samples provides a significant benefit to the '
-           'domain adaptation step', _S5, 'removal, with CORAL'),
+    _cause('L245, removal', 'even just removing the incorrect samples ... provides a significant benefit to '
+           'the domain adaptation step', _S5, 'removal, with CORAL'),
     _cause('L245, correction', 'the addition of the corrected samples ... thereby enhancing the '
-           'effectiveness of the domain adaptation', _S5, 'correction, with CORAL'),
+           'effectiveness of the subsequent domain adaptation step', _S5, 'correction, with CORAL'),
     _cause('L245, direction', 'read: what helps is that the images are corrected, not that they are changed',
            _S5, 'direction of the correction'))
 
@@ -182,7 +183,7 @@ def found_study(
            'further training explains the gain: beyond it, these test images show no effect of AdCorDA'
            if (low > 0).all() else 'these test images show no gain, of either')
     return (f"Further training alone, with as many steps as AdCorDA, brings {more}; "
-            f"AdCorDA in its place brings {against} against it. So {why}.")
+            f"AdCorDA in its place brings {against} against it. So {why}{on_edition(table.dataset.iloc[0])}.")
 
 # %% ../../nbs/papers/30_adcorda_text.ipynb #e3838a4d
 def modest(
@@ -206,7 +207,7 @@ _ABSENT = (
     Claim('L57', 'Table 2 of Wang et al. (2021) lists no less than nineteen types of difficulty measures',
           'AdCorDA, section 2.1 (line 57)', _absent('Wang et al. (2021), which is not part of this')),
     Claim('L218', 'Places365-Standard has ~1.8M images from 365 categories, each with at most 5K', 'AdCorDA, '
-          'section 4 (line 218)', _absent('a count of Places365-Standard, which is not part of this')),
+          'section 4 (lines 218-219)', _absent('a count of Places365-Standard, which is not part of this')),
     Claim('A16', 'robust networks get higher accuracies under attack: '
           '27.67 % on CIFAR-100, 55.54 % on CIFAR-10', 'AdCorDA, section 5.4 (line 321)',
           _absent('their accuracy at the eps of Table 4; printed is that at 8/255 (open-A18)')))
@@ -241,7 +242,8 @@ def correction_share(
 def found_claims(
     page:pd.DataFrame, # every claim, judged: from `ledger`
 )->str:                # two sentences
-    "How many sentences of the document its own numbers carry, and ours"
+    "How many sentences of the document its own numbers carry, and ours; a quoted print is no sentence"
+    page = page[page["the paper's own table"]!='is the print itself']
     n = page["the paper's own table"].value_counts()
     said = page.ours[page.ours.str.contains(r'\b(?:holds|fails)\b')]
     ours = (f"On runs of ours at the paper's scale {(said=='holds').sum()} hold and {(said=='fails').sum()} "
