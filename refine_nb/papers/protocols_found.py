@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ..base import key
 from ..evaluation import mcnemar, proportion
-from ..reporting import Claim, Missing, cell, figure_style, measured, published
+from ..reporting import PAPERS, Claim, Missing, cell, figure_style, measured, published
 from .protocols import BUDGETS
 
 # %% ../../nbs/papers/89_protocols_found.ipynb #f59366d3
@@ -217,8 +217,8 @@ def _goes(name, said, read, low, high=100.):
 # %% ../../nbs/papers/89_protocols_found.ipynb #da942607
 CLAIMS = { # of `PAPERS` -> what it says of an undefended network
     'adcorda': (
-    Claim('A14, baseline', 'printed: AutoAttack at 5e-4 leaves baselines 13.80 to 15.92 %',
-          'AdCorDA, Table 4 (line 327)', _bounded, lambda t: _said(t, 'adcorda_5e-4'),
+    Claim('A14, baseline', 'printed: AutoAttack at 5e-4 leaves baselines 13.80 to 15.92 % on CIFAR-10',
+          'AdCorDA, Table 4 (lines 327-329)', _bounded, lambda t: _said(t, 'adcorda_5e-4'),
           _OTHER),), # with images of 224 pixels
     'dra': (
     _number('Table I', 'a vanilla network keeps 0.0 % at 8/255', 'DRA, Table I (line 72)', 'spat_pgd20_8',
@@ -236,21 +236,22 @@ CLAIMS = { # of `PAPERS` -> what it says of an undefended network
           'more than 40 %, asked of another network', 40.))}
 
 # %% ../../nbs/papers/89_protocols_found.ipynb #8c89f86f
+def _short(document): return PAPERS[document.partition(',')[0].lower()].short # such as 'DRA, Table I'
+
 def found(
     ours:pd.DataFrame, # tidy
 )->str:                # two sentences
     "What the page shows in our run"
     h = had(ours); h = h[~h.name.str.startswith('adcorda')]
-    t, far = ours.set_index('name'), h.loc[h.off.abs().idxmax()]
-    most = t.loc[t.flattered.idxmax()]; slow = t.loc['dra_pgd20_2']
-    low, high = (f(h[h.name=='dra_pgd20_2'].printed) for f in (min, max))
+    t, far = ours.set_index('name'), h.loc[(h.printed-h.accuracy).abs().idxmax()]
+    most = t.loc[t.flattered.idxmax()]; of = dict.fromkeys(map(_short, h.document))
+    def more(r): return _span(r, 'flattered', 'flattered_low', 'flattered_high')
     return (f"A published ResNet-18 that is right on {t.accuracy['clean']:.1f} % keeps what is printed in "
-            f"{h.had.sum()} of {len(h)} numbers of undefended networks; the farthest is "
-            f"{far.document.split(',')[0]}'s {far.printed:g} % under {far.attack}, where {_span(far)} is "
-            f"measured. The protocol that flatters most is {most.attack}, which leaves {most.flattered:.1f} "
-            f"points more than APGD-CE on the same images; DRA's steps of ε/20 leave {slow.flattered:.1f} "
-            f"points more at 2/255, and its print of {low:g} to {high:g} % is {low-slow.accuracy:.1f} to "
-            f"{high-slow.accuracy:.1f} above what they leave here; at AdCorDA's 5e-4 of [0,1] the first "
-            f"attack of AutoAttack leaves {_span(t.loc['adcorda_5e-4'])} %, an upper bound.")
+            f"{h.had.sum()} of {len(h)} numbers that {' and '.join(of)} print of undefended networks; the "
+            f"farthest by the difference is {_short(far.document)}'s {far.printed:g} % under {far.attack}, "
+            f"where {_span(far)} is measured. {most.attack} leaves {more(most).replace(' [', ' points [')} "
+            f"more than APGD-CE on the same images, the most here; DRA's steps of ε/20 leave "
+            f"{more(t.loc['dra_pgd20_2'])} more at 2/255; at AdCorDA's 5e-4 of [0,1] the first attack of "
+            f"AutoAttack leaves {_span(t.loc['adcorda_5e-4'])} %, an upper bound.")
 
 FOUND = {'study_protocols': found} # artefact -> what we found, from its tidy table
