@@ -53,8 +53,8 @@ TAB1 = (
           lambda t: 2*sum(-12 <= d <= -8 for d in _drops(t, _C)) >= len(_drops(t, _C)),
           lambda t: _said(_drops(t, _C))),
     Claim('L97',
-          'adversarial robustness experiments on MNIST align with classifiers that are both accurate and '
-          'robust (read: no defence loses a point of clean accuracy, and each keeps 90 % under attack)',
+          'This r-separated claim aligns well with adversarial robustness experiments on the MNIST dataset '
+          '(read: no defence loses a point of clean accuracy, and each keeps 90 % under attack)',
           'DRA section III (line 97)', lambda t: min(_drops(t, _M)) > -1
           and min(cell(t, kind=k, attack=_MP) for k in _defences(t)) > 90,
           lambda t: f"clean {_said(_drops(t, _M))}; attacked "
@@ -70,8 +70,8 @@ TAB2 = (
           'least 2 points in every cell)', 'DRA section V (line 214)',
           lambda t: min(_above_trades(t, _attacked(t))) >= 2,
           lambda t: _said(_above_trades(t, _attacked(t)))),
-    Claim('D4, 0.3', 'the same at eps 0.3 alone', 'DRA section V (line 214)',
-          lambda t: min(_above_trades(t, ['pgd_eps0.3'])) >= 2,
+    Claim('D4, 0.3', 'read: the lead over TRADES on MNIST is at least 2 points at eps 0.3',
+          'DRA section V (line 214)', lambda t: min(_above_trades(t, ['pgd_eps0.3'])) >= 2,
           lambda t: _said(_above_trades(t, ['pgd_eps0.3']))),
     Claim('D5',
           'both TRADES and our method maintain high standard accuracy (read: none is more than 0.5 points '
@@ -88,12 +88,13 @@ TAB2 = (
 # %% ../../nbs/papers/92_dra_claims.ipynb #7d92de12
 TAB3 = (
     Claim('D6',
-          'ResNet-50 with the proposed strategy significantly outperforms TRADES in terms of adversarial '
-          'robustness (read: at every eps)', 'DRA section V (line 216)',
+          'ResNet-50 with the proposed adversarial training strategy significantly outperforms TRADES in '
+          'terms of adversarial robustness (read: at every eps)', 'DRA section V (line 216)',
           lambda t: min(_above_trades(t, _attacked(t))) > 0, lambda t: _said(_above_trades(t, _attacked(t)))),
     Claim('D6, clean',
-          'the proposed approach outperforms previous algorithms at preserving standard accuracy '
-          '(read: above both TRADES on clean images)', 'DRA abstract (line 10)',
+          'the proposed approach outperforms previous adversarial training algorithms with the following '
+          'objective: ... preserving model\'s standard accuracy on clean data (read: '
+          'above both TRADES on clean images)', 'DRA abstract (line 10)',
           lambda t: min(_above_trades(t, ['clean'])) > 0, lambda t: _said(_above_trades(t, ['clean']))),
     Claim('L66',
           'even very small value of 1/lambda cannot guarantee models to achieve comparable accuracy to '
@@ -106,7 +107,8 @@ TAB3 = (
           lambda t: lead(t, _kind('TRADES 0.01'), _kind('TRADES 0.05')) > 0
           > max(_over(t, 'TRADES 0.01', 'TRADES 0.05', _attacked(t))),
           lambda t: _said(_over(t, 'TRADES 0.01', 'TRADES 0.05', ['clean', *_attacked(t)]))),
-    Claim('D17', 'to improve robustness without sacrificing standard performance (read: not below vanilla on '
+    Claim('D17', 'improve the robustness of the model without sacrificing standard performance (read: '
+          'not below vanilla on '
           'clean images, above it at every eps)', 'DRA abstract (line 10)',
           lambda t: _over(t, 'ours')[0] >= 0 < min(_over(t, 'ours')[1:]), lambda t: _said(_over(t, 'ours'))))
 
@@ -121,7 +123,7 @@ def _by_net(t, attack): return f"{column(attack)} {_said(_gains4(t, attack).valu
 TAB4 = (
     Claim('D8',
           'vanilla-trained models and our adversarial fine-tuned models achieve comparable performance in '
-          'all examined backbones (read: within a point on clean images)', 'DRA section V (line 218)',
+          'all examined backbone models (read: within a point on clean images)', 'DRA section V (line 218)',
           lambda t: max(map(abs, _gains4(t, 'clean').values())) <= 1, lambda t: _by_net(t, 'clean')),
     Claim('D8, larger', 'ResNet-50 and ResNet-101 can even outperform their vanilla training counterparts in '
           'terms of clean data accuracy', 'DRA section V (line 218)',
@@ -132,7 +134,8 @@ TAB4 = (
           '(read: for every pair of networks, at every eps)', 'DRA section V (line 218)',
           lambda t: all(_rising(list(_gains4(t, a).values())) for a in _attacked(t)),
           lambda t: '; '.join(_by_net(t, a) for a in _attacked(t))),
-    Claim('D17, IV', 'improving model robustness without sacrificing standard performance (read: no network '
+    Claim('D17, IV',
+          'improve the robustness of the model without sacrificing standard performance (read: no network '
           'loses clean accuracy)', 'DRA abstract (line 10)',
           lambda t: min(_gains4(t, 'clean').values()) >= 0, lambda t: _by_net(t, 'clean')))
 
@@ -153,15 +156,16 @@ TAB5 = (
           "the clean data accuracy of DRA trained models is higher than that of the PGD trained models "
           "using Madry's and our method", 'DRA section V (line 256)',
           lambda t: min(_clean5(t)['Madry'], _clean5(t)['ours']) > 0, lambda t: _said(_clean5(t).values())),
-    Claim('D11, TRADES', 'and for TRADES slightly lower (read: by less than a point)',
-          'DRA section V (line 256)',
+    Claim('D11, TRADES', 'the standard accuracy of the DRA trained model is slightly lower than that of the '
+          'model trained with PGD (read: TRADES, by less than a point)', 'DRA section V (line 256)',
           lambda t: -1 < _clean5(t)['TRADES'] < 0, lambda t: f"{_clean5(t)['TRADES']:+.1f}"),
-    Claim('D12', 'eps = 1 for DRA and eps = 2.55 for PGD both resulted in a robust accuracy of 44.5% on '
-          'vanilla-trained ResNet-50 (read: within 2 points of each other)', 'DRA section V (line 254)',
-          lambda t: abs(_pair(t, 'dra_eps1')-_pair(t, 'pgd_eps2.55')) <= 2,
+    Claim('D12', 'eps = 1 for DRA and eps = 2.55 for PGD, as both settings resulted in a robust accuracy of '
+          '44.5% on vanilla-trained ResNet-50 (read: within 2 points of each other)',
+          'DRA section V (line 254)', lambda t: abs(_pair(t, 'dra_eps1')-_pair(t, 'pgd_eps2.55')) <= 2,
           lambda t: f"DRA {_pair(t, 'dra_eps1'):.1f}, PGD {_pair(t, 'pgd_eps2.55'):.1f}"),
     Claim(
-        'D7', 'the maximal eps of DRA in adversarial training is 2, which corresponds to eps = 4 - 5 in PGD '
+        'D7', 'the maximal eps of DRA in adversarial training is 2, '
+        'which corresponds to eps = 4 - 5 in PDG attacks '
         '(read: DRA leaves no more than PGD at 4 and no less than at 5)', 'DRA section V (line 216)',
         lambda t: _pair(t, 'pgd_eps4') >= _pair(t, 'dra_eps2') >= _pair(t, 'pgd_eps5'),
         lambda t: ', '.join(f'{column(a)} {_pair(t, a):.1f}' for a in ('pgd_eps4', 'dra_eps2', 'pgd_eps5'))))
@@ -174,7 +178,8 @@ def _clean6(t, over, *ps): return [_by_p(t, p, over, ['clean'])[0] for p in ps]
 # %% ../../nbs/papers/92_dra_claims.ipynb #cfc6286c
 TAB6 = (
     Claim('D13',
-          'a higher p does contribute to better model robustness (read: from each p to the next, at every '
+          'a higher threshold value p does contribute to better model robustness (read: '
+          'from each p to the next, at every '
           'eps)', 'DRA section V (line 280)', lambda t: min(v for vs in _each_step(t).values() for v in vs)
           >= 0, lambda t: '; '.join(f'to {p}: {_said(vs)}' for p,vs in _each_step(t).items())),
     Claim('D13, marginal',

@@ -79,8 +79,9 @@ FIG1 = (
           lambda t: abs(cell(t, 'accuracy', net='classifier 2')-cell(t, 'accuracy', net='classifier 1')) <= 1,
           lambda t: ' and '.join(f"{cell(t, 'accuracy', net=f'classifier {i}'):.2f} %" for i in (1, 2))),
     Claim('fig. 1c',
-          'with improved adversarial robustness: it is pushed out of the adversarial regions (read: it cuts '
-          'off less of them)', 'DRA Figure 1 (line 101) and section IV (line 130)',
+          'pushing the classification boundary out of the yellow adversarial regions ... with improved '
+          'adversarial robustness (read: it cuts off less of them)',
+          'DRA Figure 1 (line 101) and section IV (line 130)',
           lambda t: cell(t, 'cut', net='classifier 2') < cell(t, 'cut', net='classifier 1'),
           lambda t: ' and '.join(f"{cell(t, 'cut', net=f'classifier {i}'):.2f} %" for i in (1, 2))))
 
@@ -163,15 +164,17 @@ def _numbers(eps, *ps):
     return lambda t: '; '.join(', '.join(f'{v:.1f}' for v in r) for r in _rates(t, eps, *ps))
 
 FIG4 = (
-    Claim('fig. 4a', 'with eps = 1 the successful attack rate grows linearly in the most significant 500 (p '
-          '= 1/6) (read: '
+    Claim('fig. 4a', 'eps = 1, we note that the successful attack rate of DRA grows linearly in the most '
+          'significant 500 (i.e. p = 1/6) pixels (read: '
           'at 1/12 it has gained 40 to 60 % of its gain at 1/6)', 'DRA section V (line 278)',
           lambda t: all(.4 <= (r[1]-r[0])/(r[2]-r[0]) <= .6 for r in _rates(t, 1, '0', '1/12', '1/6')),
           _numbers(1, '0', '1/12', '1/6')),
     Claim('fig. 4b', 'and saturates in about 1000 (p = 1/3) (read: beyond it less than a fifth more)',
           'DRA section V (line 278)', lambda t: _saturates(_rates(t, 1, '0', '1/3', '1')),
           _numbers(1, '0', '1/3', '1')),
-    Claim('fig. 4c', 'for eps = 2 it also almost saturates at approximately 1000 (p = 1/3) (read as for 1)',
+    Claim('fig. 4c',
+          'For eps = 2, the successful attack rate also almost saturates at approximately 1000 (p = '
+          '1/3) pixels (read: as for 1)',
           'DRA section V (line 278)', lambda t: _saturates(_rates(t, 2, '0', '1/3', '1')),
           _numbers(2, '0', '1/3', '1')))
 

@@ -36,15 +36,16 @@ def _twice(t): return 2*_v(t, 'eps of PGD of equal strength')/_v(t, 'eps of DRA 
 
 # %% ../../nbs/papers/98_dra_text.ipynb #ba5aeac7
 SETTINGS = (
-    Claim('L276', 'CIFAR-10 images are in size of 3 x 32 x 32: N = 3072 pixel values per image',
-          'DRA section V '
-          '(line 276)', lambda t: _values(t) == _v(t, 'channels of an image of CIFAR-10')
+    Claim('L276', 'CIFAR-10 images are in size of 3 x 32 x 32. ... N = 3072 pixel values per image',
+          'DRA section V (lines 260 and 276)',
+          lambda t: _values(t) == _v(t, 'channels of an image of CIFAR-10')
           *_v(t, 'height and width of an image of CIFAR-10')**2, lambda t: f'{_values(t):.0f}'),
-    Claim('L278', 'the most significant 500 (i.e. p = 1/6) pixels, about 1000 (p = 1/3) (read: within 5 %)',
-          'DRA section V (line 278)', lambda t: abs(_values(t)/6/500-1) < .05
+    Claim('L278', 'the most significant 500 (i.e. p = 1/6) pixels ... about 1000 (p = 1/3) (read: '
+          'within 5 %)', 'DRA section V (line 278)', lambda t: abs(_values(t)/6/500-1) < .05
           and abs(_values(t)/3/1000-1) < .05, lambda t: f'{_values(t)/6:.0f} and {_values(t)/3:.0f}'),
-    Claim('L189', '60 epochs: the constraint is decayed in the first 50, and only clean images in the last '
-          '10', 'DRA section V (line 189)', lambda t: _v(t, 'epochs of fine-tuning, CIFAR-10')
+    Claim('L189', '60 epochs of adversarial fine-tune ... decayed from 2 to 0.5 in the first 50 epochs, and '
+          'only clean images are fine-tuned in the last 10 epochs', 'DRA section V (line 189)',
+          lambda t: _v(t, 'epochs of fine-tuning, CIFAR-10')
           == _v(t, 'epochs over which eps decays')+_v(t, 'last epochs, of clean images only'),
           lambda t: f"{_v(t, 'epochs over which eps decays'):.0f} + "
           f"{_v(t, 'last epochs, of clean images only'):.0f}"),
@@ -56,15 +57,17 @@ SETTINGS = (
 
 # %% ../../nbs/papers/98_dra_text.ipynb #344649f3
 STRENGTH = (
-    Claim('D12, III', '44.5% at eps = 2.55 (read: within 2 points of a straight line through Table III)',
+    Claim('D12, III', 'eps = 2.55 for PGD, as both settings resulted in a robust accuracy of 44.5% (read: '
+          'within 2 points of a straight line through Table III)',
           'DRA section V (line 254) and Table III', lambda t: abs(_equal(t)-_line(t)) <= 2,
           lambda t: f'{_equal(t):.1f} and {_line(t):.1f} (open-D7)'),
-    Claim('D7, ratio', 'DRA 2 corresponds to PGD 4 - 5 (read: twice the pair 1 and 2.55 lies there)',
+    Claim('D7, ratio', 'the maximal eps of DRA ... is 2, which corresponds to eps = 4 - 5 in PDG attacks '
+          '(read: twice the pair 1 and 2.55 lies there)',
           'DRA section V (lines 216 and 254)', lambda t: _v(t, 'eps of PGD it corresponds to, from')
           <= _twice(t) <= _v(t, 'eps of PGD it corresponds to, to'), lambda t: f'{_twice(t):.1f}'),
     Claim('D3',
-          'the empirical separation distance is 3x-7x larger than the typical eps (of Yang et al.; read: it '
-          'is more than twice eps)', 'DRA section III (line 97)',
+          'their empirical separation distance is 3x-7x larger than the typical adversarial perturbation '
+          'constraint (read: of Yang et al.; it is more than twice eps)', 'DRA section III (line 97)',
           lambda t: _v(t, 'separation over eps, from') > 2,
           lambda t: f"{_v(t, 'separation over eps, from'):.0f} to "
           f"{_v(t, 'separation over eps, to'):.0f}"))

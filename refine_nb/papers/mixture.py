@@ -116,11 +116,12 @@ def attackers(
 
 # %% ../../nbs/papers/10_mixture.ipynb #aa17c002
 WORDS = {'Traditional': 'ordinary training', 'Adversarial': 'training on clean images and on attacked ones',
-         'AdvProp': 'adversarial propagation, the same with batch norms of their own for attacked images',
+         'AdvProp': 'adversarial propagation: training on clean and attacked images, the attacked ones with '
+                    'batch norms of their own',
          'ALS': 'adversarial label smoothing, towards the least likely class',
          'SAT': "smooth adversarial training, which replaces ReLU's derivative by a smooth one",
          'FGSM': 'fast gradient sign method, an attack of one step',
-         'PGD': 'projected gradient descent, an attack of several'} # abbreviation -> what it stands for
+         'PGD': 'projected gradient descent, an attack of several steps'} # abbreviation -> what it stands for
 
 _COLUMNS = (*attackers(), 'pgd_8', 'autoattack_8')
 

@@ -33,7 +33,7 @@ def returned(
 # %% ../../nbs/papers/45_mixture_study.ipynb #73af3ede
 def step_curve(
     model:nn.Module, # the attacked network
-    other:nn.Module, # looks at the same images
+    other:nn.Module, # Traditional: looks at the same images
     x:Tensor,        # [N,C,H,W], float in [0,1]
     y:Tensor,        # [N], labels
     *,
@@ -59,7 +59,8 @@ def explained(
     verdict = ('no rise' if two.low <= one.high else 'caught' if two.other >= clean.other/2
                else 'leaked or robust' if two.other < two.low else 'unclear')
     return (f'{verdict}: accuracy {one.accuracy:.1f} to {two.accuracy:.1f}, '
-            f'the other network {two.other:.1f}, pixels at x {one.returned:.1f} to {two.returned:.1f}')
+            f'Traditional on the same images {two.other:.1f}, '
+            f'pixels at x {one.returned:.1f} to {two.returned:.1f}')
 
 # %% ../../nbs/papers/45_mixture_study.ipynb #275dd56d
 def audit_rows(
@@ -146,10 +147,13 @@ def undefended(
 )->str:
     "Whether an undefended network's accuracy under FGSM is due to masked gradients, in one sentence"
     bare = table[table.method=='Traditional']; budgets = sorted(bare.eps.dropna().unique())
-    left = bare[bare.reported.notna()].set_index('eps'); raised = set(bare.check[bare.raised=='RAISED'])
-    said = (f"gradients mislead ({', '.join(masked)})" if (masked := sorted(raised & set(MASKING)))
-            else 'gradients do not mislead, one step is too weak' if 'stronger attack' in raised
-            else 'gradients do not mislead, and one step is as good as many')
+    left, raised = bare[bare.reported.notna()].set_index('eps'), bare[bare.raised=='RAISED']
+    masked = sorted(set(raised.check) & set(MASKING))
+    weak = set(raised.eps[raised.check.isin(WEAK)])
+    at, other = (' and '.join(f'{e:g}' for e in budgets if (e in weak)==v) for v in (True, False))
+    said = (f"gradients mislead ({', '.join(masked)})" if masked else 'gradients do not mislead') + (
+        f"; the audit calls the single step too weak at {at or 'neither budget'}"
+        f"{f', not at {other}' if at and other else ''}")
     pairs = '; '.join(f'at {e:g} FGSM leaves {left.reported[e]:.1f} %, many steps {left.stronger[e]:.1f} %'
                       for e in budgets)
     again = bare['again'].dropna() if 'again' in bare else ()
@@ -172,10 +176,11 @@ def found_study(
     masked, weak = (', '.join(m for m,checks in raised.items() if checks & set(group)) or 'none'
                     for group in (MASKING, WEAK))
     note = ''.join(f' {m} is marked ({f}) and says nothing.' for m,f in bad.items())
-    return (f"Of the {len(parts)} networks that have learnt from strong examples {len(caught) or 'none'} "
-            f"{'catch' if len(caught) > 1 else 'catches'} the attack by its second step "
-            f"({'; '.join(f'{m}: {v}' for m,v in second.items())}).{note} Audits find masked gradients in "
-            f'{masked}, and the reported attack too weak in {weak}. '
+    return (f"Of the {len(parts)} networks above chance level that strong examples trained, "
+            f"{len(caught) or 'none'} {'catch' if len(caught) > 1 else 'catches'} the attack by its second "
+            f"step ({'; '.join(f'{m}: {v}' for m,v in second.items())}).{note} Audits of the "
+            f"{len(parts)} find "
+            f'masked gradients in {masked}, and the reported attack too weak in {weak}. '
             f'Traditional, undefended: {undefended(table)}')
 
 # %% ../../nbs/papers/45_mixture_study.ipynb #549bfde5

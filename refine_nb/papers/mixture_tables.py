@@ -7,6 +7,8 @@ __all__ = ['ROBUST', 'STRONGEST', 'MIXED', 'ALONE', 'MIXTURES', 'BOLD', 'TAB2', 
            'headed', 'facing', 'found_tab1', 'both_tables', 'improved', 'found_tab2', 'points', 'found_fig4']
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #d6a6c257
+import math
+
 import pandas as pd
 
 from ..reporting import MARK, Claim, cell, published
@@ -28,6 +30,11 @@ def gain(
 # %% ../../nbs/papers/40_mixture_tables.ipynb #ff8673d2
 def _gains(t, method, over): return [gain(t, method, over, a) for a in ROBUST]
 def _range(values): return f"{min(values):+.2f} to {max(values):+.2f}"
+def _way(gains, unit=''): # such as '5.26 points below', '1.30 to 11.90 above'
+    low, high = min(gains), max(gains)
+    if low < 0 < high: return f'from {-low:.2f}{unit} below to {high:.2f} above'
+    ends = dict.fromkeys(f'{g:.2f}' for g in sorted(map(abs, (low, high))))
+    return f"{' to '.join(ends)}{unit} {'below' if low < 0 else 'above'}"
 def _best(t, attack): return max(METHODS, key=lambda m: cell(t, method=m, attack=attack))
 def _both(a, b): return lambda t: f"{gain(t, *a):+.2f} and {gain(t, *b):+.2f}"
 def _norms(t): return [gain(t, m, 'Traditional') for m in METHODS if 'AdvProp' in m]
@@ -37,36 +44,39 @@ _SOURCE = 'Mixture, section "Discussion" and abstract'
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #63ba65a0
 ALONE = (
-    Claim('M1', 'AdvProp is useful if one wants to improve their accuracy on real images (+1.29 %)',
+    Claim('M1', 'AdvProp is useful if one wants to improve their accuracy on real images (+1.29% accuracy)',
           _SOURCE, lambda t: gain(t, 'AdvProp', 'Traditional') > 0,
           lambda t: f"{gain(t, 'AdvProp', 'Traditional'):+.2f}"),
-    Claim('M2', 'while still gaining a respectable increase in robustness (between +6.79 % and +15.19 %) '
-          'compared to Traditional', _SOURCE, lambda t: min(_gains(t, 'AdvProp', 'Traditional')) > 0,
+    Claim('M2', 'while still gaining a respectable increase in robustness (between +6.79% and +15.19% '
+          'depending on the attacker) compared to standard non-adversarial training', _SOURCE,
+          lambda t: min(_gains(t, 'AdvProp', 'Traditional')) > 0,
           lambda t: _range(_gains(t, 'AdvProp', 'Traditional'))),
-    Claim('M3', 'ALS offers a slight boost in robustness for strong attackers (+3.21 %), '
-          'at a cost in accuracy (-1.26 %)', _SOURCE, lambda t: gain(t, 'ALS', 'Traditional', STRONGEST) > 0
+    Claim('M3', 'ALS offers a slight boost in robustness for strong attackers (+3.21%), but comes at a cost '
+          'in terms of accuracy (-1.26%)', _SOURCE, lambda t: gain(t, 'ALS', 'Traditional', STRONGEST) > 0
           > gain(t, 'ALS', 'Traditional'), _both(('ALS', 'Traditional', STRONGEST), ('ALS', 'Traditional'))),
     Claim('M5', 'SAT seems negligibly better than standard adversarial '
-          'training on strong attackers (+3.67 %), slightly worse on real images (-0.56 %)', _SOURCE,
-          lambda t: gain(t, 'SAT', 'Adversarial', STRONGEST) > 0 > gain(t, 'SAT', 'Adversarial'),
+          'training on strong attackers (+3.67%), ... as well as slightly worse on real images (-0.56%)',
+          _SOURCE, lambda t: gain(t, 'SAT', 'Adversarial', STRONGEST) > 0 > gain(t, 'SAT', 'Adversarial'),
           _both(('SAT', 'Adversarial', STRONGEST), ('SAT', 'Adversarial'))),
-    Claim('M5b', 'and slightly worse on weaker attackers', _SOURCE,
+    Claim('M5b', 'it is slightly worse on weaker attackers (read: SAT, in both columns at 0.1)', _SOURCE,
           lambda t: max(gain(t, 'SAT', 'Adversarial', a) for a in ('fgsm_0.1', 'pgd_0.1')) < 0,
           _both(('SAT', 'Adversarial', 'fgsm_0.1'), ('SAT', 'Adversarial', 'pgd_0.1'))),
-    Claim('M6', 'ALS + SAT had the best robustness score when faced with the strongest attacker', _SOURCE,
+    Claim('M6', 'ALS + SAT had the best robustness score amongst models trained on weak attackers when faced '
+          'with the strongest attacker', _SOURCE,
           lambda t: _best(t, STRONGEST) == 'ALS + SAT', lambda t:
           f"{_best(t, STRONGEST)}: {cell(t, method=_best(t, STRONGEST), attack=STRONGEST):.2f}"))
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #cba1b3fc
 MIXTURES = (
-    Claim('M7', 'combining all three techniques gives us results that are '
-          'strictly worse than simply using AdvProp by itself (accuracy)',
+    Claim('M7', 'In terms of accuracy, combining all three techniques gives us results that are '
+          'strictly worse than simply using AdvProp by itself',
           'Mixture, line 188', lambda t: gain(t, 'ALS + SAT + AdvProp', 'AdvProp') < 0,
           lambda t: f"{gain(t, 'ALS + SAT + AdvProp', 'AdvProp'):+.2f}"),
     Claim('M8', 'no mixture of the techniques worked better than simply AdvProp alone for the accuracy',
           'Mixture, conclusion', lambda t: max(gain(t, m, 'AdvProp') for m in MIXED) <= 0,
           lambda t: f"best mixture {max(gain(t, m, 'AdvProp') for m in MIXED):+.2f}"),
-    Claim('M9', 'methods which use separate batch norms show an increased accuracy compared to traditional '
+    Claim('M9',
+          'methods which use separate batch norms show an increased in accuracy compared to traditional '
           'training', 'Mixture, line 158', lambda t: min(_norms(t)) > 0, lambda t: _range(_norms(t))),
     Claim('M10', 'While less robust than standard adversarial training, '
           'AdvProp is more robust than no adversarial training at all', 'Mixture, line 160', lambda t:
@@ -117,20 +127,29 @@ def facing(
     wide = rows.assign(text=[text(r) for r in rows.itertuples()]).pivot(index='method', columns='label',
                                                                         values='text')
     wide = wide.loc[rows.method.unique(), rows.label.unique()]
-    return wide.rename(columns=lambda c: f'{c}: ours / paper').rename_axis(columns=None).reset_index()
+    head = 'ours / paper' + ' (difference)'*('difference' in both)
+    return wide.rename(columns=lambda c: f'{c}: {head}').rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #a1c277cb
+def _kept(last): # who keeps most, from whom it is not told apart, and Traditional; the best first
+    def said(r): return f'{r.accuracy:.2f} [{r.low:.2f}, {r.high:.2f}] %'
+    best, plain = last.iloc[0], last[last.method=='Traditional'].iloc[0]
+    if not best.accuracy: return 'no method keeps any'
+    near = ' and '.join(f'{r.method} ({r.accuracy:.2f})' for r in last[1:].itertuples() # Newcombe's interval
+                        if best.accuracy-r.accuracy <= math.hypot(best.accuracy-best.low, r.high-r.accuracy))
+    return (f"{best.method} keeps {said(best)}, "
+            f"{f'not told apart from {near}' if near else 'more than every other'}"
+            f"{'' if best.method=='Traditional' else f', and Traditional {said(plain)}'}")
+
 def found_tab1(
     table:pd.DataFrame, # tidy, of one run
 )->str:                 # two sentences
     "What Table 1 shows in our run"
-    last = table[table.attack=='autoattack_8'].set_index('method')
-    best, plain = last.loc[last.accuracy.idxmax()], last.loc['Traditional']
-    strong = (f"{best.name} keeps most, {best.accuracy:.2f} %, and Traditional {plain.accuracy:.2f} %"
-              if best.accuracy > 0 else 'no method keeps any')
-    return (f"AdvProp is {gain(table, 'AdvProp', 'Traditional'):+.2f} points from Traditional on clean "
-            f"images and {_range(_gains(table, 'AdvProp', 'Traditional'))} under the four printed attacks. "
-            f"Under {best.label} {strong} (n = {best.n:,}).")
+    last = table[table.attack=='autoattack_8'].sort_values('accuracy', ascending=False, kind='stable')
+    clean, attacked = [gain(table, 'AdvProp', 'Traditional')], _gains(table, 'AdvProp', 'Traditional')
+    return (f"AdvProp is {_way(clean, ' points')} Traditional on clean images and {_way(attacked)} it under "
+            f"the four printed attacks. Under {last.label.iloc[0].replace(', ', ' at ')} "
+            f"(n = {last.n.iloc[0]:,}) {_kept(last)}.")
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #1c2a511b
 def both_tables(
@@ -164,16 +183,18 @@ TAB2 = (
           'both in terms of accuracy and in terms of robustness', 'Mixture, line 158',
           lambda t: min(_lost(t)) > 0, lambda t: f'AdvProp, weak less strong: {_lost(t)[0]:+.2f} clean, '
           f'{_range(_lost(t)[1:])} attacked'),
-    Claim('M11, limit', 'an increased accuracy compared to traditional training, at least up to a certain '
+    Claim('M11, limit', 'an increased in accuracy compared to traditional training, at least up to a certain '
           'level of difficulty (read: with weak examples, and not with strong ones)', 'Mixture, line 158',
           lambda t: _over(t, 'weak') > 0 > _over(t, 'strong'),
           lambda t: ' and '.join(f'{_over(t, s):+.2f}' for s in STRENGTHS)),
-    Claim('L180', 'In bold: improvements in robustness compared to Table 1 (read: for SAT under PGD 0.5, for '
-          'Adversarial under FGSM 0.5 and PGD 0.5, nowhere else)',
+    Claim('L180',
+          'In bold: improvements in robustness compared to the results of figure 1 (read: of Table 1; '
+          'for SAT under PGD 0.5, for Adversarial under FGSM 0.5 and PGD 0.5, nowhere else)',
           'Mixture, caption of Table 2 (line 180), its bold recomputed',
           lambda t: improved(t) == BOLD, lambda t: _named(improved(t))),
-    Claim('L150', 'an eps of 0.5 could turn any image into an uniformly grey picture; this is not '
-          'the case in practice, with our 2-step PGD attacker (read: more than the 10 % of chance are left)',
+    Claim('L150', 'an attacker using an eps of 0.5 could turn any normalized image into an uniformly grey '
+          'picture ..., this is not the case in practice, with our 2-step PGD attacker (read: more than the '
+          '10 % of chance are left)',
           'Mixture, section "Experiment setup" (line 150)',
           lambda t: min(_at(t, m, 'pgd_0.5') for m in STRONG) > 10,
           lambda t: ', '.join(f"{m} {_at(t, m, 'pgd_0.5'):.2f}" for m in STRONG)))
@@ -192,7 +213,7 @@ def found_tab2(
                     for (m,s),f in bad.items())
     return (f'With strong examples in place of weak ones AdvProp moves by {lost[0]:+.2f} points on clean '
             f'images and by {_range(lost[1:])} under the four printed attacks. Strong examples give more '
-            f'robustness in {len(better)} of {len(ROBUST)*len(fit)} cells of networks that have learnt'
+            f'robustness in {len(better)} of {len(ROBUST)*len(fit)} cells of networks above chance level'
             f"{f' ({_named(better)})' if better else ''}.{note}")
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #1f9f36f7

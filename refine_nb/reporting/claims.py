@@ -47,6 +47,22 @@ def _hits(table, where): # places of the rows with these values, at least one
     if not hits.any(): raise Missing(_words(where))
     return hits.nonzero()[0]
 
+# %% ../../nbs/reporting/20_claims.ipynb #5c1e7a91
+def _learnt(table): # the rows of networks that have learnt, and in words those that have not
+    if 'flag' not in table: return table, ''
+    flag = table['flag'].fillna('').to_numpy(dtype=object)
+    if not (bad := flag != '').any(): return table, ''
+    who = [c for c in ('method', 'row', 'arm', 'model', 'training') if c in table]
+    named = dict.fromkeys(', '.join([*map(str, r), f'is {f}'])
+                          for r,f in zip(table.loc[bad, who].itertuples(index=False), flag[bad]))
+    return table[~bad], '; '.join(named)
+
+def _answer(claim, table): # of all of its rows
+    try:
+        rows = table.iloc[_hits(table, claim.about)] if claim.about else table
+        return bool(claim.holds(rows)), claim.numbers(rows) if claim.numbers else ''
+    except Missing as e: return None, f'needs {e}'
+
 # %% ../../nbs/reporting/20_claims.ipynb #1dbc0131
 @dataclass(frozen=True)
 class Claim:
@@ -61,11 +77,11 @@ class Claim:
     about: Mapping[str,str]|None=None
 
     def verdict(self, table:pd.DataFrame)->tuple[bool|None,str]:
-        "(holds, numbers) of a table; (None, what it lacks) where a row is missing"
-        try:
-            rows = table.iloc[_hits(table, self.about)] if self.about else table
-            return bool(self.holds(rows)), self.numbers(rows) if self.numbers else ''
-        except Missing as e: return None, f'needs {e}'
+        "(holds, numbers) of a table; (None, what it lacks) where a row is missing, or of a marked network"
+        fit, marked = _learnt(table)
+        said = _answer(self, fit)
+        lost = marked and said[0] is None and _answer(self, table)[0] is not None
+        return (None, f'needs networks that have learnt: {marked}') if lost else said
 
 # %% ../../nbs/reporting/20_claims.ipynb #7d0179de
 _WORDS = {True: 'holds', False: 'fails', None: 'cannot be read from it'}

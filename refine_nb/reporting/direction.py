@@ -17,7 +17,7 @@ from .claims import Claim
 
 # %% ../../nbs/reporting/82_direction.ipynb #6f9618cd
 def other_images(
-    table:pd.DataFrame,      # tidy: accuracy (%) and n, or difference with low and high; key: the run
+    table:pd.DataFrame, # tidy: accuracy (%) and n; difference, low and high; x_gain and x_se; key: the run
     rng:np.random.Generator,
 )->pd.DataFrame:             # the same rows with other numbers
     "A table as other test images could have given it"
@@ -25,14 +25,17 @@ def other_images(
     if {'accuracy','n'} <= set(t):
         p, n = t.accuracy.to_numpy(float)/100, t.n.to_numpy(float, na_value=np.nan)
         known = (p >= 0) & (p <= 1) & (n > 0)
-        images = np.where(known, n, 1)
-        drawn = 100*rng.binomial(images.astype(int), np.where(known, p, 0))/images
+        right, images = np.where(known, p*n, 0), np.where(known, n, 1)
+        drawn = 100*rng.beta(right+.5, images-right+.5) # Jeffreys
         first, who = {}, zip(t.get('key', t.index), p, n) # the same number of the same run is drawn once
         moved = np.array([first.setdefault(w, d) for w,d in zip(who, drawn)])-100*p
         for c in {'accuracy','low','high'} & set(t): t[c] += np.where(known, moved, 0)
     if {'difference','low','high'} <= set(t):
         t['difference'] += rng.standard_normal(len(t))*(t.high-t.low).fillna(0)/3.92
         for c in {'p','holm'} & set(t): t[c] = t[c].where(t.difference.isna(), 0.)
+    for c in [c for c in t if c.endswith('_se')]:
+        luck = rng.standard_normal()*t[c].fillna(0)
+        for g in {c[:-2]+'gain', c[:-2]+'over'} & set(t): t[g] += luck
     return t
 
 # %% ../../nbs/reporting/82_direction.ipynb #2a6310ab
@@ -88,7 +91,8 @@ def with_intervals(
     said:str,       # such as 'best +2.57, control +2.68'
     others:list[str], # the same of other tables
 )->str:             # such as 'best +2.57 [+1.60, +3.50], control +2.68 [+1.70, +3.60]'
-    "The numbers of a text with the interval that 95 % of the others lie in"
+    "The numbers of a text with the range that 95 % of the others lie in"
+    if re.search(r'[±\[]', said): return said # it has its own
     def values(text): return [float(v.replace(',', '')) for v in _NUMBER.findall(text)]
     alike = [values(o) for o in others if _NUMBER.sub('#', o) == _NUMBER.sub('#', said)]
     if len(alike) < .9*len(others): return said # other rows, other words: no interval of one number
@@ -111,7 +115,7 @@ def weigh(
     instance('table', table, pd.DataFrame, 'a table of pandas')
     holds, said = _read(claim, table)
     if holds is None: return Weighed('', said, float('nan'))
-    read = [r for r in (_read(claim, t) for t in others or drawn(table)) if r[0] is not None]
-    share = sum(h for h,_ in read)/max(len(read), 1)
-    word = 'with' if share >= .975 else 'against' if share <= .025 else 'undecided'
-    return Weighed(word, with_intervals(said, [s for _,s in read]), share)
+    held, texts = zip(*(_read(claim, t) for t in others or drawn(table)))
+    share, fails = (held.count(v)/len(held) for v in (True, False)) # what cannot be read is neither
+    word = 'with' if share >= .975 else 'against' if fails >= .975 else 'undecided'
+    return Weighed(word, with_intervals(said, list(texts)), share)

@@ -126,12 +126,13 @@ ARTEFACTS = {i: Artefact(i, t, i in _READY) for i,t in _TITLES.items()}
 # %% ../../nbs/reporting/40_listing.ipynb #78eb8439
 def catalogue(
     paper:str|None=None, # one of `PAPERS`; None is all
-)->pd.DataFrame:         # artefact, shows, status
+)->pd.DataFrame:         # document, artefact, shows, notebook, status
     "The artefacts of a paper, in its order"
     if paper is not None: choose(paper, PAPERS, 'paper')
     rows = [a for a in ARTEFACTS.values() if paper in (None, a.paper)]
-    return pd.DataFrame([{'artefact': a.name, 'shows': a.title, 'notebook': f'[{a.id}]({a.id}.ipynb)'
-                          if a.ready else '', 'status': 'ready' if a.ready else 'planned'} for a in rows])
+    return pd.DataFrame([{'document': a.of, 'artefact': a.name, 'shows': a.title,
+                          'notebook': f'[{a.id}]({a.id}.ipynb)' if a.ready else '',
+                          'status': 'ready' if a.ready else 'planned'} for a in rows])
 
 # %% ../../nbs/reporting/40_listing.ipynb #ae382ef4
 def report_folder(
