@@ -97,12 +97,13 @@ _FORMULAS = ('fig3_mixture', 'fig3_4_spat') # curves settle them
 _WAYS = ('with', 'against', 'undecided')
 
 def _came(rows): # what claims come to on ours
-    n = rows.verdict.value_counts().reindex(['holds', 'fails', *_WAYS], fill_value=0)
-    judged = n.holds+n.fails and f"{n.holds} hold{'s'*(n.holds==1)} and {n.fails} fail{'s'*(n.fails==1)}"
-    way = n[[*_WAYS]].sum() and (f"our numbers go with {n['with']}, against {n.against}, and leave "
-                                 f"{n.undecided} undecided")
+    holds, fails, *ways = (int((rows.verdict==v).sum()) for v in ('holds', 'fails', *_WAYS))
+    judged = holds+fails and f"{holds} hold{'s'*(holds==1)} and {fails} fail{'s'*(fails==1)}"
+    way = any(ways) and 'our numbers go with {}, against {}, and leave {} undecided'.format(*ways)
     return '; '.join(filter(None, (judged, way)))
-def _them(rows): return f"of the {len(rows)}: {_each(rows)}" if len(rows) > 1 else _each(rows)
+def _them(rows): # whose they are
+    if rows.document.nunique() > 1: return f'of the {len(rows)}: {_each(rows)}'
+    return f"{'all '*(len(rows) > 1)}of {PAPERS[rows.document.iloc[0]].short}"
 
 # %% ../../nbs/papers/99_documents.ipynb #6b0d5e13
 def _beside(rows): # on stand-ins

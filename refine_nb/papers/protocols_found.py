@@ -8,6 +8,7 @@ __all__ = ['WORDS', 'ROWS', 'PAIR', 'CLAIMS', 'FOUND', 'printed', 'pushed', 'tid
 
 # %% ../../nbs/papers/89_protocols_found.ipynb #dd2673ec
 import math
+from functools import cache
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -44,7 +45,8 @@ def _vanilla(artefact, network, pick, name): # rows of a printed table: name, ne
     t = published(artefact); t = t[pick(t)]
     return pd.DataFrame({'name': [name(a) for a in t.attack], 'network': network(t), 'accuracy': t.accuracy})
 
-def printed()->pd.DataFrame: # name (of `ROWS`), network, accuracy (%)
+@cache # read for every claim, many times
+def printed()->pd.DataFrame: # name (of `ROWS`), network, accuracy (%); to be read only
     "What the documents print of undefended CIFAR-10 networks"
     def budget(a): return 'clean' if a=='clean' else f"dra_pgd20_{a.removeprefix('pgd_eps')}"
     def of_table_1(a): return 'clean' if a=='clean' else 'spat_pgd20_8'
