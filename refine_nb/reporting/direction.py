@@ -8,6 +8,8 @@ __all__ = ['other_images', 'plain', 'drawn', 'rows_behind', 'Weighed', 'with_int
 # %% ../../nbs/reporting/82_direction.ipynb #7627ec6f
 import re
 from dataclasses import dataclass
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,23 +20,24 @@ from .claims import Claim
 # %% ../../nbs/reporting/82_direction.ipynb #6f9618cd
 def other_images(
     table:pd.DataFrame, # tidy: accuracy (%) and n; difference, low and high; x_gain and x_se; key: the run
-    rng:np.random.Generator,
+    rng:np.random.Generator, # or what has a `random(n)` like it
 )->pd.DataFrame:             # the same rows with other numbers
     "A table as other test images could have given it"
+    from scipy.special import betaincinv, ndtri
     t = table.copy()
     if {'accuracy','n'} <= set(t):
         p, n = t.accuracy.to_numpy(float)/100, t.n.to_numpy(float, na_value=np.nan)
         known = (p >= 0) & (p <= 1) & (n > 0)
         right, images = np.where(known, p*n, 0), np.where(known, n, 1)
-        drawn = 100*rng.beta(right+.5, images-right+.5) # Jeffreys
+        drawn = 100*betaincinv(right+.5, images-right+.5, rng.random(len(t))) # Jeffreys
         first, who = {}, zip(t.get('key', t.index), p, n) # the same number of the same run is drawn once
         moved = np.array([first.setdefault(w, d) for w,d in zip(who, drawn)])-100*p
         for c in {'accuracy','low','high'} & set(t): t[c] += np.where(known, moved, 0)
     if {'difference','low','high'} <= set(t):
-        t['difference'] += rng.standard_normal(len(t))*(t.high-t.low).fillna(0)/3.92
+        t['difference'] += ndtri(rng.random(len(t)))*(t.high-t.low).fillna(0)/3.92
         for c in {'p','holm'} & set(t): t[c] = t[c].where(t.difference.isna(), 0.)
     for c in [c for c in t if c.endswith('_se')]:
-        luck = rng.standard_normal()*t[c].fillna(0)
+        luck = ndtri(rng.random(1))*t[c].fillna(0)
         for g in {c[:-2]+'gain', c[:-2]+'over'} & set(t): t[g] += luck
     return t
 
@@ -47,6 +50,17 @@ def plain(
     return table.astype({c: object for c in table if not pd.api.types.is_numeric_dtype(table[c])})
 
 # %% ../../nbs/reporting/82_direction.ipynb #1ecf6aa3
+def _evenly(times, rng): # `times` sources of numbers in (0,1); the n-th of all are spread evenly
+    made = [] # request -> [n,times]
+    def source(k):
+        asked = count()
+        def random(n):
+            if (i := next(asked)) == len(made):
+                made.append((rng.permuted(np.tile(np.arange(times), (n, 1)), axis=1)+.5)/times)
+            return made[i][:,k]
+        return SimpleNamespace(random=random)
+    return map(source, range(times))
+
 def drawn(
     table:pd.DataFrame, # tidy
     times:int=40,
@@ -54,8 +68,8 @@ def drawn(
     "The tables that other images could have given, always the same"
     times = number('times', times, 0, whole=True)
     instance('table', table, pd.DataFrame, 'a table of pandas')
-    rng = np.random.default_rng(1); table = plain(table)
-    return [other_images(table, rng) for _ in range(times)]
+    table = plain(table)
+    return [other_images(table, luck) for luck in _evenly(times, np.random.default_rng(1))]
 
 # %% ../../nbs/reporting/82_direction.ipynb #ed3fda36
 def _read(claim, table):
