@@ -9,9 +9,9 @@ __all__ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'dot_interval'
            'show_conflicts', 'show_table', 'side_by_side', 'with_interval', 'HEADERS', 'MARK', 'health', 'marked',
            'said_once', 'worded', 'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue',
            'report_folder', 'Stored', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
-           'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'ledger', 'our_tables', 'Weighed', 'drawn',
-           'other_images', 'plain', 'rows_behind', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES',
-           'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
+           'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'nothing_found', 'ledger', 'our_tables',
+           'Weighed', 'drawn', 'other_images', 'plain', 'rows_behind', 'weigh', 'with_intervals', 'Board',
+           'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
 
 # %% ../../nbs/reporting/99_reporting.ipynb #f5d3f17a
 from .asked import between, one_whole, parameters, whole_numbers
@@ -26,6 +26,7 @@ from refine_nb.reporting.listing import (ACROSS, ARTEFACTS, Artefact, NEEDS, PAP
 from .reports import Stored, run_record, save_report, save_table, stored
 from .announcing import Announcement, announce, announce_figure, made_on
 from .sheet import Sheet, Unfinished, leaves
+from .openings import nothing_found
 from .all_claims import ledger, our_tables
 from refine_nb.reporting.direction import (Weighed, drawn, other_images, plain, rows_behind, weigh,
     with_intervals)
@@ -40,6 +41,7 @@ _all_ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'dot_interval', 
          'side_by_side', 'with_interval', 'HEADERS', 'MARK', 'health', 'marked', 'said_once', 'worded',
          'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'report_folder',
          'Stored', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
-         'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'ledger', 'our_tables',
-         'Weighed', 'drawn', 'other_images', 'plain', 'rows_behind', 'weigh', 'with_intervals',
-         'Board', 'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
+         'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'nothing_found', 'ledger',
+         'our_tables', 'Weighed', 'drawn', 'other_images', 'plain', 'rows_behind', 'weigh',
+         'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of',
+         'quoted', 'scored']
