@@ -50,10 +50,10 @@ TAB2 = (
     Claim('T3', 'SPAT achieves the highest robustness in all 4 attacks on MNIST (read: in all that the table '
           'has, open-T5)', _WHITE, lambda t: won(t)==_columns(t), _score),)
 TAB4 = (
-    Claim('T4', 'SPAT achieves the highest robustness in 6 out of 7 attacks on CIFAR-10', _WHITE,
+    Claim('T4', 'SPAT achieves the highest robustness in ... 6 out of 7 on CIFAR-10', _WHITE,
           lambda t: len(won(t))==6 and len(_columns(t))==7, _score),
-    Claim('T4, C&W', 'The only exception is the C&W attack; SPAT is only 0.67 % less robust than MART under '
-          'it (read: at most a point below)', _WHITE,
+    Claim('T4, C&W', 'The only exception is the ... C&W attack ... SPAT is only 0.67% less robust than MART '
+          'under C&W attack (read: at most a point below)', _WHITE,
           lambda t: -1 <= lead(t, 'cw_linf', over='MART') < 0,
           lambda t: f"{lead(t, 'cw_linf', over='MART'):+.2f}"),
     Claim('T5', 'read: half or more of the lead of SPAT over TRADES under PGD-20 survives AutoAttack '
@@ -89,7 +89,7 @@ TAB5 = (
     Claim('T8', 'the weakest attack (FGSM) has the highest black box transferability (read: it leaves least, '
           'for every defence)', _BLACK, lambda t: set(_fgsm_lowest(t))=={'fgsm'},
           lambda t: ', '.join(f'{k}: {_HEADS[v]}' for k,v in _fgsm_lowest(t).items())),
-    Claim('T9', 'AutoAttack has almost no effect on the SPAT trained model (from 84.26 % to 84.25 %; read: '
+    Claim('T9', 'AutoAttack, has almost no effect on the SPAT trained model (from 84.26% to 84.25%) (read: '
           'at most a tenth of a point)', _BLACK,
           lambda t: _clean(t)-cell(t, method='SPAT', attack='autoattack') <= .1,
           lambda t: f"{_clean(t):.2f} to {cell(t, method='SPAT', attack='autoattack'):.2f}"))
@@ -112,8 +112,8 @@ _SWEEP = 'SPAT thesis section 3.5.2 (text line 663)'
 TAB6 = (
     Claim('T10', 'a larger s leads to higher robustness but lower accuracy', _SWEEP,
           lambda t: _steady(_both(t, 's')[0], -1) and _steady(_both(t, 's')[1], 1), _text('s')),
-    *(Claim(f'T11, {p}', f'appropriately choosing {p} can boost model robustness with little accuracy '
-            'degradation (read: some value gains more than it costs, over 0)', _SWEEP,
+    *(Claim(f'T11, {p}', 'appropriately choosing α and β can boost model robustness with little accuracy '
+            f'degradation (read: some value of {p} gains more than it costs, over 0)', _SWEEP,
             lambda t, p=p: _boosts(t, p), _text(p)) for p in ('alpha','beta')))
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #3c985b0c
@@ -130,18 +130,18 @@ CE_SP, CE = ('ce_sp','sp'), ('ce','plain')
 # %% ../../nbs/papers/73_spat_claims.ipynb #368c6f38
 _SP, _NCE = 'SPAT thesis section 3.5.2 (text line 694)', 'SPAT thesis section 3.5.2 (text line 713)'
 TAB7 = (
-    Claim('T12', 'removing the SP mechanism from either loss leads to substantial performance degradation '
-          '(read: lower in both columns)', _SP,
+    Claim('T12', 'removing the SP mechanism from either robustness loss or accuracy loss leads to '
+          'substantial performance degradation (read: lower in both columns)', _SP,
           lambda t: max(_gains(t, ONLY_R, FULL)+_gains(t, ONLY_A, FULL)) < 0,
           lambda t: f"accuracy loss: {_changes(ONLY_R, FULL)(t)}; "
           f"robustness loss: {_changes(ONLY_A, FULL)(t)}"),
-    Claim('T12, margin', 'the self-paced robustness term contributes to a larger margin of robustness '
-          'improvement', _SP,
+    Claim('T12, margin', 'the introduced self-paced robustness term ... contributes to a larger margin of '
+          'robustness improvement', _SP,
           lambda t: _change(t, ONLY_A, FULL, 'pgd_20') < _change(t, ONLY_R, FULL, 'pgd_20'),
           lambda t: f"{_change(t, ONLY_A, FULL, 'pgd_20'):+.2f} without it, "
           f"{_change(t, ONLY_R, FULL, 'pgd_20'):+.2f} without the accuracy loss's factors"))
 TAB8 = (
-    Claim('T13', 'the normalization in NCE boosts both model robustness and standard accuracy', _NCE,
+    Claim('T13', 'The normalization regularization in NCE boosts both model robustness and standard accuracy', _NCE,
           lambda t: min(_gains(t, FULL, CE_SP)) > 0, _changes(FULL, CE_SP)),
     Claim('T14', 'incorporating the self-paced factors into the CE loss also improves model performance',
           _NCE, lambda t: min(_gains(t, CE_SP, CE)) > 0, _changes(CE_SP, CE)))

@@ -172,8 +172,8 @@ def table(self:Sheet,
 # %% ../../nbs/reporting/70_sheet.ipynb #ee86088f
 def _marks(table)->tuple[str,...]: # the note that explains a mark
     if table is None or 'flag' not in table: return ()
-    name = next(c for c in ('method','row','arm','attack') if c in table)
-    what = dict.fromkeys(f'{named([r[name]])[0]}: {r["flag"]}'
+    name = next((c for c in ('method','row','arm','attack') if c in table), 'flag')
+    what = dict.fromkeys(r['flag'] if name == 'flag' else f'{named([r[name]])[0]}: {r["flag"]}'
                          for r in table[table.flag.fillna('')!=''].to_dict('records'))
     return (f"{MARK} {'; '.join(what)}. Such a network says nothing about a method.",)
 
