@@ -226,7 +226,7 @@ def found_claims(
         return f"{right} hold{'s'*(right==1)}, {wrong} fail{'s'*(wrong==1)}{codes}"
     return (f"{read} of {len(page)} sentences can be put to the document's own numbers: {said(own)}. "
             f"{judged} can be put to ours: {said(ours)}"
-            f"{'; for the others our runs are too small or stand in for others' if judged < len(page) else ''}."
+            + '; for the others our runs are too small or stand in for others'*bool(judged < len(page)) + '.'
             + (f" Of {n} printed numbers put to ours {(beside=='holds').sum()} can be had."
                if (n := beside.isin(['holds','fails']).sum()) else ''))
 

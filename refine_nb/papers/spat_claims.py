@@ -141,8 +141,8 @@ TAB7 = (
           lambda t: f"{_change(t, ONLY_A, FULL, 'pgd_20'):+.2f} without it, "
           f"{_change(t, ONLY_R, FULL, 'pgd_20'):+.2f} without the accuracy loss's factors"))
 TAB8 = (
-    Claim('T13', 'The normalization regularization in NCE boosts both model robustness and standard accuracy', _NCE,
-          lambda t: min(_gains(t, FULL, CE_SP)) > 0, _changes(FULL, CE_SP)),
+    Claim('T13', 'The normalization regularization in NCE boosts both model robustness and standard accuracy',
+          _NCE, lambda t: min(_gains(t, FULL, CE_SP)) > 0, _changes(FULL, CE_SP)),
     Claim('T14', 'incorporating the self-paced factors into the CE loss also improves model performance',
           _NCE, lambda t: min(_gains(t, CE_SP, CE)) > 0, _changes(CE_SP, CE)))
 

@@ -170,9 +170,8 @@ def plot_confusion(
     "Share of each class that is taken for each, with the number of its images"
     instance('classes', classes, (list, tuple), 'a list of names')
     counts, K = np.asarray(counts), len(classes)
-    if counts.shape != (K, K):
-        raise ValueError(f'{K} names want counts of shape ({K}, {K}), got {counts.shape}')
-    if counts.dtype.kind not in 'iuf': raise ValueError(f'counts are numbers of images, got {counts.dtype}')
+    if counts.shape != (K, K) or counts.dtype.kind not in 'iuf':
+        raise ValueError(f'{K} names want counts of shape ({K}, {K}), got {counts.shape}, {counts.dtype}')
     if ax is None: ax = plt.subplots(figsize=(4, 3) if K > 4 else (4, 2))[1]
     n = counts.sum(1); shares = 100*counts/np.maximum(n, 1)[:,None]
     image = ax.imshow(shares, cmap='cividis', vmin=0, vmax=100)

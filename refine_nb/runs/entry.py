@@ -17,7 +17,7 @@ import platformdirs
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..base import as_path, instance, whole
+from ..base import as_path, whole
 
 # %% ../../nbs/runs/00_entry.ipynb #f5d0404d
 _NO = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR,

@@ -67,10 +67,16 @@ def _sha(path)->str:
         while part := f.read(1<<20): seen.update(part)
     return seen.hexdigest()
 
-# %% ../../nbs/runs/62_travelling.ipynb #09fb2958
+# %% ../../nbs/runs/62_travelling.ipynb #6ac41e01
 class BadArchive(ValueError):
     "An archive that cannot be what was exported; nothing of it was taken"
 
+def _archive(path)->Path:
+    path = as_path('path', path)
+    if path.is_file(): return path
+    raise BadArchive(f'there is no archive {path}: name one that export_results made')
+
+# %% ../../nbs/runs/62_travelling.ipynb #09fb2958
 _NAME = re.compile(r'([a-z0-9]+)/([0-9a-f]{8,64})/(record\.json|tensors\.safetensors)')
 
 def _members(tar)->tuple[dict,dict]: # the list, and what each listed file is
@@ -140,8 +146,7 @@ def import_results(
     path:str|Path,          # an archive that `export_results` made
 )->dict[str,list[str]]:     # 'new', 'filled' (tensors come late), 'there', 'different': <kind>/<key>
     "Take results into a store, never over others under the same key; `BadArchive` before anything is written"
-    instance('store', store, Store, 'a Store'); path = as_path('path', path)
-    if not path.is_file(): raise BadArchive(f'there is no archive {path}: name one that export_results made')
+    instance('store', store, Store, 'a Store'); path = _archive(path)
     found = {'new': [], 'filled': [], 'there': [], 'different': []}
     try:
         with tarfile.open(path, 'r:') as tar:

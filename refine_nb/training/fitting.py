@@ -32,6 +32,13 @@ class Method:
     deploy: Callable[[nn.Module], nn.Module] = lambda model: model # what is validated: its int8 form, say
     about: dict = field(default_factory=dict) # what its batches and steps depend on, by name: for snapshots
 
+def _trainable(model, method, optimiser, epoch=0, epochs=1, kind=Callable, validate=max)->None:
+    "Or a sentence says what cannot be trained"
+    instance('model', model, kind, 'a module'); instance('method', method, Method, 'a Method')
+    instance('validate', validate, Callable, 'a function of the model')
+    instance('optimiser', optimiser, torch.optim.Optimizer, 'an optimiser of torch')
+    number('epoch', epoch, 0, whole=True); number('epochs', epochs, 1, whole=True)
+
 # %% ../../nbs/training/36_fitting.ipynb #6fde7ed8
 def fine_tune(
     data:Data,              # its training part is used
@@ -59,11 +66,6 @@ def fine_tune(
 # %% ../../nbs/training/36_fitting.ipynb #ba048513
 class Diverged(RuntimeError):
     "A loss was not finite; the message says at which epoch and step, and what is kept"
-
-def _trainable(model, method, optimiser, epoch=0, epochs=1, kind=Callable)->None: # or a sentence says why
-    instance('model', model, kind, 'a module'); instance('method', method, Method, 'a Method')
-    instance('optimiser', optimiser, torch.optim.Optimizer, 'an optimiser of torch')
-    number('epoch', epoch, 0, whole=True); number('epochs', epochs, 1, whole=True)
 
 def _finite(losses:list[Tensor], epoch:int, n:int)->float: # mean of the losses of an epoch of n steps
     losses = torch.stack(losses).float().cpu(); bad = (~losses.isfinite()).nonzero()
@@ -195,7 +197,7 @@ def fit(
     engine:Engine=Engine(), quiet:bool=False,
 )->dict: # history (a dict an epoch), best_epoch (from 1), best_accuracy, seconds; other: weights not left
     "Train for `epochs` epochs and select one; `Diverged` keeps the last good snapshot"
-    _trainable(model, method, optimiser, kind=nn.Module); instance('validate', validate, Callable, 'a function of the model')
+    _trainable(model, method, optimiser, kind=nn.Module, validate=validate)
     both = dict(epochs=epochs, seed=seed, schedule=schedule, clip=clip, robust=robust)
     about = dict(by=_judge(select, robust), validate=validate, method=method, optimiser=optimiser,
                  engine=engine, quiet=quiet, **both)
