@@ -82,3 +82,8 @@ def on_edition(
     if STANDS_FOR.get(best, best) != STANDS_FOR.get(dataset, dataset): return '' # other images altogether
     return (f" (on {_EDITIONS[dataset]}; on {_EDITIONS[best]} of Table 1 the paired study is still "
             "to be run)")
+
+def _elsewhere(dataset): # tidy tables of the study on other editions of the same images, and their names
+    its = [(s.tidy, s.tidy.dataset.iloc[0]) for s in stored('study_adcorda')]
+    return [(t, _EDITIONS[d]) for t,d in its
+            if d != dataset and STANDS_FOR.get(d, d) == STANDS_FOR.get(dataset, dataset)]

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..reporting import Claim, Missing, cell, named, published
-from .adcorda_study import on_edition
+from .adcorda_study import _elsewhere, on_edition
 from .adcorda_tables import RESNETS, gains
 
 # %% ../../nbs/papers/30_adcorda_text.ipynb #424c2b2c
@@ -177,7 +177,7 @@ def _shown(table, what): # mean difference, lower ends, upper ends, and these in
 
 def found_study(
     table:pd.DataFrame, # tidy, of one network and data set
-)->str:                 # two sentences
+)->str:                 # two sentences, and one for each other edition of the images
     "What the study shows in our run"
     low, _, more = _shown(table, 'further training')
     worse, better, against = _shown(table, 'AdCorDA against further training')
@@ -185,8 +185,11 @@ def found_study(
            'further training alone does better than AdCorDA' if (better < 0).all() else
            'further training explains the gain: beyond it, these test images show no effect of AdCorDA'
            if (low > 0).all() else 'these test images show no gain, of either')
+    data, seeds = table.dataset.iloc[0], ' (one seed)' if len(worse)==1 else ''
+    also = [f" On {name} AdCorDA brings {_shown(t, 'AdCorDA against further training')[2]} against it."
+            for t,name in _elsewhere(data)]
     return (f"Further training alone, with as many steps as AdCorDA, brings {more}; "
-            f"AdCorDA in its place brings {against} against it. So {why}{on_edition(table.dataset.iloc[0])}.")
+            f"AdCorDA in its place brings {against} against it{seeds}. So {why}{on_edition(data)}.{''.join(also)}")
 
 # %% ../../nbs/papers/30_adcorda_text.ipynb #e3838a4d
 def modest(
