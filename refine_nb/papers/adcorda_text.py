@@ -189,7 +189,8 @@ def found_study(
     also = [f" On {name} AdCorDA brings {_shown(t, 'AdCorDA against further training')[2]} against it."
             for t,name in _elsewhere(data)]
     return (f"Further training alone, with as many steps as AdCorDA, brings {more}; "
-            f"AdCorDA in its place brings {against} against it{seeds}. So {why}{on_edition(data)}.{''.join(also)}")
+            f"AdCorDA in its place brings {against} against it{seeds}. So {why}{on_edition(data)}."
+            + ''.join(also))
 
 # %% ../../nbs/papers/30_adcorda_text.ipynb #e3838a4d
 def modest(
