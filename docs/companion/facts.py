@@ -96,6 +96,10 @@ class Run:
     def label(self):
         return self.preset + (f': {self.variant.replace("_", " on ", 1)}' if self.variant else '')
     @property
+    def short(self): # the data set's name where another run of this scale is there
+        beside = sum((r.artefact, r.preset) == (self.artefact, self.preset) for r in RUNS) > 1
+        return self.preset + (f", {self.variant.partition('_')[2]}" if beside and self.variant else '')
+    @property
     def page(self): return '/'.join(('runs', *self.parts))
     @property
     def record(self): return record(self.folder)
@@ -108,10 +112,11 @@ class Run:
 def record(folder): return json.loads(text_of(folder/'run.json'))
 
 def runs():
-    "All stored runs, the largest scale first"
-    found = [Run(p.parent) for scale in SCALES for p in sorted(REPORTS.glob(f'*/{scale}/**/run.json'))
-             if not any(part.startswith('.') for part in p.relative_to(REPORTS).parts)]
-    return found
+    "All stored runs, the largest scale first; of one artefact, the JPEG edition last"
+    def rank(p): return p.relative_to(REPORTS).parts[0], 'jpeg' in p.parent.name, p
+    found = [p for scale in SCALES for p in sorted(REPORTS.glob(f'*/{scale}/**/run.json'), key=rank)]
+    return [Run(p.parent) for p in found
+            if not any(part.startswith('.') for part in p.relative_to(REPORTS).parts)]
 
 RUNS = runs()
 PAGE_OF = {}  # key -> page of the largest run that has its record

@@ -76,7 +76,8 @@ def keys(app, page, text):
         return CELL.sub(cell, m[0])
     return ROW.sub(row, text)
 
-NO_RECORD = '<span class="no-record" title="{key}: no report has a record of this run (those of a demo are not kept)">{short}</span>'
+NO_RECORD = ('<span class="no-record" title="{key}: no report has a record of this run '
+             '(those of a demo are not kept)">{short}</span>')
 
 SPAN = re.compile(r'<span class="(n[a-z]?)">(\w+)</span>')
 

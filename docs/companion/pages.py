@@ -40,6 +40,8 @@ def front(write):
                 if mime in o['data']: o['data'][mime] = from_top(''.join(o['data'][mime]))
     start = next(i for i,c in enumerate(cells) if c['source'].startswith('## '))
     opening = re.sub(r'^[#>] .*$', '', cells[0]['source'], flags=re.M) # without its title
+    for c in cells[start:]: # what the words mean stands where they are used: findings first
+        if c['source'].startswith('## All of them'): c['source'] += f'\n\n{opening}'; opening = ''
     nb['cells'] = [dict(markdown(f"{text_of(FRAME/'front.md')}\n{opening}"), id='hello'), *cells[start:],
                    dict(markdown(front_tree()), id='tree')]
     write('index.ipynb', json.dumps(nb))
@@ -101,15 +103,15 @@ def claims(paper):
     return ['## Claims', '', f"{n} sentences, put to the document's own numbers and to ours: "
             f'{own.count("holds")} hold on its own numbers, {own.count("fails")} fail. '
             f'[With all numbers](/nbs/claims_{paper}.ipynb).', '',
-            table(['claim', 'sentence', 'stands beside', 'on its own numbers', 'on ours'], body, 'scoreboard'),
-            '']
+            table(['claim', 'sentence', 'stands beside', 'on its own numbers', 'on ours'], body,
+                  'scoreboard'), '']
 
 def in_nbs(text): return re.sub(r'\]\(([\w/]+\.ipynb)', r'](/nbs/\1', text)
 
 def pages_of(paper): return [a for a in ARTEFACTS.values() if a.paper == paper and top(a.id)]
 
 def tree_of(runs, name):
-    return toctree([f'{name(r)}, {r.preset} </{r.page}>' for r in runs], 'Our runs') if runs else ''
+    return toctree([f'{name(r)}, {r.short} </{r.page}>' for r in runs], 'Our runs') if runs else ''
 
 def document(write, paper):
     p, its = PAPERS[paper], pages_of(paper)
