@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from refine_nb.base import Call, call, commit, device_name, versions, whole
 from refine_nb.vision import classifier, cosine_head, fold
-from refine_nb.attacks import attacking, ce, dra, gaussian, kl_pgd, pgd, square
+from refine_nb.attacks import attacking, ce, ddn, dra, gaussian, kl_pgd, pgd, square
 from refine_nb.training import engine, trades
 from refine_nb.reporting import show_table
 
@@ -265,7 +265,8 @@ def report(rows, setting, *, limits, load, quick):
             'capability': torch.backends.cpu.get_cpu_capability(),
             'held_to': os.environ.get('ONEDNN_MAX_CPU_ISA'),
             'tf32': setting.cuda and torch.backends.cuda.matmul.allow_tf32, 'source': commit(), 'versions':
-            versions(('torch', 'torchvision', 'foolbox', 'torchattacks', 'pyautoattack', 'refine_nb')),
+            versions(('torch', 'torchvision', 'foolbox', 'torchattacks', 'pyautoattack', 'adv_lib',
+                      'refine_nb')),
             'limits': limits, 'rows': rows}
 
 def save(made, folder):
@@ -454,6 +455,23 @@ def autoattack_half(s): return verdict_contest(s, taught_at=.15, share=.58, warm
 
 @row('AutoAttack, standard version, a net that withstands nothing, against pyautoattack', at_least=20.)
 def autoattack_none(s): return verdict_contest(s, taught_at=0, share=0, eps=.3)
+
+@row('DDN, 100 steps, against adv_lib', at_least=1.)
+def ddn_adv_lib(s):
+    theirs, data = needs('adv_lib.attacks').ddn, load_digits()
+    x, y = torch.tensor(data.images[:, None]/16, dtype=torch.float32), torch.tensor(data.target)
+    net, x, y = digits_net(x[:1200], y[:1200], eps=.15), x[1200:1200+s.digits], y[1200:1200+s.digits]
+    net, x, y = net.to(s.device), x.to(s.device), y.to(s.device)
+    def agree(found):
+        fell, far = {}, {}
+        for k,x_adv in found.items():
+            with torch.no_grad(): fell[k] = net(x_adv).argmax(1) != y
+            far[k] = (x_adv-x).flatten(1).norm(dim=1)[fell[k]].median().item()
+        same = torch.equal(fell['ours'], fell['theirs']) and abs(far['ours']/far['theirs']-1) < .02
+        return same, (f"{fell['ours'].float().mean():.1%} and {fell['theirs'].float().mean():.1%} fall, at a "
+                      f"median L2 of {far['ours']:.4f} and {far['theirs']:.4f}")
+    return Contest({'ours': lambda: ddn(net, x, y), 'theirs': lambda: theirs(net, x, y, levels=None)}, agree,
+                   f'{s.digits} digits')
 
 @row('Square, several queries in one pass, against a query a pass', at_least=1.5)
 def square_ahead(s):

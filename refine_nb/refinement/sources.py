@@ -110,11 +110,11 @@ def equal_steps(
 # %% ../../nbs/refinement/10_sources.ipynb #e0d67dc3
 @torch.no_grad()
 def _scores(model, x, y, size, device): # per-example cross-entropy and verdict, on the CPU
-    found = []
+    found, last = [], int(y.max()) if len(y) else 0
     for a,b in zip(x.split(EVAL_BATCH), y.split(EVAL_BATCH)):
         a, b = a.to(device), b.to(device)
         a = to_input(a, size, model).contiguous(memory_format=torch.channels_last)
-        z = logits_of(model, a, int(b.max())).float()
+        z = logits_of(model, a, last).float()
         found.append((cross_entropy(z, b, reduction='none').cpu(), (z.argmax(1)==b).cpu()))
     return ([torch.cat(f) for f in zip(*found)] if found
             else [torch.empty(0), torch.empty(0, dtype=torch.bool)])
