@@ -2,7 +2,7 @@
 
 And whatever stops them, what was made is there: a budget, SIGTERM, Ctrl-C.
 """
-import importlib.util, os, signal, subprocess, sys, threading
+import importlib.util, os, signal, subprocess, sys, threading, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,11 +127,15 @@ def begun(tmp_path, executor, gate):
     until(lambda: (tmp_path/'log').exists() and 1 in epochs(tmp_path/'log'), 200)
     return p
 
+def told(p, what):
+    "It hands the signal on to its workers, who else might be through before they hear of it"
+    p.send_signal(what); time.sleep(2)
+
 @pytest.mark.parametrize('executor', ['here()', 'workers(2)'])
 def test_sigterm(alone, tmp_path, executor):
     "A snapshot, no lock, exit status 143"
     p = begun(tmp_path, executor, tmp_path/'go')
-    p.send_signal(signal.SIGTERM); (tmp_path/'go').touch()
+    told(p, signal.SIGTERM); (tmp_path/'go').touch()
     said, _ = p.communicate(timeout=200)
     assert p.returncode == 143, said.decode()
     store = quiet(tmp_path/'store')
@@ -141,7 +145,7 @@ def test_sigterm(alone, tmp_path, executor):
 
 def test_ctrl_c_stops_the_workers(alone, tmp_path):
     p = begun(tmp_path, 'workers(2)', tmp_path/'go')
-    p.send_signal(signal.SIGINT); (tmp_path/'go').touch()
+    told(p, signal.SIGINT); (tmp_path/'go').touch()
     said, _ = p.communicate(timeout=200)
     assert b'KeyboardInterrupt' in said
     store = quiet(tmp_path/'store')
