@@ -395,6 +395,12 @@ def digits_net(x, y, *, eps, steps=150):
         optimiser.zero_grad(); F.cross_entropy(net.train()(x_adv), y[i]).backward(); optimiser.step()
     return net.eval()
 
+def digits(s, taught_at): # -> net, x, y, on the CPU
+    "The small net, and digits that it was not taught on"
+    data = load_digits()
+    x, y = torch.tensor(data.images[:, None]/16, dtype=torch.float32), torch.tensor(data.target)
+    return digits_net(x[:1200], y[:1200], eps=taught_at), x[1200:1200+s.digits], y[1200:1200+s.digits]
+
 def budget(net, x, y, share):
     "The largest eps, in hundredths, at which PGD leaves at least this share of the images"
     def left(eps):
@@ -423,9 +429,7 @@ def verdict_contest(s, *, taught_at, share, eps=None, **about):
     """Which images withstand AutoAttack's standard version, by our code and by the authors'.
     Timed at seed 0; agreement asks for seeds 0, 1, 2 of both, and again where they oppose each other"""
     autoattack, theirs = needs('refine_nb.attacks').autoattack, needs('pyautoattack').AutoAttack
-    data = load_digits()
-    x, y = torch.tensor(data.images[:, None]/16, dtype=torch.float32), torch.tensor(data.target)
-    net, x, y = digits_net(x[:1200], y[:1200], eps=taught_at), x[1200:1200+s.digits], y[1200:1200+s.digits]
+    net, x, y = digits(s, taught_at)
     eps = eps or budget(net, x, y, share)
     net, x, y = net.to(s.device), x.to(s.device), y.to(s.device)
     def mine(seed=0, at=slice(None)):
@@ -458,9 +462,7 @@ def autoattack_none(s): return verdict_contest(s, taught_at=0, share=0, eps=.3)
 
 @row('DDN, 100 steps, against adv_lib', at_least=1.)
 def ddn_adv_lib(s):
-    theirs, data = needs('adv_lib.attacks').ddn, load_digits()
-    x, y = torch.tensor(data.images[:, None]/16, dtype=torch.float32), torch.tensor(data.target)
-    net, x, y = digits_net(x[:1200], y[:1200], eps=.15), x[1200:1200+s.digits], y[1200:1200+s.digits]
+    theirs, (net, x, y) = needs('adv_lib.attacks').ddn, digits(s, .15)
     net, x, y = net.to(s.device), x.to(s.device), y.to(s.device)
     def agree(found):
         fell, far = {}, {}
@@ -475,10 +477,8 @@ def ddn_adv_lib(s):
 
 @row('Square, several queries in one pass, against a query a pass', at_least=1.5)
 def square_ahead(s):
-    data = load_digits()
-    x, y = torch.tensor(data.images[:, None]/16, dtype=torch.float32), torch.tensor(data.target)
-    net, at = digits_net(x[:1200], y[:1200], eps=.15), slice(1200, 1200+s.digits)
-    eps = budget(net, x[at], y[at], .58); net, x, y = net.to(s.device), x[at].to(s.device), y[at].to(s.device)
+    net, x, y = digits(s, .15); eps = budget(net, x, y, .58)
+    net, x, y = net.to(s.device), x.to(s.device), y.to(s.device)
     def found(ahead): return lambda: square(net, x, y, eps=eps, ahead=ahead)
     def agree(made):
         share = (made['ours'] == made['theirs']).flatten(1).all(1).float().mean().item()
