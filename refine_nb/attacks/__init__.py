@@ -8,7 +8,8 @@ __all__ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'mome
            'iterate', 'worst', 'bim', 'cw_linf', 'fgsm', 'kl_pgd', 'kurakin_steps', 'mim', 'pgd', 'bi', 'bih', 'll',
            'vbi', 'ddn', 'salt_and_pepper', 'DRA_CHOICES', 'dra', 'significant', 'unit_l1', 'boundary_start', 'pursue',
            'apgd_checkpoints', 'apgd', 'apgd_best', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step', 'square_side',
-           'square', 'Result', 'STANDARD', 'OtherRun', 'autoattack', 'autoattack_images', 'sharpened_attack']
+           'square', 'fixed_sizes', 'Result', 'STANDARD', 'OtherRun', 'autoattack', 'autoattack_images',
+           'sharpened_attack']
 
 # %% ../../nbs/attacks/99_attacks.ipynb #92c54b6b
 from .objectives import ce, dlr, dlr_t, kl, margin
@@ -26,6 +27,7 @@ from .auto_pgd import apgd, apgd_best, apgd_rows
 from .fast_boundary import fab_rows, fab_t, plane_step
 from .squares import square_side
 from .random_search import square
+from .padding import fixed_sizes
 from .protocol import Result, STANDARD
 from .books import OtherRun
 from .ensemble import autoattack
@@ -39,5 +41,5 @@ _all_ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'moment
          'kurakin_steps', 'mim', 'pgd', 'bi', 'bih', 'll', 'vbi', 'ddn', 'salt_and_pepper',
          'DRA_CHOICES', 'dra', 'significant', 'unit_l1', 'boundary_start', 'pursue',
          'apgd_checkpoints', 'apgd', 'apgd_best', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step',
-         'square_side', 'square', 'Result', 'STANDARD', 'OtherRun', 'autoattack', 'autoattack_images',
-         'sharpened_attack']
+         'square_side', 'square', 'fixed_sizes', 'Result', 'STANDARD', 'OtherRun', 'autoattack',
+         'autoattack_images', 'sharpened_attack']

@@ -21,6 +21,7 @@ from .books import _Run, _belonging, _come_closer
 from .fast_boundary import fab_rows
 from .lending import _switches, attacking, check_attack
 from .moves import _each, l2, linf
+from .padding import fixed_sizes
 from .protocol import STANDARD, Result, _Protocol, _doubts, _label, _only_square
 from .queue import (_box, _clean, _clip, _hash, _layout, _names, _where, _wrong,
                                      boundary_start, pursue)
@@ -98,7 +99,8 @@ def _attack_of(p, model, run, z, names, head, folded):
         try: fast,why = fold_if_same(model, head)
         except Exception: # a copy asks for more of a model than an attack does
             fast,why = model,"the model cannot be copied, nor folded: used as it is, which takes longer"
-        run.flags.update({why:None} if why else {}); return fast
+        run.flags.update({why:None} if why else {})
+        return fixed_sizes(fast) if fast is not model and head.is_cuda else fast
     def ours(name):
         fast = faster() if folded and name!='apgd-ce' and (run.breaker<0).any() else model
         return _ours(p, name, model, fast, order, names)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..base import Call, choose, instance
 from ..vision import fold_if_same, logits_and_cosines, refold
-from ..attacks import attacking
+from ..attacks import attacking, fixed_sizes
 
 # %% ../../nbs/training/38_step_parts.ipynb #985df3f7
 STEP_GIVES = ('z', 'z_adv', 'y', 'progress', 'z_again')
@@ -53,14 +53,15 @@ def _attacked(model, attack, x, y, mode:str, generator, copy=_itself, **now)->Te
 
 # %% ../../nbs/training/38_step_parts.ipynb #fe3092b9
 class _Copy: # for one network in one setting: which stream of a dual norm works is folded in
-    def __init__(self): self.model = self.copy = None
+    def __init__(self): self.model = self.copy = self.asked = None
     def __call__(self, model, x):
         if model is not self.model:
             fast,_ = fold_if_same(model, x)
             won = getattr(fast, 'folded_pairs', None) # nothing is, without batch norms
             self.model,self.copy = model,fast if won else model
+            self.asked = fixed_sizes(fast, len(x)) if won and x.is_cuda else self.copy
         elif self.copy is not model: refold(self.copy, model)
-        return self.copy
+        return self.asked
 
 def _copying(folded:bool, mode:str): # what `_attacked` wants
     if folded and mode!='eval':

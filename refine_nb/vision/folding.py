@@ -54,7 +54,7 @@ def fold(
                          "use it as it is") from e
     for conv,norm in pairs:
         out.set_submodule(conv, fuse_conv_bn_eval(out.get_submodule(conv), out.get_submodule(norm)))
-        out.set_submodule(norm, nn.Identity())
+        out.set_submodule(norm, nn.Identity().eval())
     out.folded_pairs = pairs
     return out.requires_grad_(False).to(memory_format=torch.channels_last)
 
