@@ -6,8 +6,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'tools'))
-import bench
-from bench import Absent, Clock, Contest, Row, chosen, judge, main, markdown, race
+import bench, bench_harness
+from bench import main
+from bench_harness import Absent, Clock, Contest, Row, chosen, judge, markdown, race
 
 ROWS = {r.name: r for r in bench.ROWS}
 
@@ -49,7 +50,7 @@ def test_a_row_in_doubt_is_not_measured():
     wavering = [1., *[1., 1., 2., 2., 2., 2.]*3]
     toy = Toy(); r = make(Row('toy', 'a toy', None, at_least=2.), toy.contest(wavering, [4.]), toy)
     assert r['status'] == 'not measured: ratios from 2.00 to 4.00' and r['reached'] is False
-    assert bench.line(r)['ratio, wall'] == r['status'] and bench.line(r)['ours (s)'] == ''
+    assert bench_harness.line(r)['ratio, wall'] == r['status'] and bench_harness.line(r)['ours (s)'] == ''
     assert r['ratios']['wall']['median'] == 2., 'the JSON keeps what was seen'
     assert r['tries'] == 3 and toy.order.count('theirs') == 1 + 3*3, 'three rounds, three times'
     steady = make(Row('toy', '', None), Toy().contest([1., 1., 1.2], [2.]), Toy())
@@ -66,7 +67,7 @@ def test_processor_time_counts_where_wall_time_is_taken_away():
     times = {'ours': [(1., 1.), (2., 1.), (1., 1.)], 'theirs': [(2., 2.), (2., 2.2), (2., 2.)]}
     r = judge(Row('toy', '', None, at_least=2.), contest, True, '', times)
     assert (r['status'], r['by'], r['reached']) == ('measured', 'cpu', True)
-    assert bench.line(r)['counts'] == 'CPU'
+    assert bench_harness.line(r)['counts'] == 'CPU'
     gpu = judge(Row('toy', '', None, at_least=2.), contest, True, '', times, clocks=('wall',))
     assert (gpu['by'], gpu['reached']) == (None, False) and gpu['status'].startswith('not measured')
 
@@ -78,12 +79,12 @@ def test_what_is_in_doubt_is_measured_again(tmp_path, monkeypatch):
     line = lambda name, ours: {'name': name, 'says': name, 'target': '', 'agrees': True, 'size': '',
                                'agreement': '', 'seconds': times(ours), 'ratios': like}
     s = bench.Setting('cpu'); old = {'commit': 'old', 'dirty': False}
-    stored = {'device': bench.device_name('cpu'), 'threads': torch.get_num_threads(), 'source': old,
+    stored = {'device': bench_harness.device_name('cpu'), 'threads': torch.get_num_threads(), 'source': old,
               'rows': [line('a', steady), line('b', wavering)]}
     made = bench.once_more(stored, s, rows, seconds=0, rounds=3, say=lambda s: None)
     a, b, new = made['rows']
     assert (a['source'], a['by'], a['ratios']['wall']['median']) == (old, 'wall', 3.) and a['ratios']['alike']
-    assert b['source'] == new['source'] == bench.commit() and 'alike' not in b.get('ratios', {})
+    assert b['source'] == new['source'] == bench_harness.commit() and 'alike' not in b.get('ratios', {})
     with pytest.raises(ValueError, match='the report is of Abacus and 9 threads.*measure all rows'):
         bench.once_more({**stored, 'device': 'Abacus', 'threads': 9}, s, rows)
 
@@ -100,12 +101,12 @@ def test_like_for_like_has_its_own_ratio():
     there = ['ours', 'theirs', 'alike']
     assert (toy.order == there + [*there, 'theirs', 'ours']*3 and r['ratios']['wall']['median'] == 6
             and r['ratios']['alike'] == {'median': 3., 'min': 3., 'max': 3.})
-    assert bench.line(r)['like for like'] == '3.00' and len(r['seconds']['theirs on our net']) == 3
+    assert bench_harness.line(r)['like for like'] == '3.00' and len(r['seconds']['theirs on our net']) == 3
 
 def test_a_target_that_is_missed_is_said():
     toy = Toy(); r = make(Row('toy', 'a toy', None, at_least=2.), toy.contest([1.], [1.9]), toy)
-    assert (r['reached'] is False and bench.line(r)['reached'] == 'no'
-            and bench.line(r)['ratio, wall'] == '1.90 (1.90 to 1.90)')
+    assert (r['reached'] is False and bench_harness.line(r)['reached'] == 'no'
+            and bench_harness.line(r)['ratio, wall'] == '1.90 (1.90 to 1.90)')
 
 def test_rounds_fill_the_time_and_never_fall_short():
     # a round takes three seconds, the warm-up two
@@ -127,7 +128,7 @@ def test_disagreement_is_not_timed():
     toy = Toy(); r = make(Row('toy', 'a toy', None, at_least=2.), toy.contest([1.], [5.], gives=(1, 2)), toy)
     assert (toy.order == ['ours', 'theirs'] and r['status'] == 'they do not agree: not timed'
             and r['reached'] is False)
-    assert bench.line(r)['agreement'] == 'NO: 1 and 2' and bench.line(r)['reached'] == 'no'
+    assert bench_harness.line(r)['agreement'] == 'NO: 1 and 2' and bench_harness.line(r)['reached'] == 'no'
     late = make(Row('toy', 'a toy', None, at_least=2.),
                 Toy().contest([1.], [5.], gives=(1, 2), warm=False), toy)
     assert late['ratios'] and late['reached'] is False, 'a ratio without agreement reaches nothing'
@@ -236,4 +237,4 @@ def test_chance_is_told_from_a_fault():
 
 def test_every_row_has_a_target_and_a_name():
     assert (len(ROWS) == len(bench.ROWS)
-            and all(r.says and bool(r.at_least) != bool(r.at_most) for r in bench.ROWS))
+            and all(r.says and (r.switch or bool(r.at_least) != bool(r.at_most)) for r in bench.ROWS))

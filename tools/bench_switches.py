@@ -1,0 +1,236 @@
+"""What each switch that makes us fast is worth on the device at hand: rows of `bench.py`, with it and without
+
+Both sides are ours and differ in the switch alone; the one without is called theirs, as in the other rows.
+What they find is compared as closely as the switch allows: by the bit, by the pixel in float64, or within
+a tolerance that the row states.
+"""
+from collections import deque
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.nn.functional as F
+
+from refine_nb.base import Recipe, call
+from refine_nb.vision import Data, Split, classifier, fold, load_data
+from refine_nb.attacks import autoattack, ce, pgd
+from refine_nb.evaluation import EVAL_BATCH, predict
+from refine_nb.training import Engine, Method, adversarial, fine_tune, sgd, train_epoch
+from refine_nb.runs import Store, here, timeless, workers
+from bench_harness import (EPS, STEP, STEPS, Absent, Contest, digits, last, near, our_pgd, row,
+                           same_pixels, seeded)
+
+switch = partial(row, switch=True)
+
+def needs_gpu(s, why):
+    if not s.cuda: raise Absent(f'needs a GPU: {why}')
+
+
+# ---- attacks -----------------------------------------------------------------------------------------------
+
+def attack_contest(s, ours, theirs): # each: (net, x, y) -> () -> x_adv, the attack made ready
+    "Two ways to attack a net in channels-last, to the same pixels"
+    net, (x, y) = s.net().to(memory_format=torch.channels_last), s.images(s.batch)
+    x = last(x)
+    def at_once(side): return lambda net, x, y: side(net, x, y)()
+    return Contest({'ours': partial(seeded, ours(net, x, y)), 'theirs': partial(seeded, theirs(net, x, y))},
+                   same_pixels(s, at_once(ours), at_once(theirs)), f'{s.batch} images')
+
+def on_itself(net, x, y): return lambda: our_pgd(net, x, y)
+
+@switch('PGD-10 on a folded copy, made inside the clock; without: on the net itself')
+def switch_fold(s):
+    def on_a_copy(net, x, y): return lambda: our_pgd(fold(net), x, y)
+    return attack_contest(s, on_a_copy, on_itself)
+
+@switch('PGD-10 on a folded copy with net and images in channels-last; without: in the plain layout')
+def switch_layout(s):
+    def laid(layout):
+        def ready(net, x, y):
+            net, x = fold(net).to(memory_format=layout), x.contiguous(memory_format=layout)
+            return lambda: our_pgd(net, x, y)
+        return ready
+    return attack_contest(s, laid(torch.channels_last), laid(torch.contiguous_format))
+
+def backward_pgd(net, x, y):
+    "PGD that calls `backward`, and so makes gradients of the weights that nobody uses"
+    at = near(x+torch.empty_like(x).uniform_(-EPS, EPS), x)
+    for _ in range(STEPS):
+        at = at.detach().requires_grad_()
+        F.cross_entropy(net(at), y).backward()
+        at = near(at.detach()+STEP*at.grad.sign(), x)
+    return at
+
+@switch('PGD-10 on a net whose weights ask for no gradients meanwhile; without: `backward` to the weights, too')
+def switch_lending(s):
+    def backwards(net, x, y): return lambda: backward_pgd(net, x, y)
+    return attack_contest(s, on_itself, backwards)
+
+
+# ---- a training step ---------------------------------------------------------------------------------------
+
+def step_contest(s, ours, theirs, *, loss, pixels=None): # engines, and what may differ
+    """A step of adversarial training under two engines, each from the same net, images and draws.
+    Losses differ by less than the share `loss`; a share of `pixels` at least is attacked alike, if given"""
+    net, x, y = digits(s, 0) if s.quick else (s.net(), *s.images(s.batch))
+    def side(on):
+        own, seen, images = on.place(deepcopy(net), training=True), deque(maxlen=1), x.to(s.device)
+        step = adversarial(call(pgd, eps=EPS, step_size=STEP, steps=STEPS), ce, folded=True, see=seen.append)
+        def batches(epoch):
+            draws = torch.Generator(s.device).manual_seed(2)
+            yield last(images) if s.cuda else images, y.to(s.device), draws
+        about = dict(epoch=0, epochs=1, seed=0, engine=on, quiet=True)
+        runner, optimiser = on.runner(own), sgd(own.parameters(), lr=.01)
+        def once():
+            made = train_epoch(runner, Method(batches, step, 1, len(x)), optimiser, **about)
+            return made['loss'], seen[-1]
+        return once
+    def agree(found):
+        (a, at), (b, other) = found['ours'], found['theirs']
+        alike = ((at-other).abs() < 1e-6).float().mean().item()
+        said = f', at least {pixels:.0%} must be' if pixels is not None else ''
+        return (abs(a-b) < loss*abs(b) and (pixels is None or alike >= pixels),
+                f'losses {a:.5g} and {b:.5g}, which may differ by {loss:.2%}; '
+                f'{alike:.1%} of the attacked pixels are equal{said}')
+    return Contest({'ours': side(ours), 'theirs': side(theirs)}, agree, f'{len(x)} images')
+
+@switch('a training step with PGD-10 in bfloat16, its attack in full precision; without: all in float32')
+def switch_bfloat16(s):
+    # the attack is the same, but for kernels of a GPU that add up in any order
+    return step_contest(s, Engine(s.device, 'bfloat16'), Engine(s.device), loss=.03,
+                        pixels=.99 if s.cuda else 1.)
+
+@contextmanager
+def tf32(allowed):
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    were = [b.allow_tf32 for b in backends]
+    for b in backends: b.allow_tf32 = allowed
+    try: yield
+    finally:
+        for b,was in zip(backends, were): b.allow_tf32 = was
+
+@switch('a training step with PGD-10 where TF32 is allowed; without: all in float32')
+def switch_tf32(s):
+    needs_gpu(s, 'TF32 is arithmetic of its own')
+    plain = step_contest(s, Engine(s.device), Engine(s.device), loss=.02)
+    def under(allowed, side):
+        def once():
+            with tf32(allowed): return side()
+        return once
+    return replace(plain, sides={k: under(k=='ours', side) for k,side in plain.sides.items()})
+
+def compiles(s):
+    "`torch.compile` works here, or `Absent` says why not"
+    try: torch.compile(lambda x: x.sin()+1)(torch.ones(4, device=s.device))
+    except Exception as e: raise Absent(f'torch.compile fails here: {str(e).strip().splitlines()[0]}') from e
+
+@switch('a training step with PGD-10, the net of the step compiled; without: not compiled')
+def switch_compiled(s):
+    compiles(s)
+    return step_contest(s, Engine(s.device, compiled=True), Engine(s.device), loss=.001)
+
+@switch('a compiled training step with PGD-10, replayed from CUDA graphs; without: kernel by kernel')
+def switch_graphs(s):
+    needs_gpu(s, 'CUDA graphs are recorded there'); compiles(s)
+    return step_contest(s, Engine(s.device, compiled=True, graphs=True), Engine(s.device, compiled=True),
+                        loss=.001)
+
+
+# ---- data --------------------------------------------------------------------------------------------------
+
+def epoch_contest(s):
+    "Ordinary training from images that are moved once an epoch, and from batches that are moved one by one"
+    n, on, g = s.batch*(2 if s.quick else 16), Engine(s.device), torch.Generator().manual_seed(1)
+    there = Split(torch.randint(256, (n, 3, 32, 32), generator=g, dtype=torch.uint8),
+                  torch.randint(10, (n,), generator=g))
+    data = Data('noise', tuple('0123456789'), there, there, there, fingerprint='noise')
+    def method(device): return fine_tune(data, batch_size=s.batch, seed=0, device=device, augment='crop_flip')
+    def moved(epoch):
+        for batch in method('cpu').batches(epoch): yield [t.to(s.device) for t in batch]
+    ways = {'ours': method(s.device), 'theirs': replace(method('cpu'), batches=moved)}
+    def side(way):
+        net = on.place(s.net(), training=True); optimiser = sgd(net.parameters(), lr=.01)
+        return lambda: train_epoch(net, way, optimiser, epoch=0, epochs=1, seed=0, engine=on, quiet=True)
+    def agree(found):
+        pairs = list(zip(*(way.batches(0) for way in ways.values())))
+        worst = max((a-b).abs().max().item() for (a,*_),(b,*_) in pairs)
+        same = all(torch.equal(c, d) for (_,*a),(_,*b) in pairs for c,d in zip(a, b))
+        return (same and worst < 1e-6,
+                f"{len(pairs)} batches: pixels differ by up to {worst:.0e}, less than 1e-06 may be; "
+                f"labels and places are {'equal' if same else 'NOT equal'}")
+    return Contest({k: side(way) for k,way in ways.items()}, agree, f'{n} images, batches of {s.batch}')
+
+@switch('an epoch of training on images that lie on the device; without: each batch moved from the host')
+def switch_data(s):
+    needs_gpu(s, 'on a CPU the images lie where they are used either way')
+    return epoch_contest(s)
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------
+
+@switch('AutoAttack, what survives pooled across batches; without: one batch after the other')
+def switch_pooled(s):
+    net, x, y = digits(s, .15)
+    net, x, y = net.to(s.device), x.to(s.device), y.to(s.device)
+    n, how = len(x)//4, dict(steps=10, n_queries=100) if s.quick else {}
+    def attacked(x, y): return autoattack(net, x, y, eps=.15, batch_size=n, **how).breaker
+    def batch_by_batch(): return torch.cat([attacked(a, b) for a,b in zip(x.split(n), y.split(n))])
+    def agree(found):
+        differ = (found['ours'] != found['theirs']).sum().item()
+        held = (found['ours'] < 0).sum().item()
+        return (differ <= len(x)//100, f'of {len(x)} verdicts {differ} differ, {len(x)//100} may; '
+                f'{held} images withstand')
+    return Contest({'ours': lambda: attacked(x, y), 'theirs': batch_by_batch}, agree,
+                   f'{len(x)} digits, batches of {n}', warm=False)
+
+@switch(f'clean accuracy in batches of {EVAL_BATCH}; without: in batches of 50')
+def switch_batches(s):
+    n = (10 if s.cuda and not s.quick else 1)*EVAL_BATCH
+    net, (x, _) = Engine(s.device).place(s.net()), s.images(n, 8 if s.quick else 32)
+    def asked(x): return predict(net, x, device=s.device)
+    def agree(found):
+        share = (found['ours'] == found['theirs']).float().mean().item()
+        return share > .99, f'{share:.1%} of the classes are equal, more than 99% must be'
+    return Contest({'ours': lambda: asked(x), 'theirs': lambda: torch.cat([asked(b) for b in x.split(50)])},
+                   agree, f'{n} images')
+
+
+# ---- several runs ------------------------------------------------------------------------------------------
+
+@contextmanager
+def threads(n):
+    were = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(were)
+
+def run_contest(s):
+    "Two trainings at once and one after the other, each in a new store, by one thread each"
+    epochs = 1 if s.quick else 60 if s.cuda else 8
+    base = Recipe(data=call(load_data, name='digits', n_train=64 if s.quick else None),
+                  model=call(classifier, name='resnet20', stem='cifar'), method=call(fine_tune),
+                  optimiser=call(sgd, lr=.05), epochs=epochs, batch_size=32)
+    recipes = [replace(base, seed=seed) for seed in (0, 1)]
+    def made(executor):
+        with threads(1), TemporaryDirectory() as root:
+            store = Store(root, Engine(s.device), quiet=True)
+            store.run(recipes, executor=executor)
+            return [(timeless(e.result), e.tensors()) for e in (store.get(r, make=False) for r in recipes)]
+    def agree(found):
+        pairs = list(zip(found['ours'], found['theirs']))
+        first = [[r['history'][0]['loss'] for r,_ in side] for side in found.values()]
+        same = all(r == q and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+                   for (r,a),(q,b) in pairs)
+        near = all(abs(a-b) < .01*abs(b) for a,b in zip(*first))
+        how = 'equal' if same else 'NOT equal'
+        return (same or s.cuda and near, f'weights and numbers are {how} bit for bit'
+                + ', losses of the first epoch within 1%, which a GPU may do'*(s.cuda and near))
+    return Contest({'ours': lambda: made(workers(2)), 'theirs': lambda: made(here())}, agree,
+                   f'{epochs} epochs each', warm=False)
+
+@switch('two small trainings in two processes of a thread each, with their start; without: one after the other',
+        counts=('wall',))
+def switch_processes(s): return run_contest(s)
