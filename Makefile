@@ -43,7 +43,7 @@ test: $(READY) ## every test: the notebooks' own, then tests/; GPU=0 shows them 
 	  $(LIMIT) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing
 	CUDA_VISIBLE_DEVICES=$(GPU) $(BIN)/python -m pytest tests -rs --timeout 600 -n $(WORKERS)
 
-bench: $(READY) ## our speed beside that of other codes, into reports/bench/; ARGS=--quick takes a minute, ARGS="--rows pgd_foolbox" one row
+bench: $(READY) ## our speed beside that of other codes, into reports/bench/; ARGS=--quick takes some minutes, ARGS="--rows pgd_foolbox" one row
 	$(BIN)/python tools/bench.py $(ARGS)
 
 scale: $(READY) ## how the plan of all artefacts scales to 64 GPUs, simulated from this machine's prices, into reports/scale/

@@ -1,7 +1,7 @@
 """Speed side by side: our attacks and training steps against the codes that people use
 
-Markdown and JSON go to reports/bench/<device kind>/. `make bench` measures every row in less than an hour,
-`make bench ARGS=--quick` in two minutes. Ours and theirs do the same work from the same start; how they are
+Markdown and JSON go to reports/bench/<device kind>/. `make bench` measures every row in about an hour,
+`make bench ARGS=--quick` in some minutes. Ours and theirs do the same work from the same start; how they are
 timed is said in `bench_harness.py`. `bench_switches.py` adds rows for each switch that makes us fast, with
 and without it. `make bench ARGS=--again` runs rows of the stored report again that were not measured, and
 those that it lacks.
@@ -299,7 +299,7 @@ def device_limits(s):
 def arguments(argv):
     p = argparse.ArgumentParser(prog='bench.py', description=__doc__.splitlines()[0])
     p.add_argument('--quick', action='store_true',
-                   help='small batches, about a minute: does everything work?')
+                   help='small batches, some minutes: does everything work?')
     p.add_argument('--again', action='store_true', help='only what is in doubt in the stored report, or new')
     p.add_argument('--rows', help='names with commas; all are: '+', '.join(r.name for r in ROWS))
     p.add_argument('--out', type=Path, help='folder of bench.md and bench.json; whole, '

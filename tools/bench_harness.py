@@ -235,8 +235,8 @@ def switches(rows):
     table = pd.DataFrame([line(r) for r in rows]).rename(
         columns={'ours (s)': 'with (s)', 'theirs (s)': 'without (s)'})
     table = table.drop(columns=[c for c in ('like for like', 'target', 'reached') if not table[c].any()])
-    notes = ['Each row does the same work with one of our switches and without it, all else equal. Ratios are '
-             'without over with: below 1 the switch costs time on this device. '
+    notes = ['Each row does the same work with one of our switches and without it, all else equal. '
+             'Ratios are without over with: below 1 the switch costs time on this device. '
              'The agreement says how far it changes what is found.']
     return '\n' + show_table(table, 'What each switch is worth here', notes).data
 

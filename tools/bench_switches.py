@@ -64,7 +64,7 @@ def backward_pgd(net, x, y):
         at = near(at.detach()+STEP*at.grad.sign(), x)
     return at
 
-@switch('PGD-10 on a net whose weights ask for no gradients meanwhile; without: `backward` to the weights, too')
+@switch('PGD-10 on a net whose weights ask for no gradients meanwhile; without: `backward` to weights, too')
 def switch_lending(s):
     def backwards(net, x, y): return lambda: backward_pgd(net, x, y)
     return attack_contest(s, on_itself, backwards)
@@ -231,6 +231,6 @@ def run_contest(s):
     return Contest({'ours': lambda: made(workers(2)), 'theirs': lambda: made(here())}, agree,
                    f'{epochs} epochs each', warm=False)
 
-@switch('two small trainings in two processes of a thread each, with their start; without: one after the other',
+@switch('two small trainings in two processes of a thread each, their start included; without: in turn',
         counts=('wall',))
 def switch_processes(s): return run_contest(s)
