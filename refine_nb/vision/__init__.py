@@ -9,11 +9,11 @@ __all__ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 't
            'augment', 'batches', 'draws', 'order', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier',
            'model_names', 'n_parameters', 'thin_names', 'SHIPPED', 'shipped', 'shipped_file', 'small_names',
            'small_network', 'copied', 'plain_weights', 'suited', 'suiting', 'Leaves', 'fold', 'fold_if_same',
-           'foldable', 'refold', 'layout_for', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms',
-           'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing',
-           'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer',
-           'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL', 'CORRUPTIONS', 'GENERATED',
-           'OFFICIAL_MD5', 'corrupt', 'corrupted', 'official_corruption']
+           'foldable', 'refold', 'laid', 'layout_for', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary',
+           'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack',
+           'smoothing', 'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings',
+           'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL', 'CORRUPTIONS',
+           'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'corrupted', 'official_corruption']
 
 # %% ../../nbs/vision/99_vision.ipynb #d2ec6291
 from .images import Data, SLIP, Split, check_images, clipped, fingerprint, to_input
@@ -30,7 +30,7 @@ from .small_networks import small_names, small_network
 from .copying import copied, plain_weights
 from .intake import suited, suiting
 from .folding import Leaves, fold, fold_if_same, foldable, refold
-from .layouts import layout_for
+from .layouts import laid, layout_for
 from .wide_resnets import WideBlock, wide_resnet
 from .norms import DualNorm, auxiliary, dual_norms, replaced, single_norms
 from refine_nb.vision.activations import (KINDS, SmoothReLU, operated, smooth, smooth_attack,
@@ -50,8 +50,9 @@ _all_ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 'to_
          'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier', 'model_names', 'n_parameters',
          'thin_names', 'SHIPPED', 'shipped', 'shipped_file', 'small_names', 'small_network', 'copied',
          'plain_weights', 'suited', 'suiting', 'Leaves', 'fold', 'fold_if_same', 'foldable', 'refold',
-         'layout_for', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms', 'replaced',
-         'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack', 'smoothing',
-         'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings',
-         'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL',
-         'CORRUPTIONS', 'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'corrupted', 'official_corruption']
+         'laid', 'layout_for', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms',
+         'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack',
+         'smoothing', 'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head',
+         'embeddings', 'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST',
+         'WEATHER_DIGITAL', 'CORRUPTIONS', 'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'corrupted',
+         'official_corruption']

@@ -42,7 +42,7 @@ def foldable(
 # %% ../../nbs/vision/25_folding.ipynb #4a008ec5
 def fold(
     model:nn.Module, # with batch norms after convolutions; not changed
-)->nn.Module:        # a frozen copy in eval mode, channels-last; gradients to the input still flow
+)->nn.Module:        # a frozen copy in eval mode, channels-last or as `laid`; gradients to the input flow
     "An inference copy of `model` with batch norms folded into convolutions"
     try: out = deepcopy(model).eval()
     except Exception as e:
@@ -56,7 +56,7 @@ def fold(
         out.set_submodule(conv, fuse_conv_bn_eval(out.get_submodule(conv), out.get_submodule(norm)))
         out.set_submodule(norm, nn.Identity().eval())
     out.folded_pairs = pairs
-    return out.requires_grad_(False).to(memory_format=torch.channels_last)
+    return out.requires_grad_(False).to(memory_format=getattr(out, 'laid', torch.channels_last))
 
 # %% ../../nbs/vision/25_folding.ipynb #76f19349
 def fold_if_same(
