@@ -126,7 +126,7 @@ def _transferred(store, cell:Cell, data:Data, part:Split,
 # %% ../../nbs/runs/10_makers.ipynb #886bdeaa
 @make.register
 def _(cell:Cell, store):
-    data, model = store.data(cell.recipe.data), store.model(cell.recipe)
+    data, model = store.data(cell.recipe.data), store.asked(cell)
     part, attack, shown = _part(data, cell), cell.attack and store.resolved(cell.attack), data.fingerprint
     if cell.surrogate: part, attack = _transferred(store, cell, data, part), None
     if cell.corruption:
@@ -141,7 +141,7 @@ def _(cell:Cell, store):
 # %% ../../nbs/runs/10_makers.ipynb #e9859208
 @make.register
 def _(spec:Adversarials, store):
-    data, model = store.data(spec.recipe.data), store.model(spec.recipe)
+    data, model = store.data(spec.recipe.data), store.asked(spec)
     part, start = _part(data, spec), time.monotonic()
     x = adversarial_images(model, part, store.resolved(spec.attack), size=data.size, seed=spec.recipe.seed,
                            device=store.engine.device, quiet=store.quiet)
@@ -163,7 +163,7 @@ def _(spec:Worst, store):
 # %% ../../nbs/runs/10_makers.ipynb #cb89b8c4
 @make.register
 def _(spec:Correction, store):
-    data, model = store.data(spec.recipe.data), store.model(spec.recipe)
+    data, model = store.data(spec.recipe.data), store.asked(spec)
     attack = spec.attack and store.resolved(spec.attack)
     t = correct(model, data, attack, storage=spec.storage, seed=spec.recipe.seed,
                 device=store.engine.device, quiet=store.quiet)
@@ -181,7 +181,7 @@ def _(spec:Share, store): # the images are those of the full set: only the count
 @make.register
 def _(spec:OnSource, store):
     data = store.data(spec.recipe.data)
-    return {**on_source(store.model(spec.recipe), data, store.value(spec.source), device=store.engine.device),
+    return {**on_source(store.asked(spec), data, store.value(spec.source), device=store.engine.device),
             'data': data.fingerprint}, {}
 
 # %% ../../nbs/runs/10_makers.ipynb #8289efaf
@@ -196,7 +196,7 @@ def _(spec:Quantised, store):
 # %% ../../nbs/runs/10_makers.ipynb #cb674219
 @make.register
 def _(spec:Robustness, store):
-    data, model = store.data(spec.recipe.data), store.model(spec.recipe)
+    data, model = store.data(spec.recipe.data), store.asked(spec)
     part, running = _part(data, spec), _Shown(store, spec)
     def save(state): running.save({'epoch': running.epoch+1, 'run': state})
     x = to_input(part.x, data.size); known = running.load()

@@ -31,6 +31,7 @@ class Store:
         if engine is not None: instance('engine', engine, Engine, 'an Engine, as engine() gives it')
         self.root, self.engine, self.quiet, self.every = home_folder(root), engine or _engine(), quiet, every
         self.until, self._data, self._locks = None, {}, {} # `until`: when what is being made is to stop
+        self._tried, self._laid = {}, {} # network -> its layout by trial; what is being made -> that of its own
         _tidy(self.root)
     def folder(self, spec:Spec):
         name = type(instance('spec', spec, Spec, 'a cell, a recipe or another spec')).__name__.lower()
@@ -128,9 +129,12 @@ def keep(self:Store, spec:Spec, result:dict, tensors:dict, seconds:float)->Entry
     "Write a result, with what made it in how many seconds"
     made = {'seconds': round(seconds, 3), 'versions': versions(), 'device': device_name(self.engine.device),
             'precision': self.engine.precision, **(commit() or {})}
+    if spec in self._laid: made['layout'] = _name(self._laid.pop(spec))
     record = json.loads(json.dumps({'key': key(spec), 'kind': type(spec).__name__, 'spec': canonical(spec),
                                     'result': result, 'made': made}))
     with writing(self.root): return write_entry(self.folder(spec), record, tensors)
+
+def _name(layout): return str(layout).removeprefix('torch.').removesuffix('_format')
 
 # %% ../../nbs/runs/20_store.ipynb #daab1d80
 @patch

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..base import (Adversarials, Call, Cell, Recipe, Robustness, Spec, Worst, choose, key,
                             seeded)
-from ..vision import Data
-from ..evaluation import Outcome, mcnemar, unpack
+from ..vision import Data, laid, layout_for, to_input
+from ..evaluation import EVAL_BATCH, Outcome, mcnemar, unpack
 from ..refinement import Corrected, Correction, Quantised, Share, StraightThrough, restored, share_of
 from .entry import Damaged
 from .given import Given
@@ -91,6 +91,18 @@ def model(self:Store, recipe:Recipe|Given|Quantised, which:str|None=None,
             f"the stored weights {key(recipe)} were made from other images (fingerprint {was[:12]}) than "
             f"{data.name} has now ({data.fingerprint[:12]}): restore the data, or use another REFINE_HOME")
     return self.filled(recipe, weights_of(recipe, weights, self.get(recipe).result.get('best_epoch'), which))
+
+# %% ../../nbs/runs/22_values.ipynb #637a1023
+@patch
+def asked(self:Store, spec:Spec)->nn.Module: # a spec with a `recipe`
+    "The model of a spec that only asks it, in the memory layout that the engine wants"
+    model, data = self.model(spec.recipe), self.data(spec.recipe.data)
+    if self.engine.layout != 'tried': return model
+    if spec.recipe not in self._tried:
+        x = to_input(data.train.x[:1], data.size, model).to(self.engine.device)
+        self._tried[spec.recipe] = layout_for(model, x.expand(EVAL_BATCH, -1, -1, -1))
+    self._laid[spec] = self._tried[spec.recipe]
+    return laid(model, self._laid[spec])
 
 # %% ../../nbs/runs/22_values.ipynb #106baf72
 @patch

@@ -16,6 +16,8 @@ from torch import nn
 from ..base import choose
 
 # %% ../../nbs/training/30_engines.ipynb #104f14ee
+_CHOICES = {'precision': ('float32','bfloat16'), 'layout': ('channels_last','tried')}
+
 @dataclass(frozen=True)
 class Engine:
     "Device, training precision and compilation; `ValueError` for a device that is not there"
@@ -23,9 +25,10 @@ class Engine:
     precision: str = 'float32'   # of the training step: 'float32' or 'bfloat16' (autocast)
     compiled: bool = False       # torch.compile the training step's model
     graphs: bool = False         # and replay CUDA graphs of it: for kernels shorter than a launch
+    layout: str = 'channels_last' # of networks that are only asked; 'tried': on each, which is quicker
 
     def __post_init__(self):
-        choose(self.precision, ('float32','bfloat16'), 'precision')
+        for name,there in _CHOICES.items(): choose(getattr(self, name), there, name)
         for name in ('compiled','graphs'): choose(getattr(self, name), (False,True), name)
         if not isinstance(self.device, str) or not re.fullmatch(r'cpu|cuda(:[0-9]+)?', self.device):
             raise ValueError(f"unknown device {self.device!r}: choose 'cpu', 'cuda', "
@@ -40,15 +43,19 @@ class Engine:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16)
 
 # %% ../../nbs/training/30_engines.ipynb #534722a7
+def _of_environment()->dict: # what it says about precision and layout
+    said = {k: os.environ.get(f'REFINE_{k.upper()}') for k in _CHOICES}
+    return {k: choose(v, _CHOICES[k], f"{k} in the environment's REFINE_{k.upper()}")
+            for k,v in said.items() if v}
+
 def engine(
     device:str|None=None, # None is the first GPU where there is one, else the CPU
-)->Engine:  # compiled on a GPU; the environment's REFINE_PRECISION, else bf16 on a GPU and float32 on a CPU
+)->Engine:  # compiled on a GPU; REFINE_PRECISION, else bf16 on a GPU and float32 on a CPU; REFINE_LAYOUT
     "The engine that suits this machine; allows TF32 matrix products and convolutions on a GPU"
     if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    asked = os.environ.get('REFINE_PRECISION') or None
-    if asked: choose(asked, ('float32','bfloat16'), "precision in the environment's REFINE_PRECISION")
-    if not str(device).startswith('cuda'): return Engine(device, precision=asked or 'float32')
-    made = Engine(device, precision=asked or 'bfloat16', compiled=True)
+    asked = _of_environment()
+    if not str(device).startswith('cuda'): return Engine(device, **asked)
+    made = Engine(device, **{'precision': 'bfloat16', **asked}, compiled=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return made
 
