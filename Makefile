@@ -39,7 +39,7 @@ demo: $(READY) ## Table 1 of AdCorDA on 8x8 digits, in about two minutes on a CP
 
 test: $(READY) ## every test: the notebooks' own, then tests/; GPU=0 shows them the first GPU, STORE=... what demos made before
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
-	REFINE_HOME="$(or $(STORE),$$scratch/home)" REFINE_REPORTS="$$scratch/reports" REFINE_PRESET=demo REFINE_PRECISION= CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$(THREADS) \
+	REFINE_HOME="$(or $(STORE),$$scratch/home)" REFINE_REPORTS="$$scratch/reports" REFINE_PRESET=demo REFINE_PRECISION= REFINE_LAYOUT= CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$(THREADS) \
 	  $(LIMIT) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing
 	CUDA_VISIBLE_DEVICES=$(GPU) $(BIN)/python -m pytest tests -rs --timeout 600 -n $(WORKERS)
 

@@ -11,8 +11,8 @@ def refine_home(tmp_path, monkeypatch):
     Reports are those of the checkout: a test that writes some names a folder of its own"""
     home = tmp_path/'refine_home'
     monkeypatch.setenv('REFINE_HOME', str(home))
-    for name in ('REFINE_PRESET', 'REFINE_PRECISION', 'REFINE_REPORTS', 'REFINE_WORKERS', 'REFINE_ON',
-                 'REFINE_BUDGET', 'SLURM_JOB_END_TIME'):
+    for name in ('REFINE_PRESET', 'REFINE_PRECISION', 'REFINE_LAYOUT', 'REFINE_REPORTS', 'REFINE_WORKERS',
+                 'REFINE_ON', 'REFINE_BUDGET', 'SLURM_JOB_END_TIME'):
         monkeypatch.delenv(name, raising=False)
     return home
 

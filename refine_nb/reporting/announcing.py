@@ -37,8 +37,9 @@ def made_on(
     ways = (dict.fromkeys((e.made['device'].replace(' 1 threads', ' 1 thread'), e.made['precision'])
                           for e in entries)
             or {(device_name(store.engine.device), store.engine.precision): None})
-    return 'Made on ' + '; and on '.join(f'{device}, training in {precision}'
-                                         for device,precision in ways) + '.'
+    lay = sorted({e.made['layout'] for e in entries if e.made.get('layout')})
+    how = '; and on '.join(f'{device}, training in {precision}' for device,precision in ways)
+    return f"Made on {how}{'; asked in memory layouts by trial: '*bool(lay)}{', '.join(lay)}."
 
 # %% ../../nbs/reporting/60_announcing.ipynb #75c0350a
 def _command(artefact:str, name:str, settings:dict)->str:

@@ -158,14 +158,16 @@ def _record(raw:bytes, name:str)->dict: # without its checksum
 # %% ../../nbs/runs/00_entry.ipynb #c98181e6
 def provenance(
     entries,     # of all parts of a table, parents too; one that comes twice counts once
-)->dict:         # JSON-ready: n, dirty, n_dirty, commits, made_by_commit, n_no_commit, devices, precisions
+)->dict:         # JSON-ready: n, dirty, n_dirty, commits, made_by_commit, n_no_commit, devices, precisions,
+                 # and layouts where some were tried
     "What made many stored results, as their records say: the worst of the parts, and how many there are"
     made = list({e.record['key']: e.made for e in entries}.values())
     by = Counter(m['commit'] for m in made if m.get('commit'))
     n_dirty = sum(bool(m.get('dirty')) for m in made)
     return {'n': len(made), 'dirty': n_dirty > 0, 'n_dirty': n_dirty, 'commits': sorted(by),
             'made_by_commit': {c: by[c] for c in sorted(by)}, 'n_no_commit': len(made)-by.total(),
-            **{f'{what}s': sorted({m[what] for m in made}) for what in ('device', 'precision')}}
+            **{f'{what}s': sorted({m[what] for m in made if what in m})
+               for what in ('device', 'precision', *['layout']*any('layout' in m for m in made))}}
 
 # %% ../../nbs/runs/00_entry.ipynb #993b8c29
 FORMAT = 2 # of the folder and its entries; 1 named functions by their modules
