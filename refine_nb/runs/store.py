@@ -31,7 +31,7 @@ class Store:
         if engine is not None: instance('engine', engine, Engine, 'an Engine, as engine() gives it')
         self.root, self.engine, self.quiet, self.every = home_folder(root), engine or _engine(), quiet, every
         self.until, self._data, self._locks = None, {}, {} # `until`: when what is being made is to stop
-        self._tried, self._laid = {}, {} # network -> its layout by trial; what is being made -> that of its own
+        self._tried, self._laid = {}, {} # layouts by trial: of networks, and of what is being made
         _tidy(self.root)
     def folder(self, spec:Spec):
         name = type(instance('spec', spec, Spec, 'a cell, a recipe or another spec')).__name__.lower()
