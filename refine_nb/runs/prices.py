@@ -37,8 +37,9 @@ def _seconds(f, engine:Engine)->float: # wall time of one call, after the device
 # %% ../../nbs/runs/50_prices.ipynb #94ab49ea
 def _measured(model, shape, num_classes, engine): # as for `speed`
     net = engine.place(unfilled(model)(num_classes=num_classes))
-    small = shape[-1] <= 64; light = small and n_parameters(net) < 5e6
-    batch = (128 if small else 32) if engine.device.startswith('cuda') else 16 if light else 4
+    on_gpu, small = engine.device.startswith('cuda'), shape[-1] <= 64
+    large = not on_gpu and not (small and n_parameters(net) < 5e6)
+    batch = (128 if small else 32) if on_gpu else 16 if not large else 4 if small else 2
     x = torch.rand(batch, *shape, device=engine.device).contiguous(memory_format=torch.channels_last)
     y = torch.zeros(batch, dtype=torch.int64, device=engine.device)
     opt = torch.optim.SGD(net.parameters(), lr=0., momentum=.9)
@@ -50,7 +51,8 @@ def _measured(model, shape, num_classes, engine): # as for `speed`
         opt.zero_grad(set_to_none=True)
         with engine.autocast(), suiting(net): loss = cross_entropy(net.train()(x.detach()), y)
         loss.backward(); opt.step()
-    return {f.__name__: min(_seconds(f, engine) for _ in range(2))/batch for f in (forward, attack, train)}
+    tries = {forward: 2, attack: 1 if large else 2, train: 1 if large else 2}
+    return {f.__name__: min(_seconds(f, engine) for _ in range(n))/batch for f,n in tries.items()}
 
 # %% ../../nbs/runs/50_prices.ipynb #3f0c1a77
 _KEPT = 24*3600 # seconds for which a speed is believed
