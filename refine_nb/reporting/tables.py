@@ -9,6 +9,7 @@ __all__ = ['published', 'mean_std', 'over_seeds', 'measured', 'percent', 'with_i
 # %% ../../nbs/reporting/30_tables.ipynb #bfbc90b3
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib import resources
 from numbers import Real
 
@@ -25,9 +26,16 @@ def published(
     artefact:str, # e.g. 'tab1_adcorda'
 )->pd.DataFrame: # as printed: accuracies in %, differences in points
     "What the paper prints in a table or figure, with source and notes (house rule 9)"
+    return _read(choose(artefact, sorted(_there()), 'published table')).copy()
+
+@lru_cache
+def _there()->dict: # name -> file
     folder = resources.files('refine_nb')/'published'
-    there = {f.name[:-4]: f for f in folder.iterdir() if f.name.endswith('.csv')}
-    with there[choose(artefact, sorted(there), 'published table')].open(encoding='utf-8') as f:
+    return {f.name[:-4]: f for f in folder.iterdir() if f.name.endswith('.csv')}
+
+@lru_cache(maxsize=None)
+def _read(artefact): # once: a page of errata asks for the same tables a thousand times
+    with _there()[artefact].open(encoding='utf-8') as f:
         table = pd.read_csv(f, keep_default_na=False, na_values=[''], dtype=dict.fromkeys(_COUNTS, 'Int64'))
     return table.assign(note=table.note.fillna(''))
 
