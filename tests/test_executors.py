@@ -2,7 +2,7 @@
 
 And whatever stops them, what was made is there: a budget, SIGTERM, Ctrl-C.
 """
-import importlib.util, os, signal, subprocess, sys, threading, time
+import importlib.util, os, signal, sys, threading, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from refine_nb.training import Engine
 from refine_nb.refinement import Correction, Quantised, adapt
 from refine_nb.runs import Store, Unmade, here, ray, workers
 from test_recovery import epochs, makers, until
-from toys import heeds_ctrl_c, net, quiet, recipe, same
+from toys import Forked, Worker, net, quiet, recipe, same
 
 HERE = Path(__file__).parent
 SP = call(salt_and_pepper, targeted=True, steps=50)
@@ -25,6 +25,11 @@ SP = call(salt_and_pepper, targeted=True, steps=50)
 def importable(monkeypatch):
     "The toys, in processes that others begin"
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(HERE), *filter(None, sys.path)]))
+
+@pytest.fixture
+def forked(monkeypatch):
+    "Workers need not import all anew, which takes ten seconds each; those of the other tests do"
+    monkeypatch.setattr('refine_nb.runs.processes.subprocess.Popen', Forked)
 
 def table():
     "Two rows of one baseline, one by a correction; an int8 network; a longer training; a cell under attack"
@@ -49,7 +54,7 @@ def same_table(alone, root):
 
 # ---- the same bits -----------------------------------------------------------------------------------------
 
-def test_one_and_two_threads_differ(tmp_path):
+def test_one_and_two_threads_differ(forked, tmp_path):
     "So the number of threads is a part of what every executor is told"
     wide = recipe(model=call(net, width=64), batch_size=128, epochs=1)
     for n in (1, 2): quiet(tmp_path/f'{n}').run([wide], executor=workers(1, threads=n))
@@ -75,7 +80,7 @@ def test_four_workers_one_is_killed(alone, tmp_path, monkeypatch):
     # four trainings, one of them with an epoch that is begun twice
     assert len(epochs(log)) == sum(r.epochs for r in trained) + 1 and epochs(log).count(2) == 5
 
-def test_a_run_that_always_dies_is_named(tmp_path, monkeypatch, capfd):
+def test_a_run_that_always_dies_is_named(forked, tmp_path, monkeypatch, capfd):
     "It is tried four times; everything that does not need it is made"
     monkeypatch.setenv('TOY_DO', 'kill:4:0'); monkeypatch.setenv('TOY_LOG', str(tmp_path/'log'))
     bad, store = replace(recipe(), epochs=5), Store(tmp_path/'store', Engine(), quiet=False, every=0.)
@@ -88,7 +93,7 @@ def test_a_run_that_always_dies_is_named(tmp_path, monkeypatch, capfd):
     said = capfd.readouterr().out
     assert said.count(f'recipe {key(bad)} (teach): died after') == 3 and 'failed after' in said
 
-def test_an_error_is_said_and_the_rest_is_made(tmp_path):
+def test_an_error_is_said_and_the_rest_is_made(forked, tmp_path):
     wrong = Cell(recipe(seed=2), n_eval=5000)
     with pytest.raises(Unmade, match=f'cell {key(wrong)}: ValueError: n_eval 5000 is more than'):
         quiet(tmp_path).run([wrong, Cell(recipe())], executor=workers(2))
@@ -117,37 +122,36 @@ def test_a_budget_runs_out_in_the_middle(alone, tmp_path, monkeypatch):
     assert store.run(table(), budget='1h') == [] and same_table(alone, store.root)
     assert epochs(tmp_path/'log')[:3] == [0, 1, 2]
 
+def work_all(root, executor):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    Store(root, Engine(), every=0.).run(table(), executor=executor)
+
 def begun(tmp_path, executor, gate):
     "A process of its own that runs the table, and has begun"
-    code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); from test_executors import *; "
-            f"Store({str(tmp_path/'store')!r}, Engine(), every=0.).run(table(), executor={executor})")
     env = {**os.environ, 'TOY_LOG': str(tmp_path/'log'), 'TOY_GATE': f'1:{gate}', 'OMP_NUM_THREADS': '1'}
-    p = subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, preexec_fn=heeds_ctrl_c)
+    p = Worker(tmp_path/'said', work_all, tmp_path/'store', executor, env=env)
     until(lambda: (tmp_path/'log').exists() and 1 in epochs(tmp_path/'log'), 200)
     return p
 
 def told(p, what):
     "It hands the signal on to its workers, who else might be through before they hear of it"
-    p.send_signal(what); time.sleep(2)
+    os.kill(p.process.pid, what); time.sleep(2)
 
-@pytest.mark.parametrize('executor', ['here()', 'workers(2)'])
+@pytest.mark.parametrize('executor', [here(), workers(2)], ids=['here', 'workers'])
 def test_sigterm(alone, tmp_path, executor):
     "A snapshot, no lock, exit status 143"
     p = begun(tmp_path, executor, tmp_path/'go')
     told(p, signal.SIGTERM); (tmp_path/'go').touch()
-    said, _ = p.communicate(timeout=200)
-    assert p.returncode == 143, said.decode()
+    assert p.end(200) == 143, p.text
     store = quiet(tmp_path/'store')
     assert list((store.root/'running').glob('*/0000[123]-*.pt'))
     assert not any(store.taken(s) for s in store.plan(table()))
     store.run(table(), executor=here()); assert same_table(alone, store.root)
 
 def test_ctrl_c_stops_the_workers(alone, tmp_path):
-    p = begun(tmp_path, 'workers(2)', tmp_path/'go')
+    p = begun(tmp_path, workers(2), tmp_path/'go')
     told(p, signal.SIGINT); (tmp_path/'go').touch()
-    said, _ = p.communicate(timeout=200)
-    assert b'KeyboardInterrupt' in said
+    assert p.end(200) and 'KeyboardInterrupt' in p.text
     store = quiet(tmp_path/'store')
     assert list((store.root/'running').glob('*/0000[123]-*.pt')) and not any(
         store.taken(s) for s in store.plan(table()))

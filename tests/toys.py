@@ -1,6 +1,7 @@
 "Runs that take a blink, importable by name in any process, and processes that die where a test wants it."
-import contextlib, io, multiprocessing, os, resource, signal, sys, time, warnings
+import contextlib, io, multiprocessing, os, resource, signal, subprocess, sys, time, warnings
 from dataclasses import replace
+from multiprocessing import connection
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from refine_nb.base import Recipe, call
 from refine_nb.vision import Split, load_data
 from refine_nb.training import Engine, fine_tune, sgd
 from refine_nb.runs import Store, timeless
+from refine_nb.runs.processes import serve
 
 # What a toy run does beside its work is told by the environment, so that its key is that of a quiet run:
 # TOY_LOG=<file>     a line 'pid epoch' is added where an epoch starts
@@ -126,6 +128,7 @@ def _body(said, env, f, args, kwargs):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), warnings.catch_warnings():
         warnings.simplefilter('always')
         try: f(*args, **kwargs)
+        except SystemExit: raise
         except BaseException as e:
             print(f'{type(e).__name__}: {e}'); raise SystemExit(1) from None
 
@@ -143,6 +146,23 @@ class Worker:
         return self.process.exitcode
     @property
     def text(self): return self.said.read_text() if self.said.exists() else ''
+
+def _serve(conn, env):
+    os.environ.update(env); os.setsid()
+    fd = os.dup(conn.fileno()); conn.close()
+    serve(fd)
+
+class Forked:
+    "In place of the `Popen` of one of `workers`: the same, but for its command line and its imports"
+    def __init__(self, command, *, env, pass_fds, **how):
+        with connection.Connection(os.dup(*pass_fds)) as conn:
+            self.process = _processes().Process(target=_serve, args=(conn, env), daemon=True)
+            self.process.start()
+        self.kill, self.terminate = self.process.kill, self.process.terminate
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.process.exitcode is None: raise subprocess.TimeoutExpired('serve', timeout)
+        return self.process.exitcode
 
 def _processes():
     "Forked from one that has imported what a run imports: a start takes a tenth of a second, not ten"
