@@ -69,7 +69,9 @@ def _sized(model, x, n):
 
 # %% ../../nbs/attacks/57_padding.ipynb #ea96c174
 class _FixedSizes(nn.Module):
-    def __init__(self, model, largest): super().__init__(); self.model,self.largest,self.sizes = model,largest,{}
+    def __init__(self, model, largest):
+        super().__init__()
+        self.model,self.largest,self.sizes = model,largest,{}
     def forward(self, x):
         if not 0<len(x)<=self.largest: return self.model(x)
         n = min(1<<(len(x)-1).bit_length(), self.largest)
@@ -82,7 +84,7 @@ def fixed_sizes(
     model:nn.Module, # frozen and in evaluation mode, such as `fold` gives; its weights may change in place
     largest:int=512, # batches of more go to the network itself, >= 1
 )->nn.Module:        # the same answers and gradients to the images; on a GPU by CUDA graphs
-    "A network that is asked in batches of 1, 2, 4, ... images, padded: `ValueError` where weights ask for gradients"
+    "A network asked in batches of 1, 2, 4, ... images, padded; `ValueError` where its weights want gradients"
     _module(model); largest = number('largest', largest, 1, whole=True)
     if any(p.requires_grad for p in model.parameters()) or any(m.training for m in model.modules()):
         raise ValueError("fixed sizes want a frozen network in evaluation mode: give fold(model)")
