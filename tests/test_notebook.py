@@ -48,9 +48,11 @@ def no_store(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
 
 def written(tmp_path):
-    "All files below the test's folder but the executed notebook, the sign of the store and its locks"
+    """All files below the test's folder but the executed notebook, the sign of the store, its locks,
+    and the speeds that were measured for the plan, unless they were known"""
     return [str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*')
-            if p.is_file() and p.name not in ('out.ipynb', 'store.json') and p.parent.name != 'locks']
+            if p.is_file() and p.name not in ('out.ipynb', 'store.json')
+            and p.parent.name not in ('locks', 'speeds')]
 
 def refused(tmp_path, engine='here', leaves=(), **given):
     "The error that stops the notebook with these parameters: its kind and its sentence"
