@@ -4,6 +4,7 @@ from dataclasses import replace
 from multiprocessing import connection
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -165,11 +166,13 @@ class Forked:
         return self.process.exitcode
 
 def _processes():
-    "Forked from one that has imported what a run imports: a start takes a tenth of a second, not ten"
+    """Forked from one that has imported what a run imports: a start takes a tenth of a second, not ten.
+    It has one thread: a fork has none of its parent's others, and one that counts on them waits for ever"""
     made = multiprocessing.get_context('forkserver')
     made.set_forkserver_preload(['toys', 'pytest', 'sklearn.datasets', 'torch._dynamo'])
     here, old = str(Path(__file__).parent), os.environ.get('PYTHONPATH')
-    os.environ['PYTHONPATH'] = here + (os.pathsep+old if old else '')
-    try: multiprocessing.forkserver.ensure_running()
-    finally: os.environ.pop('PYTHONPATH') if old is None else os.environ.update(PYTHONPATH=old)
+    with pytest.MonkeyPatch.context() as its:
+        its.setenv('PYTHONPATH', here + (os.pathsep+old if old else ''))
+        its.setenv('OMP_NUM_THREADS', '1')
+        multiprocessing.forkserver.ensure_running()
     return made
