@@ -47,12 +47,16 @@ def no_store(monkeypatch):
     monkeypatch.setattr(Store, '__init__', opened)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
 
+@pytest.fixture
+def priced(monkeypatch):
+    "The plan, which is told before the images are read, knows the network's speed: none is measured and kept"
+    monkeypatch.setattr('refine_nb.runs.prices.speed',
+                        lambda *args, **kwargs: {'forward': 1e-3, 'attack': 3e-3, 'train': 3e-3})
+
 def written(tmp_path):
-    """All files below the test's folder but the executed notebook, the sign of the store, its locks,
-    and the speeds that were measured for the plan, unless they were known"""
+    "All files below the test's folder but the executed notebook, the sign of the store and its locks"
     return [str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*')
-            if p.is_file() and p.name not in ('out.ipynb', 'store.json')
-            and p.parent.name not in ('locks', 'speeds')]
+            if p.is_file() and p.name not in ('out.ipynb', 'store.json') and p.parent.name != 'locks']
 
 def refused(tmp_path, engine='here', leaves=(), **given):
     "The error that stops the notebook with these parameters: its kind and its sentence"
@@ -127,19 +131,19 @@ def test_the_parameter_outdoes_the_environment(tmp_path, no_store, monkeypatch):
                          [('cifar10', 'cifar-10-batches-py', "call load_data('cifar10', download=True)"),
                           ('cifar100', 'cifar-100-python', "call load_data('cifar100', download=True)"),
                           ('cifar10_jpeg', 'cifar-10-images', 'unpack its archive there')])
-def test_images_that_are_not_there(tmp_path, dataset, folder, hint):
+def test_images_that_are_not_there(priced, tmp_path, dataset, folder, hint):
     "The sentence names the set, where it was looked for, how to get it, and how to say where it is"
     said = refused(tmp_path, preset='small', dataset=dataset, model='resnet18', device='cpu')
     assert (said.startswith(f"FileNotFoundError: {dataset} is not there")
             and str(tmp_path/'refine_data'/folder) in said and hint in said and 'REFINE_DATA' in said), said
 
-def test_the_jpeg_edition_is_not_cifar10(tmp_path):
+def test_the_jpeg_edition_is_not_cifar10(priced, tmp_path):
     for part in ('train', 'test'): (tmp_path/'refine_data'/'cifar-10-images'/part/'cat').mkdir(parents=True)
     said = refused(tmp_path, preset='small', dataset='cifar10', model='resnet18', device='cpu')
     assert (said.startswith('FileNotFoundError: cifar10 is not there')
             and "another data set: ask for it as 'cifar10_jpeg'" in said), said
 
-def test_a_jpeg_tree_with_missing_classes(tmp_path):
+def test_a_jpeg_tree_with_missing_classes(priced, tmp_path):
     for part in ('train', 'test'): (tmp_path/'refine_data'/'cifar-10-images'/part/'cat').mkdir(parents=True)
     said = refused(tmp_path, preset='small', dataset='cifar10_jpeg', model='resnet18', device='cpu')
     assert re.search(r'ValueError: .*cifar-10-images/train must hold 10 class folders \(airplane, .*\), '
