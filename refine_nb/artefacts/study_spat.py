@@ -11,19 +11,23 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..reporting import figure_style, marked, measured, method_style
-from ..papers.spat_study import LONG, NAMED, audits, leads
+from ..papers.spat_study import LONG, NAMED, SAME, audits, leads, on_worst
 
 # %% ../../nbs/study_spat.ipynb #5b11700d
 def tidy(
     cells:dict[str,dict], # as `study` gives them, at the scale that was run
     store,                # where they were made
     n_audit:int=100, seed:int=0, # images of an audit; its draws
-)->pd.DataFrame: # part 'accuracy', 'lead' or 'audit'; method, attack, label, accuracy or lead, n, key
+)->pd.DataFrame: # method, attack, label, accuracy or lead, n, key; part: 'accuracy' or 'lead', on all images
+    # or on the same as the worst case, and 'audit'
     "What the networks answer, tidy"
-    acc = pd.DataFrame([{'part': 'accuracy', 'method': k, 'attack': a, **measured([c], store)}
-                        for k,row in cells.items() for a,c in row.items()]).drop(columns='std')
-    parts = [acc, leads(cells, store).assign(part='lead'),
-             audits(cells, store, 'x1', ('SPAT','TRADES'), n_audit, seed).assign(part='audit')]
+    def acc(cells):
+        each = ((k, a, c) for k,row in cells.items() for a,c in row.items())
+        rows = [{'method': k, 'attack': a, **measured([c], store)} for k,a,c in each]
+        return pd.DataFrame(rows).drop(columns='std')
+    parts = [part(of).assign(part=p+same) for same,of in (('', cells), (SAME, on_worst(cells)))
+             for p,part in (('accuracy', acc), ('lead', lambda c: leads(c, store)))]
+    parts.append(audits(cells, store, 'x1', ('SPAT','TRADES'), n_audit, seed).assign(part='audit'))
     # 'upper bound' where a part of it was run
     found = store.get(cells['SPAT']['autoattack'], make=False).result['label']
     words = NAMED | {'autoattack': found.removesuffix(' (standard)')}
@@ -34,11 +38,12 @@ def view(
     ours:pd.DataFrame, # tidy
 )->pd.DataFrame:
     "What each network keeps, as a reader sees it: a row an attack, a column a network"
-    acc = ours[ours.part=='accuracy']
+    acc = ours[ours.part=='accuracy']; n = acc.drop_duplicates('attack').set_index('attack').n
     wide = acc.assign(text=marked(acc, 1)).pivot(index='attack', columns='method', values='text')
     words = dict(zip(acc.attack, acc.label))
-    wide = wide.loc[acc.attack.unique(), acc.method.unique()].rename(index=words, columns=LONG)
-    return wide.rename_axis(columns=None).rename_axis('attack').reset_index()
+    wide = wide.loc[acc.attack.unique(), acc.method.unique()].rename(columns=LONG)
+    if n.nunique() > 1: wide['n'] = n
+    return wide.rename(index=words).rename_axis(columns=None).rename_axis('attack').reset_index()
 
 # %% ../../nbs/study_spat.ipynb #e621fb0e
 def picture(
@@ -57,7 +62,8 @@ def picture(
         low.errorbar(range(len(lead)), lead.lead, yerr=ends(lead, lead.lead), capsize=2, ms=4, ls='',
                      **method_style('SPAT'))
         low.axhline(0, color='.3', lw=.8)
-        top.set(ylabel=f'accuracy (%), n = {acc.n.min():,}', ylim=(-3, 103)); top.grid(axis='y')
+        n = ' to '.join(f'{v:,}' for v in sorted(acc.n.unique()))
+        top.set(ylabel=f'accuracy (%), n = {n}', ylim=(-3, 103)); top.grid(axis='y')
         low.set(ylabel='lead of SPAT\nover TRADES (points)', xticks=range(len(names))); low.grid(axis='y')
         low.set_xticklabels(acc.label.unique(), rotation=35, ha='right')
         fig.suptitle(title, fontsize=8, x=0, ha='left'); fig.legend(loc='outside lower center', ncols=2)

@@ -145,7 +145,7 @@ def finding(
 )->str:           # Markdown
     "What one page found, with its scale"
     best, a = stored(artefact)[0], ARTEFACTS[artefact]
-    run = f"{best.preset} run, {best.title.rpartition(', ')[2]}"
+    run = f"{best.preset} run, {best.title.rpartition(f'{a.name} of {a.of}, ')[2]}"
     return f"**[{a.name} of {a.of}]({artefact}.ipynb)** ({run}): {FOUND[artefact](best.tidy)}"
 
 # %% ../../nbs/papers/99_documents.ipynb #e3f13e48

@@ -24,7 +24,7 @@ from .spat import judged
 
 # %% ../../nbs/papers/72_spat_tables.ipynb #9f4baa84
 BRIEF = {'demo': Brief(epochs=2, n_train=128, n_eval=12, steps=.1, n_targets=1),
-          'small': Brief('of those 6 epochs in batches of 32', epochs=6, n_eval=500, batch_size=32)}
+          'small': Brief('6 epochs in batches of 32', epochs=6, n_eval=500, batch_size=32)}
 
 # %% ../../nbs/papers/72_spat_tables.ipynb #b97d61c8
 COLUMNS = {'Clean': 'clean', 'FGSM': 'fgsm', 'PGD-20': 'pgd_20', 'PGD-100': 'pgd_100', 'MIM-20': 'mim_20',

@@ -24,6 +24,7 @@ class Announcement:
     short: str            # the title of its figure
     says: str             # what its numbers are, below its tables
     made: Callable[[], str] # and by what they were made, once they are
+    folder: str = ''      # of its report, below the preset: network and data set
     @property
     def notes(self)->tuple[str,...]: return self.says, self.made()
 
@@ -98,7 +99,8 @@ def announce(
     a = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')]
     what = f"{a.name} of {a.of}"
     at, less = at_preset(tuple(cells), p.preset, shares), _said(shares, p.preset.name)
-    where = f"{_network(at[0])} on {p.preset.data or p.dataset}{less.replace(';', ',')}"
+    model, data = _network(at[0]), p.preset.data or p.dataset
+    where = f"{model} on {data}{less.replace(';', ',')}"
     tag = {'demo': 'DEMO', 'small': 'SMALL RUN', 'gpu': 'GPU RUN', 'paper': "PAPER'S SCALE"}[p.preset.name]
     says = _scale(p.preset, at)
     settings = {'model': p.model, 'dataset': getattr(p.dataset, 'path', p.dataset)}
@@ -106,7 +108,7 @@ def announce(
     if p.preset.name=='demo':
         banner += f"\n\nThe real thing:\n\n{_real_thing(artefact, settings, cells, store.engine, shares)}"
     return Announcement(banner, f"{tag}: {what}, {where}", f"{tag}: {what}, {where}",
-                        f"{tag}: {says}{less}.", lambda: made_on(at, store))
+                        f"{tag}: {says}{less}.", lambda: made_on(at, store), f"{model}_{data}")
 
 # %% ../../nbs/reporting/60_announcing.ipynb #5364360c
 def announce_figure(

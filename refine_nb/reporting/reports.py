@@ -57,6 +57,14 @@ def run_record(
     return {'preset': preset, 'settings': dict(settings), 'seconds': round(float(seconds), 1),
             'device': device_name(device), 'versions': versions(), 'source': commit(), **more}
 
+# %% ../../nbs/reporting/50_reports.ipynb #a01f0e07
+def _parts(tables, tidy, run, below): # of a report
+    instance('run', run, Mapping, 'a mapping, as run_record gives it')
+    instance('tidy', tidy, pd.DataFrame, 'a table of pandas')
+    choose('table', instance('tables', tables, Mapping, 'a mapping name -> table'), 'table of the report')
+    for name in instance('below', below, Mapping, 'a mapping name -> notes'):
+        instance(f'below of {name}', below[name], Iterable, 'lines of text')
+
 # %% ../../nbs/reporting/50_reports.ipynb #1fa469ee
 def save_report(
     folder:str|Path,                     # `reports/<artefact>/<preset>/<variant>`; replaced as a whole
@@ -65,22 +73,21 @@ def save_report(
     tidy:pd.DataFrame,                   # every number, for programs: tidy.csv
     run:Mapping,                         # from `run_record`
     title:str='',                        # of every table; carries 'DEMO' where the preset is the demo
-    notes:Iterable[str]=(),              # below the tables
+    notes:Iterable[str]=(),              # below each table
+    below:Mapping[str,Iterable[str]]={}, # file name -> notes of that table alone, before those of each
     claims:pd.DataFrame|None=None,       # from `judge`
     figures:Mapping[str,Figure]={},      # file name -> figure; one is called 'figure'
 )->list[str]: # names of the files, sorted
     "Write tables, claims, figures and the run record as one folder, whole or not at all (house rule 10)"
-    instance('title', title, str, 'a text')
-    instance('run', run, Mapping, 'a mapping, as run_record gives it'); _places(folder, notes)
-    instance('tidy', tidy, pd.DataFrame, 'a table of pandas')
-    instance('tables', tables, Mapping, 'a mapping name -> table')
-    choose('table', tables, 'table of the report')
+    instance('title', title, str, 'a text'); _places(folder, notes); _parts(tables, tidy, run, below)
     with whole(folder) as new:
-        for name,table in tables.items(): save_table(table, new, title, notes, name)
+        said = {name: [*below.get(name, ()), *notes] for name in tables}
+        for name,table in tables.items(): save_table(table, new, title, said[name], name)
         if claims is not None: save_table(claims, new, title, name='claims')
         tidy.to_csv(new/'tidy.csv', index=False, lineterminator='\n')
         for name,fig in figures.items(): save_figure(fig, new, name)
-        (new/'run.json').write_text(_json({'title': title, 'notes': list(notes), **run}), encoding='utf-8')
+        record = {'title': title, 'notes': said['table'], **run}
+        (new/'run.json').write_text(_json(record), encoding='utf-8')
         names = sorted(p.name for p in new.iterdir())
     return names
 

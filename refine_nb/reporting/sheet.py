@@ -59,7 +59,7 @@ class Sheet:
         if 'seeds' in kinds: self.p.seeds = self.p.seeds[:self.p.preset.seeds]
         self.engine = engine(getattr(self.p, 'device', None))
         self.cells, self.ours, self.verdicts, self.tables, self.figures = [], None, None, {}, {}
-        self.below = ()  # notes of the main table, besides those that each has
+        self.below = {}  # name of a table -> its own notes, besides those that each has
         warnings.showwarning = _note
 
     @property
@@ -185,10 +185,9 @@ def show(self:Sheet,
     notes:Iterable[str]=(),    # below it, before what made it
 )->Markdown:
     "Show a table with title and notes, and keep it for the report"
-    self.tables[name], notes = view, tuple(notes)
-    if name == 'table': self.below = notes
+    self.tables[name], self.below[name] = view, tuple(notes)
     return show_table(view, f'{self.title.text}{": " if what else ""}{what}',
-                      (*notes, *_images(self.ours, view), *_marks(self.ours), *self.title.notes))
+                      (*self.below[name], *_images(self.ours, view), *_marks(self.ours), *self.title.notes))
 
 def _images(table, view)->tuple[str,...]: # how many, where it is the same number in all rows
     n = getattr(table, 'n', None) # a span of text on the scoreboard, '500 to 1,000'
@@ -229,9 +228,10 @@ def beside(self:Sheet,
     keys, printed = list(keys), _for(printed, e.table)
     both, same = said_once(side_by_side(e.table, printed, keys), ['n'])
     if e.preset != 'paper': both = both.drop(columns='difference') # of two scales it says nothing
-    if self.p.preset.name != 'demo' and not _own(self.p): self.tables['side_by_side'] = words(both)
-    return show_table(words(both), f"{e.title}, beside what is printed{f' ({same})' if same else ''}",
-                      (*_odd(printed, keys), *e.notes))
+    view, odd, name = words(both), _odd(printed, keys), 'side_by_side'
+    if self.p.preset.name != 'demo' and not _own(self.p): self.tables[name], self.below[name] = view, odd
+    return show_table(view, f"{e.title}, beside what is printed{f' ({same})' if same else ''}",
+                      (*odd, *e.notes))
 
 # %% ../../nbs/reporting/70_sheet.ipynb #a0ae1f35
 @patch
@@ -258,9 +258,7 @@ def draw(self:Sheet,
 
 # %% ../../nbs/reporting/70_sheet.ipynb #e84aaa6a
 def _variant(sheet)->str: # the folder of this run below its preset
-    if not sheet.cells: return getattr(sheet.p, 'dataset', '')
-    where = sheet.title.text.rpartition(', ')[2] # '<network> on <data set>'
-    return where.replace(' on ', '_')
+    return sheet.title.folder if sheet.cells else getattr(sheet.p, 'dataset', '')
 
 @patch
 def save(self:Sheet, **facts)->None: # further facts for the record
@@ -274,5 +272,6 @@ def save(self:Sheet, **facts)->None: # further facts for the record
                         provenance=provenance(made), **facts, made=parts)
     names = save_report(report_folder(self.about.id, self.p.preset.name, _variant(self)), run=record,
                         tables=self.tables, tidy=self.ours, title=self.title.text, claims=self.verdicts,
-                        notes=(*self.below, *_marks(self.ours), *self.title.notes), figures=self.figures)
+                        notes=(*_marks(self.ours), *self.title.notes), below=self.below,
+                        figures=self.figures)
     print(f'{len(made)} results, made in {duration(spent)}. Saved:' if made else 'Saved:', ', '.join(names))
