@@ -11,8 +11,7 @@ import pandas as pd
 from ..base import Cell, key
 from ..evaluation import mcnemar, unpack
 from ..refinement import OnSource
-from ..reporting import mean_std, stored
-from .adcorda import STANDS_FOR
+from ..reporting import STANDS_FOR, mean_std, stored
 
 # %% ../../nbs/papers/25_adcorda_study.ipynb #5083e30f
 ARMS = {'BL': 'baseline', 'T': 'kept (the control)', 'T, CORAL': 'kept, CORAL', 'T_c': 'removed',

@@ -11,8 +11,7 @@ import pandas as pd
 
 from ..vision import classifier, load_data
 from ..refinement import CALIBRATION_BATCH, integers, mebibytes, quantise
-from ..reporting import Claim, cell, named
-from .adcorda import STANDS_FOR
+from ..reporting import STANDS_FOR, Claim, cell, named
 
 # %% ../../nbs/papers/20_adcorda_tables.ipynb #7abcde51
 def printed_block(

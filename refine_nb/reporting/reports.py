@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from ..base import as_path, choose, commit, device_name, instance, number, versions, whole
 from ..runs import PRESETS
+from .claims import STANDS_FOR
 from .figures import save_figure
 from .tables import show_table
 from .listing import report_folder
@@ -114,8 +115,7 @@ class Stored:
                              "restore it, or remove the folder and run it again") from e
 
 # %% ../../nbs/reporting/50_reports.ipynb #c431cb90
-# in place of a paper's data set, the better one first
-_STAND_IN = ('cifar10_resplit', 'cifar10_jpeg', 'digits', 'own-')
+_STAND_IN = (*STANDS_FOR, 'digits', 'own-') # in place of a paper's data set, the better one first
 
 def stored(
     artefact:str,   # an id of `ARTEFACTS`
