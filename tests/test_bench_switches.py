@@ -41,12 +41,12 @@ def sides(contest): return {k: f() for k,f in contest.sides.items()}
 
 def spoil(name, found): # what the side without would give, were it wrong by little
     if name == 'switch_bfloat16': return found[0]*1.05, found[1]
-    if name == 'switch_pooled': return torch.where(found < 0, 1, -1)
+    if name == 'switch_pooled': return torch.cat([found[:1] ^ 1, found[1:]]) # a single verdict
     if name == 'switch_batches': return found+1
     return found
 
-AT_ONCE = ('switch_fold', 'switch_layout', 'switch_lending', 'switch_bfloat16', 'switch_pooled',
-           'switch_batches')
+AT_ONCE = ('switch_fold', 'switch_layout', 'switch_trial', 'switch_lending', 'switch_bfloat16',
+           'switch_pooled', 'switch_batches')
 
 @pytest.mark.parametrize('name', AT_ONCE)
 def test_sides_agree(name, small):
@@ -100,7 +100,17 @@ def test_a_compiled_step_is_compared_where_a_compiler_is(small, monkeypatch):
     with pytest.raises(Absent, match=r'^torch.compile fails here: no working C\+\+ compiler$'):
         ROWS['switch_compiled'].make(small)
 
+def test_padded_batches_get_the_same_pixels(small, monkeypatch):
+    "And a padded net that answers otherwise is refused"
+    contest = switches.sizes_contest(small)
+    agrees, line = contest.agree(sides(contest))
+    assert agrees and 'all pixels' in line, line
+    monkeypatch.setattr(switches, 'fixed_sizes', lambda net: nn.Sequential(nn.Hardtanh(-1., .5), net))
+    contest = switches.sizes_contest(small)
+    assert not contest.agree(sides(contest))[0]
+
 @pytest.mark.parametrize('name, why', [('switch_graphs', 'CUDA graphs are recorded there'),
+                                       ('switch_sizes', 'CUDA graphs are recorded there'),
                                        ('switch_tf32', 'TF32'), ('switch_data', 'on a CPU the images lie')])
 def test_a_cpu_says_what_needs_a_gpu(name, why, small):
     with pytest.raises(Absent, match=f'^needs a GPU: {why}'): ROWS[name].make(small)
