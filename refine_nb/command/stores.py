@@ -128,7 +128,8 @@ def _doctor(as_json):
     from refine_nb.training import engine
     from refine_nb.runs import home_folder
     e = engine(); made = commit()
-    rows = [{'what': 'device', 'value': f'{device_name(e.device)}, training in {e.precision}'}]
+    lay = ', networks asked in layouts by trial'*(e.layout=='tried')
+    rows = [{'what': 'device', 'value': f'{device_name(e.device)}, training in {e.precision}{lay}'}]
     rows += [{'what': k, 'value': v or 'not installed'} for k,v in versions().items()]
     rows.append({'what': 'source', 'value': 'no checkout' if not made else
                  made['commit'][:12] + (', with uncommitted changes' if made['dirty'] else '')})
