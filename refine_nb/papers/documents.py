@@ -120,7 +120,7 @@ def _of_formulas(rows):
             f"({_them(rows)})."] if len(rows) else []
 def _none(own): # documents of which nothing of their own was run
     names = [PAPERS[p].short for p in PAPERS if not own[own.document==p].scale.any()]
-    return [f"No run with the networks of {' and '.join(names)} is stored yet."] if names else []
+    return [f"No stored run carries a claim of {' or '.join(names)} yet."] if names else []
 
 # %% ../../nbs/papers/99_documents.ipynb #4ff9e58a
 def on_ours(

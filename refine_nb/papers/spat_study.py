@@ -161,12 +161,12 @@ def found_study(
     def drop(name): # from the released attack to the worst case
         rows = acc[acc.method==name].set_index('attack').accuracy
         return rows['x1']-rows['worst']
-    falls = ', '.join(f'{name} {drop(name):.1f}' for name in acc.method.unique() if name not in ill)
-    none = f" {' and '.join(LONG[k] for k in ill)} learnt nothing and says nothing."*bool(len(ill))
+    falls = '; '.join(f'{LONG[k]}: {drop(k):.1f}' for k in acc.method.unique() if k not in ill)
+    none = f" Learnt nothing, and so says nothing: {'; '.join(LONG[k] for k in ill)}."*bool(len(ill))
     own = lead[(lead.method=='SPAT') & ~lead.attack.isin(['clean','worst'])].lead
-    clean = f"On clean images SPAT is {_span(lead, 'SPAT', 'clean')} points from TRADES."
+    clean = f"On clean images SPAT's lead over TRADES is {_span(lead, 'SPAT', 'clean')} points."
     return (f"{clean} {verdict(lead, same)} Over all attacks the difference runs from "
             f"{own.min():+.1f} to {own.max():+.1f}. From the released attack to the worst case the networks "
-            f"lose, in points: {falls}.{none}")
+            f"lose, in points, {falls}.{none}")
 
 FOUND = {'study_spat': found_study} # artefact -> what we found, from its tidy table
