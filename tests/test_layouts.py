@@ -15,7 +15,7 @@ from refine_nb.refinement import Correction, OnSource, Quantised
 from refine_nb.reporting import made_on
 from refine_nb.runs import Setting, Store, attempt, provenance, values
 from refine_nb.training import Engine, engine
-from refine_nb.vision import fold, laid, layout_for
+from refine_nb.vision import classifier, fold, laid, layout_for
 from toys import quiet, recipe
 
 PLAIN, LAST = torch.contiguous_format, torch.channels_last
@@ -114,3 +114,21 @@ def test_a_layout_is_chosen_by_name(monkeypatch):
         Store()
     with pytest.raises(ValueError, match="^unknown layout 'nhwc': choose one of 'channels_last', 'tried'$"):
         Engine(layout='nhwc')
+
+def test_a_stage_in_a_layout_of_its_own(tmp_path, monkeypatch):
+    "It says the same, through the folded copy too, and the record names the stage"
+    spec = recipe(model=call(classifier, name='resnet20', stem='cifar', mean=[0.]*3, std=[1.]*3), epochs=1)
+    cells = Cell(spec, PGD, n_eval=12), Robustness(spec, eps=.0005, n_eval=30, components=('apgd-t',))
+    stores = quiet(tmp_path/'fixed'), tried(tmp_path/'tried')
+    monkeypatch.setattr(values, 'layout_for', lambda net, x: {'': LAST, 'net.layer3': PLAIN})
+    copies, seen = [], ensemble.fold_if_same
+    def spied(*args): copies.append(seen(*args)[0]); return copies[-1],None
+    monkeypatch.setattr(ensemble, 'fold_if_same', spied)
+    for cell in cells:
+        a, b = (s.get(cell) for s in stores)
+        assert b.made['layout'] == 'channels_last, net.layer3 contiguous' and 'layout' not in a.made
+        assert a.result.keys() == b.result.keys() and a.tensors().keys() == b.tensors().keys()
+        for k,v in a.tensors().items():
+            if not v.is_floating_point(): assert torch.equal(b.tensors()[k], v)
+    lie = [[m.conv1.weight.is_contiguous() for m in (c.net.layer2[0],c.net.layer3[0])] for c in copies]
+    assert lie == [[False,False],[False,True]]

@@ -51,7 +51,10 @@ def _ours(p, name, model, fast, order, names):
     device = _where(model); names = names.to(device)
     def run(model, x, y, aim, e, job):
         return _OURS[name](p, model, x, y, aim, e, _hash(names[e], p.seed, STANDARD.index(name), job))
-    def judged(found, hit, y): return hit & _wrong(model, found, y)
+    def judged(found, hit, y): # what broke nothing is not asked about
+        sure = hit.clone()
+        if hit.any(): sure[hit] = _wrong(model, found[hit], y[hit])
+        return sure
     def attack(x, y, e, job):
         x,y,aim,i = (x.to(device).clone(memory_format=_layout(x)),y.to(device),
                      order[e,-2-job].to(device),e.to(device))

@@ -134,7 +134,9 @@ def keep(self:Store, spec:Spec, result:dict, tensors:dict, seconds:float)->Entry
                                     'result': result, 'made': made}))
     with writing(self.root): return write_entry(self.folder(spec), record, tensors)
 
-def _name(layout): return str(layout).removeprefix('torch.').removesuffix('_format')
+def _name(layouts): # part -> layout, '' the whole: in words
+    said = {part: str(l).removeprefix('torch.').removesuffix('_format') for part,l in layouts.items()}
+    return ', '.join([said.pop(''), *(f'{part} {l}' for part,l in said.items())])
 
 # %% ../../nbs/runs/20_store.ipynb #daab1d80
 @patch

@@ -20,18 +20,25 @@ from .intake import _aside
 # %% ../../nbs/vision/26_layouts.ipynb #76b56069
 def _lay(model, args): # images of one channel lie in both layouts: their strides have to be made
     x = args[0] if args else None
-    if not isinstance(x, Tensor) or x.ndim!=4: return None
+    if not hasattr(model, 'laid') or not isinstance(x, Tensor) or x.ndim!=4: return None
     lie = x.clone if x.shape[1]==1 else x.contiguous
     return (lie(memory_format=model.laid), *args[1:])
 
+def _lie(part, layout):
+    part.to(memory_format=layout).laid = layout
+    if _lay not in part._forward_pre_hooks.values(): part.register_forward_pre_hook(_lay, prepend=True)
+
 def laid(
-    model:nn.Module,            # changed in place: where its weights lie, and a hook before its forward
-    layout:torch.memory_format, # channels_last or contiguous_format
-)->nn.Module:                   # `model`; `fold` keeps its layout
-    "A network in a memory layout, which lays its images so, too"
-    choose(layout, (torch.channels_last,torch.contiguous_format), 'layout')
-    model.to(memory_format=layout).laid = layout
-    if _lay not in model._forward_pre_hooks.values(): model.register_forward_pre_hook(_lay, prepend=True)
+    model:nn.Module, # changed in place: where its weights lie, and a hook before its forward
+    layout:torch.memory_format|dict[str,torch.memory_format], # or name of a part -> layout, '' all the rest
+)->nn.Module:        # `model`; `fold` keeps its layout
+    "A network in a memory layout, which lays its images so, too; channels_last or contiguous_format"
+    parts = {'': torch.channels_last, **layout} if isinstance(layout, dict) else {'': layout}
+    for name,l in parts.items():
+        choose(l, (torch.channels_last,torch.contiguous_format), 'layout')
+        choose(name, dict(model.named_modules()), 'part')
+    for m in model.modules(): vars(m).pop('laid', None)
+    for name in sorted(parts): _lie(model.get_submodule(name), parts[name]) # a whole before its parts
     return model
 
 # %% ../../nbs/vision/26_layouts.ipynb #3a33403d
@@ -49,33 +56,71 @@ def _spent(model, x, clock):
     except Exception: return torch.inf
 
 # %% ../../nbs/vision/26_layouts.ipynb #28286b28
-def _sooner(model, x, seconds, clock):
+_PLAIN,_LAST = torch.contiguous_format,torch.channels_last
+
+def _sooner(model, x, seconds, clock, given=_LAST, usual=_LAST):
     "The layout in which a copy of the network needs less time on as many of the images as there is time for"
-    plain,last = torch.contiguous_format,torch.channels_last
+    other = _PLAIN if usual==_LAST else _LAST
     begun,n = clock(),1
     with _aside(model, x):
-        sides = {layout: laid(copied(model), layout) for layout in (plain,last)}
+        sides = {layout: laid(copied(model), layout) for layout in (other,usual)}
         while True:
-            some = x[:n].contiguous(memory_format=last)
+            some = x[:n].contiguous(memory_format=given)
             took = {layout: _spent(m, some, clock) for layout,m in sides.items()}
             if n>=len(x) or clock()-begun>seconds/3: break
             n *= 2
-    return plain if took[plain]<.9*took[last] else last
+    return other if took[other]<.9*took[usual] else usual
+
+# %% ../../nbs/vision/26_layouts.ipynb #5a7e0c12
+def _stages(model):
+    "Names of the stages of a network, in the order in which it holds them"
+    name,net,parts = '',model,[(None,model)]
+    while len(parts)==1:
+        parts = [(k,c) for k,c in net.named_children() if any(isinstance(m, nn.Conv2d) for m in c.modules())]
+        if len(parts)==1: name,net = f'{name}{parts[0][0]}.',parts[0][1]
+    return [name+k for k,c in parts if list(c.children())]
+
+def _inputs(model, names, x):
+    "What each stage is given [B,C,H,W], where it is called once and with one tensor; empty where all fails"
+    seen,model = {},copied(model)
+    for name in names:
+        part = model.get_submodule(name)
+        part.register_forward_pre_hook(lambda m, args, name=name: seen.setdefault(name, []).append(args))
+    try: model(x)
+    except Exception: return {}
+    def fits(calls): # once, with one tensor
+        return len(calls)==1==len(calls[0]) and isinstance(calls[0][0], Tensor) and calls[0][0].ndim==4
+    return {name: seen[name][0][0].detach() for name in names if fits(seen.get(name, []))}
+
+# %% ../../nbs/vision/26_layouts.ipynb #5a7e0c14
+def _otherwise(model, x, whole, seconds, clock):
+    "The stages of a network that lies `whole` that need less time in the other layout: name -> that layout"
+    with _aside(model, x): inputs = _inputs(model, _stages(model), x[:1])
+    found,lies = {},whole
+    for name,z in inputs.items():
+        z = z.expand(len(x), -1, -1, -1)
+        lies = _sooner(model.get_submodule(name), z, seconds/len(inputs), clock, given=lies, usual=whole)
+        if lies!=whole: found[name] = lies
+    return found
 
 # %% ../../nbs/vision/26_layouts.ipynb #fee8a5b3
-_TRIED = WeakKeyDictionary() # network -> {what images it was tried on: its layout}
+_TRIED = WeakKeyDictionary() # network -> {what images it was tried on: its layouts}
+
+def _tried(model, x, seconds, clock):
+    whole = _sooner(model, x, seconds/2, clock)
+    return {'': whole, **_otherwise(model, x, whole, seconds/2, clock)}
 
 def layout_for(
     model:nn.Module, # as it will be asked, such as a folded copy; not changed
     x:Tensor,        # [B,C,H,W], images such as it will be asked about, B >= 1
     *,
-    seconds:float=.1,            # no more images after a third of it, > 0
-    clock:Callable|None=None,    # () -> the time in seconds; None: that of the processor, on a GPU the wall's
-)->torch.memory_format:          # channels_last or contiguous_format
-    "The memory layout in which a network is quicker on this machine: tried once"
+    seconds:float=.1,         # of the whole trial: it looks at as many images as there is time for; > 0
+    clock:Callable|None=None, # () -> time in seconds; None: that of the processor, on a GPU the wall's
+)->dict[str,torch.memory_format]: # '' -> layout of the whole; name of a stage -> its own, where it has one
+    "The memory layouts in which a network is quicker on this machine: tried once"
     if x.ndim!=4 or not len(x): raise ValueError(f"images must be [B,C,H,W], B >= 1, got {list(x.shape)}")
     seconds,known = number('seconds', seconds, above=0),_TRIED.setdefault(model, {})
     kind = x.shape,x.dtype,x.device,torch.get_num_threads()
     clock = clock or (perf_counter if x.is_cuda else process_time)
-    if kind not in known: known[kind] = _sooner(model, x, seconds, clock)
-    return known[kind]
+    if kind not in known: known[kind] = _tried(model, x, seconds, clock)
+    return dict(known[kind])
