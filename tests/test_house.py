@@ -21,7 +21,7 @@ LINES = 25                                       # of an export cell, without di
 CELLS, EXPORTED = 45, 250                        # of a notebook in a room: cells, exported lines
 PAGE, CODE = 20, 100                             # of an artefact: cells, lines of code
 COLUMNS = 110                                    # of a line of code
-MEGABYTES, KILOBYTES = 11, 400                   # of all notebooks together, and of one of them
+MEGABYTES, KILOBYTES = 10, 400                   # of all notebooks together, and of one of them
 MACHINE_PATH = re.compile(r'(?<![\w.~])/(?:home|root|tmp|work|Users|var/folders)/|[A-Z]:\\\\?Users')
 
 
