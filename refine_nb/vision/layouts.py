@@ -30,7 +30,7 @@ def _lie(part, layout):
 
 def laid(
     model:nn.Module, # changed in place: where its weights lie, and a hook before its forward
-    layout:torch.memory_format|dict[str,torch.memory_format], # or name of a part -> layout, '' all the rest
+    layout:torch.memory_format|dict[str,torch.memory_format], # or part -> layout; '' the rest: last if unsaid
 )->nn.Module:        # `model`; `fold` keeps its layout
     "A network in a memory layout, which lays its images so, too; channels_last or contiguous_format"
     parts = {'': torch.channels_last, **layout} if isinstance(layout, dict) else {'': layout}
