@@ -1,12 +1,16 @@
 "Stored outputs are of this code: made by the cells, the package and the reports that lie beside them."
-import json, sys
+import base64, io, json, sys
 from pathlib import Path
 
+import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
 from outputs import made_by, notebooks, record, recorded, stale, unmarked
+from run_notebooks import PHOTOGRAPH, lean, tidy
 
 def test_outputs_are_of_this_code():
     gone = stale()
@@ -24,6 +28,43 @@ def test_outputs_say_nothing_of_the_machine():
     words = ("'PATH': ", str(ROOT), sys.prefix, '/site-packages/', '"name": "stderr"')
     texts = {p.name: told(p) for p in notebooks()}
     assert not (bad := {name: w for name,text in texts.items() for w in words if w in text}), bad
+
+def pictures(cells):
+    outputs = [o for c in cells for o in c.get('outputs', ())]
+    return [o['data']['image/png'] for o in outputs if 'image/png' in o.get('data', ())]
+
+def test_drawings_are_kept_lean():
+    "Three times as many figures find room in the megabytes that notebooks may take"
+    def heavy(path): return [p for p in pictures(json.loads(path.read_text(encoding='utf-8'))['cells'])
+                             if lean(''.join(p)) != ''.join(p)]
+    bad = [p.name for p in notebooks() if heavy(p)]
+    assert not bad, f'{", ".join(bad)}: tools/run_notebooks.py with their names'
+
+def png(pixels):
+    Image.fromarray(pixels).save(kept := io.BytesIO(), 'PNG')
+    return base64.b64encode(kept.getvalue()).decode()
+
+def pixels(image):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(image))).convert('RGB')).astype(int)
+
+def test_a_drawing_in_few_colours_is_the_same_drawing():
+    "No difference that is seen, transparent is white, twice is as once, and a photograph is left alone"
+    drawing = np.full((60,80,4), 255, dtype=np.uint8)
+    drawing[:40,:,0] = np.arange(80)*2; drawing[:40,:,1] = np.arange(40)[:,None]*6; drawing[50:] = 0
+    said = lean(png(drawing))
+    assert abs(pixels(said)-np.where(drawing[...,3:]==0, 255, drawing[...,:3])).max() <= 12 # of 255
+    assert (pixels(said)[55:] == 255).all() and lean(said) == said
+    photograph = png(np.random.default_rng(0).integers(0, 256, (120,120,3), dtype=np.uint8))
+    assert lean(photograph) == photograph and PHOTOGRAPH < 120*120
+
+def test_warnings_are_told_and_not_kept():
+    kept = nbformat.v4.new_output('stream', name='stdout', text='7')
+    told = nbformat.v4.new_output('stream', name='stderr', text='/a/folder/b.py:3: UserWarning: so')
+    red = png(np.full((40,40,3), (200,0,0), np.uint8))
+    drawn = nbformat.v4.new_output('display_data', {'image/png': red})
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('f()', outputs=[told, kept, drawn])])
+    assert tidy(nb) == [told.text]
+    assert [o.get('text') for o in nb.cells[0].outputs] == ['7', None] and pictures(nb.cells) == [lean(red)]
 
 def test_nothing_is_recorded_that_is_not_there():
     assert set(recorded()) <= {p.relative_to(ROOT/'nbs').as_posix() for p in notebooks()}

@@ -2,10 +2,12 @@
 
 A notebook that fails keeps its old outputs.
 """
-import os, re, sys, time
+import base64, io, os, re, sys, time
 from pathlib import Path
 
 import nbformat
+import numpy as np
+from PIL import Image
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -21,16 +23,43 @@ def rank(path):
     room = path.parent.name
     return (path.stem == 'index', ROOMS.index(room) if room in ROOMS else len(ROOMS), path.stem)
 
+PHOTOGRAPH = 10_000 # colours; antialiased lines and text make at most some thousand
+
+def lean(
+    png:str, # base64, as a notebook keeps it
+)->str:      # the same on white in 256 colours, a third of the size; a photograph as it came
+    "A drawing as a notebook should keep it"
+    drawing = Image.open(io.BytesIO(base64.b64decode(png)))
+    if drawing.mode == 'P': return png
+    drawing = drawing.convert('RGBA')
+    drawing = Image.alpha_composite(Image.new('RGBA', drawing.size, 'white'), drawing).convert('RGB')
+    if len(np.unique(np.asarray(drawing).reshape(-1, 3), axis=0)) >= PHOTOGRAPH: return png
+    few, kept = drawing.quantize(256, kmeans=2, dither=Image.Dither.NONE), io.BytesIO()
+    few.save(kept, 'PNG', optimize=True)
+    return base64.b64encode(kept.getvalue()).decode()
+
+def tidy(nb):
+    "Drawings are lean; warnings, which name this machine's folders, are returned instead of kept"
+    told = []
+    for cell in nb.cells:
+        if cell.cell_type != 'code': continue
+        told += [o.text for o in cell.outputs if o.get('name') == 'stderr']
+        cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
+        for data in (o.data for o in cell.outputs if 'image/png' in o.get('data', ())):
+            data['image/png'] = lean(data['image/png'])
+    return told
+
 def run(path):
-    "Execute one notebook in its own kernel, then replace it as a whole"
+    "Execute one notebook in its own kernel, then replace it as a whole; what it told on stderr"
     nb = nbformat.read(path, as_version=4)
     meta = dict(nb.metadata)
     NotebookClient(nb, timeout=None, kernel_name='python3',
                    resources={'metadata': {'path': str(path.parent)}}).execute()
     nb.metadata = nbformat.from_dict(meta)
-    new = path.with_suffix('.running')
+    told, new = tidy(nb), path.with_suffix('.running')
     nbformat.write(nb, new)
     os.replace(new, path)
+    return told
 
 def notebooks(nbs=NBS):
     "Name -> path, in the order in which they run; a name is the path below nbs/ without its ending"
@@ -49,10 +78,10 @@ def main(names):
     there = notebooks()
     for name in chosen(names, there):
         start = time.monotonic()
-        try: run(there[name])
+        try: told = run(there[name])
         except CellExecutionError as e: sys.exit(f'{name}: ' + re.sub(r'\x1b\[[\d;]*m', '', str(e)))
         record([there[name]])
-        print(f'{name}: {time.monotonic()-start:.0f} s', flush=True)
+        print(f'{name}: {time.monotonic()-start:.0f} s', *told, sep='\n', flush=True)
 
 
 if __name__ == '__main__': main(sys.argv[1:])
