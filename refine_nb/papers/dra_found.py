@@ -46,7 +46,7 @@ def found_against_vanilla(
     attacks = [a for a in table.attack.unique() if a.startswith('pgd_')]
     gains = '; '.join(f'{_tuned(table, a):+.1f} under {column(a)}' for a in attacks)
     clean = _tuned(table, 'clean')
-    return (f"Tuned is {clean:+.1f} points from Vanilla on clean images and {gains}. "
+    return (f"Tuned against Vanilla, in points: {clean:+.1f} on clean images; {gains}. "
             f"{_left(table)}{_note(table)}")
 
 # %% ../../nbs/papers/94_dra_found.ipynb #e7a2581f
@@ -106,7 +106,7 @@ def found_tab7(
     def gain(c): return cell(table, kind='ours', corruption=c)-cell(table, kind='vanilla', corruption=c)
     gains = {c: gain(c) for c in table.corruption.unique()}; clean = gains.pop('clean')
     said = ', '.join(f"{c.replace('_', ' ')} {g:+.1f}" for c,g in gains.items())
-    return (f"Tuned is {clean:+.1f} points from Vanilla on clean images and above it on "
+    return (f"Tuned against Vanilla, in points: {clean:+.1f} on clean images; above it on "
             f"{sum(g > 0 for g in gains.values())} "
             f"of {len(gains)} corruptions: {said}.{_note(table)}")
 

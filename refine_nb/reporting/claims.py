@@ -32,7 +32,7 @@ def cell(
     if column not in table: raise Missing(f'a column {column!r}')
     if len(at) > 1:
         raise ValueError(f'{len(at)} rows have {_words(where)}: name more columns, so that one is left')
-    value = table[column].iloc[at[0]]
+    value = table.iat[at[0], table.columns.get_loc(column)]
     if pd.isna(value): raise Missing(f'{column} of {_words(where)}')
     return value
 

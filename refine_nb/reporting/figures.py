@@ -86,8 +86,10 @@ def method_colour(
     return method_style(name)['color']
 
 # %% ../../nbs/reporting/10_figures.ipynb #0f655dd5
-def _keys(ours, published):
-    keys = [mpl.lines.Line2D([], [], color='.4', lw=1.6, marker='o', ms=5, label=ours)]
+def _keys(axes, ours, published):
+    own = {l.get_marker() for ax in axes for l in ax.lines if l.get_markerfacecolor() != 'none'}
+    marker = own.pop() if len(own)==1 else 'o' # where methods differ, a disc stands for all
+    keys = [mpl.lines.Line2D([], [], color='.4', lw=1.6, marker=marker, ms=5, label=ours)]
     if published:
         keys.append(mpl.lines.Line2D([], [], ls='', marker='D', ms=4.5, mfc='none', mec='.25',
                                      mew=.8, label='published'))
@@ -121,7 +123,7 @@ def dot_interval(
            ylim=(len(table)-.4, -.6), xlabel=xlabel, title=title)
     ax.grid(axis='x'); ax.tick_params(axis='y', length=0)
     if legend:
-        ax.legend(handles=_keys(ours, 'published' in table and table.published.notna().any()),
+        ax.legend(handles=_keys([ax], ours, 'published' in table and table.published.notna().any()),
                   loc='upper center', bbox_to_anchor=(.5, 0), ncols=2, borderaxespad=5)
     return ax
 
@@ -132,7 +134,7 @@ def shared_legend(
     ours:str='ours, 95 % interval', # legend text of our points
 )->None:
     "One legend for all panels of a figure"
-    fig.legend(handles=_keys(ours, published), loc='outside lower center', ncols=2)
+    fig.legend(handles=_keys(fig.axes, ours, published), loc='outside lower center', ncols=2)
 
 # %% ../../nbs/reporting/10_figures.ipynb #00edada7
 def _line_style(name, i): # of the i-th line
