@@ -20,7 +20,7 @@ from refine_nb.papers.adcorda import cinic_baseline, refined
 from refine_nb.artefacts.tab2_adcorda import ROWS, grid, lacks, tidy
 
 CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
-TOY = Preset('toy', epochs=.05, size=32, n_eval=20, steps=10, batch_size=4)
+TOY = Preset('toy', epochs=.05, size=32, n_eval=20, steps=10, batch_size=16)
 pytestmark = pytest.mark.filterwarnings('ignore:cinic10 under .* is not the published set')
 
 

@@ -62,7 +62,7 @@ def test_one_and_two_threads_differ(forked, tmp_path):
     assert two.made['device'].endswith('2 threads') and one.made['device'].endswith('1 thread')
     assert any(not torch.equal(one.tensors()[k], v) for k,v in two.tensors().items())
 
-def test_four_workers_one_is_killed(alone, tmp_path, monkeypatch):
+def test_four_workers_one_is_killed(forked, alone, tmp_path, monkeypatch):
     "It dies in the middle of a training, is begun again, goes on from its snapshot; nothing is made twice"
     log, root = tmp_path/'log', tmp_path/'store'
     monkeypatch.setenv('TOY_LOG', str(log)); monkeypatch.setenv('TOY_GATE', f'2:{tmp_path}/go')
