@@ -46,13 +46,14 @@ def _draw_plane(a, net, x, y, eps): # what the net says and what is true, and wh
     reach = (torch.cdist(grid, x, p=torch.inf)<=eps).any(1)
     for where,ink in ((reach & (says==truth), '.88'), (reach & (says!=truth), '#D55E00')):
         a.contourf(line, line, where.reshape(side).T, levels=[.5, 1.5], colors=[ink])
-    for what,style in ((truth, '--'), (says, '-')):
-        a.contour(line, line, what.reshape(side).T, levels=[.5], colors='k', linewidths=.9, linestyles=style)
     for k,ink in ((0, '#0072B2'), (1, '#E69F00')):
         a.plot(*x[y==k].T, 'o^'[k], ms=1.8, color=ink, label=f'class {k}')
-    a.set(xticks=[], yticks=[], aspect='equal', xlim=(.01, .99), ylim=(.2, .8),
-          title='red: within the budget of data, and wrong')
-    a.legend(loc='lower left')
+    for what,style,name in ((truth, '--', 'border of the truth'), (says, '-', 'border of the net')):
+        a.contour(line, line, what.reshape(side).T, levels=[.5], colors='k', linewidths=.9, linestyles=style)
+        a.plot([], [], 'k'+style, lw=.9, label=name)
+    a.set(xticks=[], yticks=[], aspect='equal', xlim=(.01, .99), ylim=(.2, .8), xlabel='first coordinate',
+          ylabel='second coordinate', title='red: within the budget of data, and wrong')
+    a.legend(loc='upper center', bbox_to_anchor=(.5, -.1), ncols=4, columnspacing=1, handlelength=1.5)
 
 # %% ../../nbs/fig2_1_spat.ipynb #c384498d
 def picture(
@@ -67,6 +68,6 @@ def picture(
         b.errorbar(ours.dims, 100*ours.fooled, 100*ours.fooled_se, color='#0072B2', marker='o', ms=4,
                    capsize=2)
         b.set(xscale='log', xticks=ours.dims, xticklabels=ours.dims, xlabel='coordinates', ylim=(0, None),
-              ylabel='right points that PGD moves (%)')
+              ylabel='right points that PGD moves (%)', title='mean of seeds ± standard error')
         b.minorticks_off(); b.grid(axis='y'); fig.suptitle(title, fontsize=8, x=0, ha='left')
     return fig
