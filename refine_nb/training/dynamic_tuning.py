@@ -51,6 +51,7 @@ def regulated(
     *,
     mode:str='eval',       # of the model while it is attacked, as for `adversarial`
     folded:bool=False,     # attack a folded copy, as for `adversarial`
+    see:Callable|None=None, # is shown each x_adv [B,C,H,W], as for `adversarial`
 )->Callable: # (model, batch, progress) -> mean loss, accuracies, 'eps' and 'unmoved'
     "A step on clean and on attacked images, with a budget that fades (DRA, section IV)"
     eps,moved = _largest(attack),attacker(attack, mode, folded); choose(total, TOTALS, 'total')
@@ -59,6 +60,7 @@ def regulated(
         given,logs = {'y': y},{'eps': torch.full((), now, device=x.device)}
         if attacked:
             x_adv = moved(model, x, y, generator, eps=now)
+            if see: see(x_adv)
             logs['unmoved'] = (x_adv==x).flatten(1).all(1).float().mean()
         if not attacked or total!='alternating': given['z'] = step_logits(model, x)
         if attacked: given['z_adv'] = step_logits(model, x_adv)
@@ -76,6 +78,7 @@ def regulated_training(
     total:str='mean',          # one of `TOTALS`
     mode:str='eval',           # of the model while it is attacked
     augment:str='crop_flip',   # 'none', 'flip' or 'crop_flip'
+    see:Callable|None=None,    # as for `adversarial`
     device='cpu',              # of the batches
 )->Method:                     # for a recipe that starts from a trained network: init=vanilla
     "`regulated` with the batches of `adversarial_training` (DRA, sections IV and V-A)"
@@ -85,5 +88,5 @@ def regulated_training(
     fade(0.)                   # says what is wrong with it
     def every_other(epoch):
         for i,(x,y,own) in enumerate(plain.batches(epoch)): yield x, y, own if i%2 else None
-    step = regulated(attack, fade, total, mode=mode, folded=mode=='eval')
+    step = regulated(attack, fade, total, mode=mode, folded=mode=='eval', see=see)
     return replace(plain, step=step, batches=every_other if total=='alternating' else plain.batches)

@@ -56,8 +56,8 @@ def fold(
         out.set_submodule(conv, fuse_conv_bn_eval(out.get_submodule(conv), out.get_submodule(norm)))
         out.set_submodule(norm, nn.Identity().eval())
     out.folded_pairs = pairs
-    out.requires_grad_(False).to(memory_format=torch.channels_last)
-    for m in out.modules(): # a whole before its parts
+    out.requires_grad_(False).to(memory_format=getattr(out, 'laid', torch.channels_last))
+    for m in [*out.modules()][1:]: # a whole before its parts
         if hasattr(m, 'laid'): m.to(memory_format=m.laid)
     return out
 
