@@ -61,11 +61,15 @@ def _needs(asked, cells:list[Cell])->str: # every data set behind a page, the on
     return ' and '.join(dict.fromkeys(NEEDS.get(s, 'your own images') for s in sets))
 
 # %% ../../nbs/reporting/60_announcing.ipynb #19ee1dda
+def _inner(model): # the network inside a head or a surgery that takes one
+    return model if 'name' in model.all_settings else _inner(model['base'])
+
 def _scale(p:Preset, cells)->str: # what it is, by the images and networks that the cells have at it
     roots = [rooted(c) for c in cells]
     sizes = dict.fromkeys(r.data.all_settings.get('size') or 32 for r in roots)
     says = p.says.replace('32x32', ' and '.join(f'{s}x{s}' for s in sizes))
-    small = all(r.model.name=='small_network' for r in roots) # of its own, without a stem to change
+    # of its own, without a stem to change
+    small = all(_inner(r.model).name=='small_network' for r in roots)
     return says.replace(' with a CIFAR stem', '') if small else says
 
 def _said(shares, name)->str: # what a page takes less of
@@ -85,8 +89,7 @@ def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine, sh
 
 # %% ../../nbs/reporting/60_announcing.ipynb #6e9e3f24
 def _network(cell)->str: # the network that is trained at this scale, by name
-    c = cell.recipe.model
-    return (c if 'name' in c.all_settings else c['base'])['name']
+    return _inner(cell.recipe.model)['name']
 
 def announce(
     artefact:str,      # an id of `ARTEFACTS`
