@@ -169,7 +169,8 @@ def found_white(
     leads = [f'{lead(table, a):+.2f} under {w}' for a,w in words.items() if a in set(table.attack)]
     last = table[table.attack==('worst' if 'worst' in set(table.attack) else 'cw_linf')]
     best, spat = last.loc[last.accuracy.idxmax()], last[last.method=='SPAT'].iloc[0]
-    return (f"SPAT against TRADES, in points: {lead(table, 'clean'):+.2f} on clean images, {', '.join(leads)}. "
+    return (f"SPAT against TRADES, in points: {lead(table, 'clean'):+.2f} on clean images, "
+            f"{', '.join(leads)}. "
             f"Under {best.label} {best.method} keeps most, {best.accuracy:.2f} %, and SPAT "
             f"{spat.accuracy:.2f} % (n = {best.n:,}).")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONG', 'FACTORS', 'NAMED', 'SAME', 'FOUND', 'networks', 'looks', 'study', 'on_worst', 'leads', 'shown_leads',
-           'audits', 'verdict', 'found_study']
+           'audits', 'shown_audits', 'verdict', 'found_study']
 
 # %% ../../nbs/papers/77_spat_study.ipynb #c316f89e
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ import torch
 from ..base import Call, Cell, Recipe, Robustness, Worst, call, key, seeded
 from ..vision import to_input
 from ..attacks import apgd, kl_pgd, sharpened_attack
-from ..evaluation import audit, mcnemar
+from ..evaluation import CHECKS, audit, mcnemar, predict
 from ..training import spat_pgd
 from .spat import BUDGET, ablation, attackers, network, trained
 
@@ -112,15 +112,30 @@ def audits(
     n:int=100,            # first test images, >= 1
     seed:int=0,           # of the draws
 )->pd.DataFrame: # method, the columns of `Audit.table`, n, key
-    "Audits of networks; the surrogate is TRADES, and SPAT for TRADES"
+    "Audits of networks; the surrogate is TRADES, SPAT for TRADES, or the first other where that is not there"
     def one(name):
-        specs = [cells[k][reported] for k in (name, 'SPAT' if name=='TRADES' else 'TRADES')]
+        surrogate = next(k for k in ('TRADES', 'SPAT', *cells) if k in cells and k != name)
+        specs = [cells[k][reported] for k in (name, surrogate)]
         (model, other), data = (store.model(s.recipe) for s in specs), store.data(specs[0].recipe.data)
         x, y = (t.to(store.engine.device) for t in (to_input(data.test.x[:n], data.size), data.test.y[:n]))
-        found = audit(model, x.contiguous(memory_format=torch.channels_last), y, n=len(y), surrogate=other,
-                      attack=specs[0].attack, eps=specs[0].attack['eps'], generator=seeded(seed, 'audit'))
-        return found.table().assign(method=name, n=len(y), key=key(cells[name]['clean']))
+        x = x.contiguous(memory_format=torch.channels_last)
+        of = dict(method=name, key=key(cells[name]['clean']))
+        if not (predict(model, x, device=x.device).to(y.device)==y).any(): # nothing to attack
+            return pd.DataFrame({'check': [c.__name__.replace('_', ' ') for c in CHECKS], 'raised': 'not run',
+                                 **of, 'n': len(y)})
+        found = audit(model, x, y, n=len(y), surrogate=other, attack=specs[0].attack,
+                      eps=specs[0].attack['eps'], generator=seeded(seed, 'audit'))
+        return found.table().assign(**of, n=len(y))
     return pd.concat(map(one, names), ignore_index=True)
+
+# %% ../../nbs/papers/77_spat_study.ipynb #7c1e02af
+def shown_audits(
+    found:pd.DataFrame, # from `audits`
+)->pd.DataFrame:        # check, and a column a network: 'no', 'RAISED' or 'not run'
+    "Which of the twelve checks are raised"
+    wide = found.pivot(index='check', columns='method', values='raised')
+    wide = wide.loc[found.check.unique(), found.method.unique()]
+    return wide.rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/papers/77_spat_study.ipynb #6f3b4564
 def _at(table, network, attack, column='lead'):
