@@ -42,15 +42,17 @@ def picture(
     ours:pd.DataFrame,     # tidy
     images:Tensor,         # [3,C,H,W], the image of the picture at each budget
     title:str,
+    whole:bool=True,       # False shows what is added, and not the image
 )->Figure:
     "One image at three budgets, and means over all"
     with figure_style():
         fig, axes = plt.subplots(2, 4, figsize=(6.6, 3.2), width_ratios=(1,1,1,1.5))
         for k,(r,x) in enumerate(zip(ours.itertuples(), images.cpu())):
             gap = (x-images[0].cpu())/max(2*r.budget, 1e-9)+.5
-            for ax,shown in zip(axes[:,k], (x, gap)):
-                ax.imshow(shown.permute(1, 2, 0).clamp(0, 1).squeeze(-1), cmap='gray', vmin=0, vmax=1)
+            for ax,shown in zip(axes[:,k], (x if whole else None, gap)):
                 ax.set(xticks=[], yticks=[])
+                if shown is None: ax.text(.5, .5, 'the image,\nnot shown', ha='center', color='.5'); continue
+                ax.imshow(shown.permute(1, 2, 0).clamp(0, 1).squeeze(-1), cmap='gray', vmin=0, vmax=1)
             axes[0,k].set_title(f'{r.predicted}, {r.confidence:.0f} %')
             axes[1,k].set_xlabel(f'added, {255*r.budget:g}/255' if r.budget else 'nothing added')
         for ax in axes[:,3]: ax.remove()

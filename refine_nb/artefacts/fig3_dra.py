@@ -17,19 +17,21 @@ from ..papers.dra_figures import ATTACKS, saliency
 def picture(
     net:nn.Module, x:Tensor, y:Tensor, # a few images [N,C,H,W] in [0,1], which the network reads right
     title:str,
+    whole:bool=True, # False leaves the images themselves out
 )->Figure:
     "Image, saliency, and the noise of both attacks, an image a row"
     seen = saliency(net, x, y).amax(1)
     noise = {k: (a(net, x, y)-x).abs().amax(1)*255 for k,a in ATTACKS.items()}
-    top = max(v.max().item() for v in noise.values()); heads = ('image','saliency',*noise)
+    top = max(v.max().item() for v in noise.values()); heads = (*['image']*whole, 'saliency', *noise)
     with figure_style():
-        fig, axes = plt.subplots(len(x), 4, figsize=(5.2, 1.25*len(x)+.5), squeeze=False)
+        fig, axes = plt.subplots(len(x), len(heads), figsize=(1.3*len(heads), 1.25*len(x)+.5), squeeze=False)
         for i,row in enumerate(axes):
             image = x[i].permute(1, 2, 0).cpu(); image = image if image.shape[2]==3 else image[...,0]
-            row[0].imshow(image, cmap='gray'); row[1].imshow(seen[i].cpu(), cmap='cividis')
-            for ax,k in zip(row[2:], noise):
+            if whole: row[0].imshow(image, cmap='gray')
+            row[-3].imshow(seen[i].cpu(), cmap='cividis')
+            for ax,k in zip(row[-2:], noise):
                 shown = ax.imshow(noise[k][i].cpu(), cmap='cividis', vmin=0, vmax=top)
             for ax,name in zip(row, heads): ax.set(xticks=[], yticks=[], title='' if i else name)
-        fig.colorbar(shown, ax=axes[:,2:], label='change (grey levels)', shrink=.8)
+        fig.colorbar(shown, ax=axes[:,-2:], label='change (grey levels)', shrink=.8)
         fig.suptitle(title, fontsize=8, x=0, ha='left')
     return fig
