@@ -8,6 +8,7 @@ __all__ = ['ROWS', 'tidy', 'picture']
 # %% ../../nbs/fig2_2_spat.ipynb #17ee68ee
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -49,10 +50,10 @@ def picture(
         fig, axes = plt.subplots(2, 4, figsize=(6.6, 3.2), width_ratios=(1,1,1,1.5))
         for k,(r,x) in enumerate(zip(ours.itertuples(), images.cpu())):
             gap = (x-images[0].cpu())/max(2*r.budget, 1e-9)+.5
-            for ax,shown in zip(axes[:,k], (x if whole else None, gap)):
-                ax.set(xticks=[], yticks=[])
-                if shown is None: ax.text(.5, .5, 'the image,\nnot shown', ha='center', color='.5'); continue
+            for ax,shown in zip(axes[:,k], (x if whole else torch.full_like(x, .9), gap)):
                 ax.imshow(shown.permute(1, 2, 0).clamp(0, 1).squeeze(-1), cmap='gray', vmin=0, vmax=1)
+                ax.set(xticks=[], yticks=[])
+            if not whole: axes[0,k].set_xlabel('the image, not shown')
             axes[0,k].set_title(f'{r.predicted}, {r.confidence:.0f} %')
             axes[1,k].set_xlabel(f'added, {255*r.budget:g}/255' if r.budget else 'nothing added')
         for ax in axes[:,3]: ax.remove()
@@ -60,7 +61,7 @@ def picture(
         ax.errorbar(at, ours.accuracy, [ours.accuracy-ours.low, ours.high-ours.accuracy], marker='o', ms=4,
                     color='#0072B2', capsize=2, label='right')
         ax.plot(at, ours.true, 's--', ms=4, color='#D55E00', label='mean confidence\nin the true class')
-        ax.set(xlabel='budget (grey levels of 255)', ylabel=f'% of {ours.n[0]:,} test images', ylim=(0, 103),
-               xticks=at)
-        ax.grid(axis='y'); ax.legend(); fig.suptitle(title, fontsize=8, x=0, ha='left')
+        ax.set(xlabel='budget (grey levels of 255)', ylabel=f'% of {ours.n[0]:,} test images')
+        ax.set(ylim=(0, 103), xticks=at); ax.grid(axis='y'); ax.legend()
+        fig.suptitle(title, fontsize=8, x=0, ha='left')
     return fig

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONG', 'FACTORS', 'NAMED', 'SAME', 'FOUND', 'networks', 'looks', 'study', 'on_worst', 'leads', 'shown_leads',
-           'audits', 'shown_audits', 'verdict', 'found_study']
+           'audits', 'shown_audits', 'alarms', 'verdict', 'found_study']
 
 # %% ../../nbs/papers/77_spat_study.ipynb #c316f89e
 from collections.abc import Iterable
@@ -136,6 +136,16 @@ def shown_audits(
     wide = found.pivot(index='check', columns='method', values='raised')
     wide = wide.loc[found.check.unique(), found.method.unique()]
     return wide.rename_axis(columns=None).reset_index()
+
+# %% ../../nbs/papers/77_spat_study.ipynb #7c1e02b1
+def alarms(
+    found:pd.DataFrame, # from `audits`
+)->tuple[str,...]:      # a sentence a check; none where nothing is raised
+    "What the raised checks mean, and their numbers"
+    raised = found[found.raised=='RAISED']
+    def whose(rows): return '; '.join(f"{r.method} {r.numbers.replace('_', ' ')}" for r in rows.itertuples())
+    return tuple(f'{check.capitalize()}: {rows.meaning.iloc[0]} {whose(rows)}.'
+                 for check,rows in raised.groupby('check', sort=False))
 
 # %% ../../nbs/papers/77_spat_study.ipynb #6f3b4564
 def _at(table, network, attack, column='lead'):

@@ -130,11 +130,14 @@ def panels(
         fig, axes = plt.subplots(down, across, figsize=(2*across, .7+(.75+.15*many)*down), sharex=True,
                                  sharey=True, squeeze=False)
         for ax in axes.flat[len(heads):]: ax.set_visible(False)
-        for ax,(name,head) in zip(axes.flat, heads.items()):
+
+        for i,(ax,(name,head)) in enumerate(zip(axes.flat, heads.items())):
             known = {} if printed is None else printed[printed.attack==name].set_index('method').accuracy
             part = table[table.attack==name]
             dot_interval(part.assign(published=[known.get(k, math.nan) for k in part.method]), label='method',
                          legend=False, xlabel='accuracy (%)', title=head.replace('; ', '\n'), ax=ax)
+            if i+across < len(heads): ax.set_xlabel('') # the panel below says it
+            else: ax.tick_params(labelbottom=True)
         shared_legend(fig, printed is not None); fig.suptitle(title, fontsize=8, x=0, ha='left')
     return fig
 
