@@ -38,6 +38,16 @@ def tidy(
                      'wrong_confidence': 100*t.confidence[~t.right].mean(), 'key': run})
     return pd.DataFrame(rows)
 
+# %% ../../nbs/fig2_2_spat.ipynb #ea7184e2
+def _means(ax, ours): # how sure the classifier is, over all test images
+    at = 255*ours.budget
+    ax.errorbar(at, ours.accuracy, [ours.accuracy-ours.low, ours.high-ours.accuracy], marker='o', ms=4,
+                color='#0072B2', capsize=2, label='right')
+    ax.plot(at, ours.true, 's--', ms=4, color='#D55E00', label='mean confidence\nin the true class')
+    ax.set(xlabel='budget (grey levels of 255)', ylabel=f'% of {ours.n[0]:,} test images', ylim=(0, 103),
+           xticks=at)
+    ax.grid(axis='y'); ax.legend()
+
 # %% ../../nbs/fig2_2_spat.ipynb #ea7184e3
 def picture(
     ours:pd.DataFrame,     # tidy
@@ -57,11 +67,6 @@ def picture(
             axes[0,k].set_title(f'{r.predicted}, {r.confidence:.0f} %')
             axes[1,k].set_xlabel(f'added, {255*r.budget:g}/255' if r.budget else 'nothing added')
         for ax in axes[:,3]: ax.remove()
-        ax, at = fig.add_subplot(axes[0,3].get_gridspec()[:,3]), 255*ours.budget
-        ax.errorbar(at, ours.accuracy, [ours.accuracy-ours.low, ours.high-ours.accuracy], marker='o', ms=4,
-                    color='#0072B2', capsize=2, label='right')
-        ax.plot(at, ours.true, 's--', ms=4, color='#D55E00', label='mean confidence\nin the true class')
-        ax.set(xlabel='budget (grey levels of 255)', ylabel=f'% of {ours.n[0]:,} test images')
-        ax.set(ylim=(0, 103), xticks=at); ax.grid(axis='y'); ax.legend()
+        _means(fig.add_subplot(axes[0,3].get_gridspec()[:,3]), ours)
         fig.suptitle(title, fontsize=8, x=0, ha='left')
     return fig
