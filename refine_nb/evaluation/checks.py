@@ -168,13 +168,13 @@ class _Tempered(nn.Module):
 def saturated_logits(
     e:Evidence, # from `evidence`
 )->Finding:
-    "Do logits divided by a temperature make the same attack stronger?"
+    "Do logits divided by a temperature make the same attack stronger? Below 1 it makes them larger"
     top = e.z.double().topk(2).values[e.right]
     T = (top[:,0]-top[:,1]).median().item()/2 or 1.
     left = e.still_right(e.attacked(e.stronger, 'stronger', _Tempered(e.model, T)))
-    more = e.more(left)
+    more, now, was = e.more(left), *(('Smaller', 'saturated') if T>=1 else ('Larger', 'nearly flat'))
     return Finding.of('saturated_logits', more>e.tolerance,
-        "Smaller logits make the attack stronger: the softmax is saturated; use a margin loss or rescale.",
+        f"{now} logits make the attack stronger: the softmax is {was}; use a margin loss or rescale.",
         "The scale of the logits does not shield the model.",
         temperature=T, as_they_are=e.strong.float().mean(), rescaled=left.float().mean())
 
