@@ -66,14 +66,13 @@ def picture(
     "A panel a corruption, a line a method: ours with its interval; hollow: published"
     parts = list(ours.groupby('corruption', sort=False)); across = 5; down = math.ceil(len(parts)/across)
     with figure_style():
-        size = (9, .6+1.2*down)
-        fig, axes = plt.subplots(down, across, figsize=size, sharex=True, sharey=True, squeeze=False)
+        fig, axes = plt.subplots(down, across, figsize=(9, .6+1.2*down), sharex=True, sharey=True,
+                                 squeeze=False)
         for ax in axes.flat[len(parts):]: ax.set_visible(False)
         for i,(ax,(name,part)) in enumerate(zip(axes.flat, parts)):
             known = {} if printed is None else printed[printed.corruption==name].set_index('method').accuracy
             dot_interval(part.assign(published=[known.get(k, math.nan) for k in part.method]), label='method',
                          legend=False, xlabel='accuracy (%)', title=part.label.iloc[0], ax=ax)
-            if i+across < len(parts): ax.set_xlabel('') # the panel below says it
-            else: ax.tick_params(labelbottom=True)
+            ax.tick_params(labelbottom=i+across >= len(parts)) # where no panel is below
         shared_legend(fig, printed is not None); fig.suptitle(title, fontsize=8, x=0, ha='left')
     return fig
