@@ -168,11 +168,12 @@ def found_white(
     words = dict(pgd_20='PGD-20', autoattack='AutoAttack', worst='the worst case over all columns')
     leads = [f'{lead(table, a):+.2f} under {w}' for a,w in words.items() if a in set(table.attack)]
     last = table[table.attack==('worst' if 'worst' in set(table.attack) else 'cw_linf')]
-    best, spat = last.loc[last.accuracy.idxmax()], last[last.method=='SPAT'].iloc[0]
+    best, spat = last[last.accuracy==last.accuracy.max()], last[last.method=='SPAT'].iloc[0]
+    def kept(r): return f"{r.accuracy:.2f}{f' [{r.low:.2f}, {r.high:.2f}]' if 'low' in r else ''} %"
     return (f"SPAT against TRADES, in points: {lead(table, 'clean'):+.2f} on clean images, "
             f"{', '.join(leads)}. "
-            f"Under {best.label} {best.method} keeps most, {best.accuracy:.2f} %, and SPAT "
-            f"{spat.accuracy:.2f} % (n = {best.n:,}).")
+            f"Under {'the '*(spat.attack=='worst')}{spat.label} {', '.join(best.method)} "
+            f"keep{'s'*(len(best)==1)} most, {kept(best.iloc[0])}, and SPAT {kept(spat)} (n = {spat.n:,}).")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #75cedb16
 def found_black(
