@@ -112,19 +112,20 @@ def audits(
     n:int=100,            # first test images, >= 1
     seed:int=0,           # of the draws
 )->pd.DataFrame: # method, the columns of `Audit.table`, n, key
-    "Audits of networks; the surrogate is TRADES, SPAT for TRADES, or the first other where that is not there"
+    "Audits of networks; the surrogate is TRADES, SPAT for TRADES, else the first other, if there is one"
     def one(name):
-        surrogate = next(k for k in ('TRADES', 'SPAT', *cells) if k in cells and k != name)
-        specs = [cells[k][reported] for k in (name, surrogate)]
-        (model, other), data = (store.model(s.recipe) for s in specs), store.data(specs[0].recipe.data)
+        others = [k for k in ('TRADES', 'SPAT', *cells) if k in cells and k != name]
+        spec = cells[name][reported]
+        model, data = store.model(spec.recipe), store.data(spec.recipe.data)
+        other = store.model(cells[others[0]][reported].recipe) if others else None
         x, y = (t.to(store.engine.device) for t in (to_input(data.test.x[:n], data.size), data.test.y[:n]))
         x = x.contiguous(memory_format=torch.channels_last)
         of = dict(method=name, key=key(cells[name]['clean']))
         if not (predict(model, x, device=x.device).to(y.device)==y).any(): # nothing to attack
             return pd.DataFrame({'check': [c.__name__.replace('_', ' ') for c in CHECKS], 'raised': 'not run',
                                  **of, 'n': len(y)})
-        found = audit(model, x, y, n=len(y), surrogate=other, attack=specs[0].attack,
-                      eps=specs[0].attack['eps'], generator=seeded(seed, 'audit'))
+        found = audit(model, x, y, n=len(y), surrogate=other, attack=spec.attack,
+                      eps=spec.attack['eps'], generator=seeded(seed, 'audit'))
         return found.table().assign(**of, n=len(y))
     return pd.concat(map(one, names), ignore_index=True)
 
