@@ -227,6 +227,19 @@ def one_parameters_cell(nb, _=None):
                 yield (f'{nb.at(i)}: "{ast.unparse(n)}" is not "name = literal": '
                        'papermill replaces plain literals only')
 
+HOW = {'preset', 'device', 'workers', 'budget'} # read by the sheet
+
+def parameters_are_read(nb, _=None):
+    "Each by name, or all of them as `asked`: one that nobody reads is a promise that is not kept"
+    if not nb.is_artefact: return
+    tagged = {i: body(s) for i,s,c in nb.code if 'parameters' in c['metadata'].get('tags', [])}
+    read = {n.attr for i,s,_ in nb.code if i not in tagged for n in ast.walk(tree(body(s)))
+            if isinstance(n, ast.Attribute)}
+    for i,s in tagged.items():
+        for n in tree(s).body if 'asked' not in read else ():
+            if isinstance(n, ast.Assign) and (name := ast.unparse(n.targets[0])) not in read | HOW:
+                yield f'{nb.at(i)}: nothing reads the parameter {name}: hand it on, or leave it out'
+
 def kernel_is_python(nb, _=None):
     spec = nb.raw['metadata'].get('kernelspec', {})
     if (spec.get('name'), spec.get('language')) != ('python3', 'python'):
@@ -307,9 +320,9 @@ def outputs_are_fit_to_publish(nb, _=None):
 
 RULES = [parses, directives_come_first, lies_where_it_belongs, imports_keep_the_order,
          private_names_stay_inside, no_star_imports, recipes_are_no_settings, one_parameters_cell,
-         kernel_is_python, notebooks_are_short, artefacts_are_short, code_lines_are_narrow,
-         export_cells_are_short, one_name_per_cell, public_names_have_a_line, imports_stand_alone,
-         names_are_tested_nearby, outputs_are_fit_to_publish]
+         parameters_are_read, kernel_is_python, notebooks_are_short, artefacts_are_short,
+         code_lines_are_narrow, export_cells_are_short, one_name_per_cell, public_names_have_a_line,
+         imports_stand_alone, names_are_tested_nearby, outputs_are_fit_to_publish]
 
 def names_are_unique(notebooks):
     """Over all rooms, as keys name a function by its public name. Two papers may have a `baseline` each:
@@ -628,6 +641,7 @@ at_home = lambda module, file: made_up(f'#| default_exp {module}', file=file)
     (one_parameters_cell, made_up('eps = 8/255', file='fig1_bad', tags=['parameters']),
      '"eps = 8 / 255" is not'),
     (one_parameters_cell, made_up('print(1)', file='study_bad', tags=['parameters']), '"print(1)" is not'),
+    (parameters_are_read, made_up('images = True', file=BAD, tags=['parameters']), 'parameter images'),
     (kernel_is_python, made_up(kernel=None), 'language python'),
     (notebooks_are_short, made_up(*['1']*(CELLS+1)), '46 cells, at most 45'),
     (notebooks_are_short, made_up(*['#| export\n\nx = 1\n']*(EXPORTED+1)), 'exports 251 lines, at most 250'),
