@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..evaluation import predict
-from ..reporting import figure_style, method_colour
+from ..reporting import figure_style, figure_title, method_colour
 from ..papers.dra_figures import arcs, regions, two_classifiers
 
 # %% ../../nbs/fig1_dra.ipynb #12d44e81
@@ -59,7 +59,7 @@ def picture(
             ax.contour(line, line, (z[:,1]-z[:,0]).view(200, 200), [0],
                        colors=[method_colour(look)], linestyles=ls)
             ax.plot([], [], color=method_colour(look), ls=ls, label=name)
-        ax.set(xlabel='first coordinate', ylabel='second coordinate', aspect='equal', title=title,
+        ax.set(xlabel='first coordinate', ylabel='second coordinate', aspect='equal',
                xlim=(0, 1), ylim=(.05, .95))
-        ax.legend(loc='center left', bbox_to_anchor=(1, .5))
+        ax.legend(loc='center left', bbox_to_anchor=(1, .5)); figure_title(fig, title)
     return fig

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..vision import DualNorm
-from ..reporting import figure_style, worded
+from ..reporting import figure_style, figure_title, worded
 from ..papers.mixture_figures import SHOWN, channels, draw_block, gaps
 
 # %% ../../nbs/fig1_mixture.ipynb #dbc6b2d9
@@ -67,5 +67,5 @@ def picture(
             ax.set(xlabel=f'{label}, main', ylabel='auxiliary',
                    **({} if row==0 else dict(xscale='log', yscale='log')))
             if row==0: ax.legend(title='auxiliary sees', title_fontsize=7)
-        fig.suptitle(title, fontsize=8)
+        figure_title(fig, title)
     return fig

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from ..reporting import figure_style, worded
+from ..reporting import figure_style, figure_title, worded
 from ..papers.spat_figures import arc_distances, arc_net, arcs
 
 # %% ../../nbs/fig2_1_spat.ipynb #52741fca
@@ -69,5 +69,5 @@ def picture(
                    capsize=2)
         b.set(xscale='log', xticks=ours.dims, xticklabels=ours.dims, xlabel='coordinates', ylim=(0, None),
               ylabel='right points that PGD moves (%)', title='mean of seeds ± standard error')
-        b.minorticks_off(); b.grid(axis='y'); fig.suptitle(title, fontsize=8, x=0, ha='left')
+        b.minorticks_off(); b.grid(axis='y'); figure_title(fig, title)
     return fig

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..evaluation import wilson
-from ..reporting import figure_style
+from ..reporting import figure_style, figure_title
 from ..papers.spat_figures import example
 
 # %% ../../nbs/fig2_2_spat.ipynb #01e1de4e
@@ -68,5 +68,5 @@ def picture(
             axes[1,k].set_xlabel(f'added, {255*r.budget:g}/255' if r.budget else 'nothing added')
         for ax in axes[:,3]: ax.remove()
         _means(fig.add_subplot(axes[0,3].get_gridspec()[:,3]), ours)
-        fig.suptitle(title, fontsize=8, x=0, ha='left')
+        figure_title(fig, title)
     return fig

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base import Cell
-from ..reporting import figure_style, marked, method_colour, method_style, named
+from ..reporting import figure_style, figure_title, marked, method_colour, method_style, named
 from ..papers.adcorda import baseline, control, refined
 from .tab1_adcorda import row_of
 
@@ -80,5 +80,5 @@ def picture(
         a.set(xlabel='epochs of the baseline', ylabel='test accuracy (%)', xticks=ours.epochs.unique(),
               title='(a)')
         b.set(xlabel='correction rate (%)', xticks=t.rate, title=f'(b) baseline of {t.epochs.iloc[0]} epochs')
-        fig.legend(loc='outside lower center', ncols=4); fig.suptitle(title, fontsize=8, x=0, ha='left')
+        fig.legend(loc='outside lower center', ncols=4); figure_title(fig, title)
     return fig

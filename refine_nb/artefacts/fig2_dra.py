@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base import Cell, key
-from ..reporting import figure_style, method_colour
+from ..reporting import figure_style, figure_title, method_colour
 from ..papers.dra_tables import family
 
 # %% ../../nbs/fig2_dra.ipynb #104d0187
@@ -72,5 +72,5 @@ def picture(
         ax.set(xlabel='epoch', ylabel='loss (nats)', ylim=(0, None)); other = ax.twinx()
         other.plot(two.epoch, two.eps, 's--', ms=3, color=method_colour('DRA'), label='budget of DRA')
         other.set(ylabel='budget (grey levels)', ylim=(0, 2.2)); other.spines['right'].set_visible(True)
-        fig.legend(loc='outside lower center', ncols=3); fig.suptitle(title, fontsize=8, x=0, ha='left')
+        fig.legend(loc='outside lower center', ncols=3); figure_title(fig, title)
     return fig

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from ..reporting import figure_style, worded
+from ..reporting import figure_style, figure_title, worded
 from ..papers.mixture_figures import SMOOTHINGS, moon_net, moons
 
 # %% ../../nbs/fig2_mixture.ipynb #cd95621d
@@ -63,5 +63,5 @@ def picture(
             for k,face in ((0,'.2'),(1,'w')):
                 ax.plot(*x[y==k].T, 'o^'[k], ms=2, mfc=face, mec='.2', mew=.4)
             ax.set(title=names[loss], xticks=[], yticks=[], aspect='equal', xlim=(.08,.92), ylim=(.12,.9))
-        fig.suptitle(title, fontsize=8)
+        figure_title(fig, title)
     return fig

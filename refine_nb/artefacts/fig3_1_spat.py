@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base import Cell
-from ..reporting import figure_style, worded
+from ..reporting import figure_style, figure_title, worded
 from ..papers.spat import judged, surrogate
 from ..papers.spat_figures_text import pair_of
 
@@ -56,5 +56,5 @@ def picture(
             ax.set(title=f'({part}) {true}: {t.n.iloc[0]:,.0f} images', xlabel='taken for')
             if max(map(len, t.predicted))>2: ax.tick_params(axis='x', rotation=90)
             ax.grid(axis='y')
-        axes[0].set_ylabel('attacked images (%)'); fig.suptitle(title, fontsize=8, x=0, ha='left')
+        axes[0].set_ylabel('attacked images (%)'); figure_title(fig, title)
     return fig

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..reporting import figure_style, worded
+from ..reporting import figure_style, figure_title, worded
 from ..papers.spat_figures import PAIR
 
 # %% ../../nbs/fig3_2_spat.ipynb #bc12dd51
@@ -63,5 +63,5 @@ def picture(
         b.plot(pairs.gap[~its], pairs.map_gap[~its], 'o', ms=3.5, color='.6', label='other pairs')
         b.plot(pairs.gap[its], pairs.map_gap[its], 'D', ms=5, color='#D55E00', label=' and '.join(pair))
         b.set(xlabel='gap of embeddings', ylabel='gap on the map', xlim=(0, None), ylim=(0, None))
-        b.grid(); b.legend(); fig.suptitle(title, fontsize=8, x=0, ha='left')
+        b.grid(); b.legend(); figure_title(fig, title)
     return fig

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..reporting import figure_style, worded
+from ..reporting import figure_style, figure_title, worded
 
 # %% ../../nbs/fig3_3_spat.ipynb #95654751
 def tidy(
@@ -73,5 +73,5 @@ def picture(
         for ax,label in ((b, 'length'), (c, 'kept part to gradient (°)')):
             ax.set(xscale='log', xlabel=r'$1-\sigma_i$ (sure images are left)', ylabel=label); ax.grid()
         b.set(yscale='log'); b.legend(); c.set(ylim=(0, 180), yticks=range(0, 181, 45))
-        fig.suptitle(title, fontsize=8, x=0, ha='left')
+        figure_title(fig, title)
     return fig

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..reporting import figure_style, worded
+from ..reporting import figure_style, figure_title, worded
 from ..papers.spat_geometry import factor_ends, similarity_curve
 
 # %% ../../nbs/fig3_4_spat.ipynb #1320f314
@@ -70,5 +70,5 @@ def picture(
         a.set(xlabel='similarity $S_p$ (cosine)', ylabel='loss'); a.legend(); b.axhline(0, color='.5', lw=.6)
         b.set(xlabel='similarity $S_p$ (cosine)', ylabel='slope of the loss'); b.legend()
         for ax in (a, b): ax.grid(); ax.axvline(.6, color='.6', ls=':', lw=1)
-        fig.suptitle(f'{title}; dotted: 0.6', fontsize=8, x=0, ha='left')
+        figure_title(fig, f'{title}; dotted: 0.6')
     return fig

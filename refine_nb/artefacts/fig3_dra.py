@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ..reporting import figure_style
+from ..reporting import figure_style, figure_title
 from ..papers.dra_figures import ATTACKS, saliency
 
 # %% ../../nbs/fig3_dra.ipynb #83aa7d14
@@ -33,5 +33,5 @@ def picture(
                 shown = ax.imshow(noise[k][i].cpu(), cmap='cividis', vmin=0, vmax=top)
             for ax,name in zip(row, heads): ax.set(xticks=[], yticks=[], title='' if i else name)
         fig.colorbar(shown, ax=axes[:,-2:], label='change (grey levels)', shrink=.8)
-        fig.suptitle(title, fontsize=8, x=0, ha='left')
+        figure_title(fig, title)
     return fig

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..reporting import figure_style, worded
+from ..reporting import figure_style, figure_title, worded
 from ..papers.mixture_figures import curves, distances
 
 # %% ../../nbs/fig3_mixture.ipynb #c61fa3e2
@@ -50,5 +50,5 @@ def picture(
             ax.set(xlabel='$x$', title=f'{which} pass', ylabel='$f(x)$' if which=='forward' else 'derivative',
                    xlim=(-2,2), ylim=(-.1,2.2) if which=='forward' else (-.05,1.05))
             ax.grid()
-        axes[0].legend(); fig.suptitle(title, fontsize=8)
+        axes[0].legend(); figure_title(fig, title)
     return fig

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ..base import Cell, call
 from ..attacks import dra
-from ..reporting import MARK, figure_style, measured
+from ..reporting import MARK, figure_style, figure_title, measured
 from ..papers.dra import vanilla
 from ..papers.dra_figures import success
 
@@ -68,5 +68,5 @@ def picture(
                    title=f"success {what}{' images' if what=='of all' else ' when clean'}")
         axes[0].set(ylabel='attack success (%)', ylim=(-3, 103))
         axes[1].legend(loc='center left', bbox_to_anchor=(1, .5))
-        fig.suptitle(title, fontsize=8, x=0, ha='left')
+        figure_title(fig, title)
     return fig

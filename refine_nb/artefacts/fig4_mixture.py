@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..base import Cell, Robustness
-from ..reporting import MARK, figure_style, method_style
+from ..reporting import MARK, figure_style, figure_title, method_style
 from ..papers.mixture import METHODS, column, headings
 from ..papers.mixture_tables import points
 from .tab1_mixture import grid as table_1
@@ -57,7 +57,7 @@ def picture(
         for ax,a in zip(axes[0], robust):
             _scatter(points(ours, a), ax, hollow).set(title=heads[a], ylabel='accuracy under attack (%)')
             if printed is not None and a in set(printed.attack): _scatter(points(printed, a), ax, hollow=True)
-        fig.suptitle(title, fontsize=8, x=0, ha='left')
+        figure_title(fig, title)
         handles, labels = (v[:len(METHODS)] for v in axes[0][0].get_legend_handles_labels())
         fig.legend(handles, labels, loc='outside lower center', ncols=5,
                    title=None if printed is None else 'filled: ours; hollow: published')

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..vision import Split, corrupted
-from ..reporting import figure_style
+from ..reporting import figure_style, figure_title
 from .tab7_dra import SIX
 
 # %% ../../nbs/fig5_dra.ipynb #e01099c3
@@ -51,5 +51,5 @@ def picture(
             for s in range(1, 6): paint(row[s], images[c, s])
             row[0].set_ylabel(c.replace('_', '\n'), fontsize=7, rotation=0, ha='right', va='center')
         for ax,head in zip(axes[0], ('clean', *(f'severity {s}' for s in range(1, 6)))): ax.set_title(head)
-        fig.suptitle(title, fontsize=8, x=0, ha='left')
+        figure_title(fig, title)
     return fig

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..reporting import PAPERS, figure_style
+from ..reporting import PAPERS, figure_style, figure_title
 from ..papers.documents import scoreboard
 from ..papers.ledgers import VERDICTS
 
@@ -40,5 +40,5 @@ def picture(
                 left = left+counts[verdict]
             ax.set(xlabel='claims', title=on)
             ax.legend(loc='upper center', bbox_to_anchor=(.5, -.28), ncols=2, fontsize=6)
-        axes[0].invert_yaxis(); fig.suptitle(title, fontsize=8, x=0, ha='left')
+        axes[0].invert_yaxis(); figure_title(fig, title)
     return fig

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ..base import Cell
 from ..refinement import Correction, OnSource
-from ..reporting import figure_style, marked, measured, method_colour, worded
+from ..reporting import figure_style, figure_title, marked, measured, method_colour, worded
 from ..papers.adcorda import ATTACKS, arm, baseline, control
 from ..papers.adcorda_study import ARMS, CONTRASTS, contrasts, loss_table
 
@@ -79,5 +79,5 @@ def picture(
         ax.axvline(0, color='.5', lw=.8, zorder=0); ax.grid(axis='x'); ax.tick_params(axis='y', length=0)
         ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names)-.5, -.5),
                xlabel='difference in test accuracy (points)')
-        fig.suptitle(title, fontsize=8, x=0, ha='left')
+        figure_title(fig, title)
     return fig

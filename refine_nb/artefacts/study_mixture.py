@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ..base import Cell, key
 from ..vision import to_input
-from ..reporting import MARK, figure_style, marked, method_style
+from ..reporting import MARK, figure_style, figure_title, marked, method_style
 from ..papers.mixture import STRENGTHS, STRONG, trained
 from ..papers.mixture_study import audited, explained, passed_by, step_curve
 
@@ -80,6 +80,6 @@ def picture(
         for ax,what in zip(axes, (f'accuracy (%), n = {walks.n.iloc[0]:,}', 'pixels back at x (%)')):
             ax.set(xticks=range(len(ticks)), xticklabels=ticks, xlabel='steps of PGD', ylabel=what)
             ax.set_ylim(-4, 104); ax.grid(axis='y')
-        fig.suptitle(f'{title}: eps = step = 0.5', fontsize=8, x=0, ha='left')
+        figure_title(fig, f'{title}: eps = step = 0.5')
         fig.legend(loc='outside lower center', ncols=3)
     return fig

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..reporting import figure_style, marked, measured, method_style
+from ..reporting import figure_style, figure_title, marked, measured, method_style
 from ..papers.spat_study import LONG, NAMED, SAME, audits, leads, on_worst
 
 # %% ../../nbs/study_spat.ipynb #5b11700d
@@ -66,5 +66,5 @@ def picture(
         top.set(ylabel=f'accuracy (%), n = {n}', ylim=(-3, 103)); top.grid(axis='y')
         low.set(ylabel='lead of SPAT\nover TRADES (points)', xticks=range(len(names))); low.grid(axis='y')
         low.set_xticklabels(acc.label.unique(), rotation=35, ha='right')
-        fig.suptitle(title, fontsize=8, x=0, ha='left'); fig.legend(loc='outside lower center', ncols=2)
+        figure_title(fig, title); fig.legend(loc='outside lower center', ncols=2)
     return fig

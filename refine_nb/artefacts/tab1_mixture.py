@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from ..base import Cell, Robustness, call
 from ..attacks import pgd
-from ..reporting import dot_interval, figure_style, marked, measured, shared_legend
+from ..reporting import dot_interval, figure_style, figure_title, marked, measured, shared_legend
 from ..papers.mixture import METHODS, attackers, column, headings, trained
 
 # %% ../../nbs/tab1_mixture.ipynb #d198750f
@@ -73,5 +73,5 @@ def picture(
             rows = ours[ours.attack==name]
             dot_interval(rows.assign(published=[known.get(m, math.nan) for m in rows.method]), label='method',
                          legend=False, xlabel='accuracy (%)', title=head.replace('; ', '\n'), ax=ax)
-        shared_legend(fig, printed is not None); fig.suptitle(title, fontsize=8, x=0, ha='left')
+        shared_legend(fig, printed is not None); figure_title(fig, title)
     return fig

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base import Cell
-from ..reporting import figure_style, worded
+from ..reporting import figure_style, figure_title, worded
 from ..papers.spat import surrogate
 
 # %% ../../nbs/tab3_1_spat.ipynb #57d31538
@@ -64,8 +64,8 @@ def picture(
                 of = printed[printed.model==m]
                 ax.plot(of.label, of.norm, ls='', marker='D', ms=4, mfc='none', mec=ink,
                         label=f'{m}, published')
-        ax.set(ylabel='norm of the row', ylim=(0, None), xlabel='class', title=title,
+        ax.set(ylabel='norm of the row', ylim=(0, None), xlabel='class',
                xticks=ours.label.unique())
         ax.set_xticklabels(ours['class'].unique(), rotation=90 if max(map(len, ours['class']))>2 else 0)
-        ax.grid(axis='y'); fig.legend(loc='outside lower center', ncols=2)
+        ax.grid(axis='y'); fig.legend(loc='outside lower center', ncols=2); figure_title(fig, title)
     return fig

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base import Cell
-from ..reporting import figure_style, method_colour
+from ..reporting import figure_style, figure_title, method_colour
 from ..papers.spat import VALUES, ablation, judged
 
 # %% ../../nbs/tab3_6_spat.ipynb #c008e075
@@ -43,6 +43,6 @@ def picture(
                 ax.plot(seen.value, seen.accuracy, 'D', mfc='none', mec='.25', label='published')
             ax.set(xlabel=f'{p}', ylim=(-3, 103)); ax.grid(axis='y')
         axes[0].set_ylabel(f'accuracy (%), n = {ours.n.min():,}')
-        fig.suptitle(title, fontsize=8, x=0, ha='left')
+        figure_title(fig, title)
         fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
     return fig

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from ..base import Cell, call
 from ..vision import corrupted
-from ..reporting import dot_interval, figure_style, marked, shared_legend
+from ..reporting import dot_interval, figure_style, figure_title, marked, shared_legend
 from ..papers.spat import trained
 from ..papers.spat_tables import SHORT, averaged
 
@@ -74,5 +74,5 @@ def picture(
             dot_interval(part.assign(published=[known.get(k, math.nan) for k in part.method]), label='method',
                          legend=False, xlabel='accuracy (%)', title=part.label.iloc[0], ax=ax)
             ax.tick_params(labelbottom=i+across >= len(parts)) # where no panel is below
-        shared_legend(fig, printed is not None); fig.suptitle(title, fontsize=8, x=0, ha='left')
+        shared_legend(fig, printed is not None); figure_title(fig, title)
     return fig

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from ..base import Cell, Robustness
 from ..vision import IMAGENET_STD
-from ..reporting import (dot_interval, figure_style, marked, measured, named, over_seeds,
-                                 shared_legend, worded)
+from ..reporting import (dot_interval, figure_style, figure_title, marked, measured, named,
+                                 over_seeds, shared_legend, worded)
 from ..papers.adcorda import baseline, refined
 
 # %% ../../nbs/tab4_adcorda.ipynb #8f0a7bb3
@@ -80,5 +80,5 @@ def picture(
         for ax,b in zip(axes, (SAME, *BUDGETS)):
             dot_interval(rows[rows.budget==b], label='row', legend=False, xlabel='accuracy (%)',
                          title=b if b==SAME else f'eps {b}', ax=ax)
-        shared_legend(fig, printed is not None); fig.suptitle(title, fontsize=8, x=0, ha='left')
+        shared_legend(fig, printed is not None); figure_title(fig, title)
     return fig

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ..base import Cell, call
 from ..vision import corrupted
-from ..reporting import figure_style, marked, measured, method_style
+from ..reporting import figure_style, figure_title, marked, measured, method_style
 from ..papers.dra_tables import family, in_words
 from .tab3_dra import networks
 
@@ -75,6 +75,6 @@ def picture(
                 ax.plot(p.accuracy, [names.index(c)+d for c in p.corruption], 'D', ms=4,
                         mfc='none', mec='.25')
         ax.set(yticks=range(len(names)), yticklabels=[c.replace('_', ' ') for c in names],
-               xlabel='accuracy (%)', title=title)
-        ax.invert_yaxis(); ax.grid(axis='x'); ax.legend(loc='center left', bbox_to_anchor=(1, .5))
+               xlabel='accuracy (%)')
+        figure_title(fig, title); ax.invert_yaxis(); ax.grid(axis='x'); ax.legend(loc='center left', bbox_to_anchor=(1, .5))
     return fig

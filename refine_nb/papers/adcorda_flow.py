@@ -14,7 +14,7 @@ from torch import nn
 from ..vision import Data, to_input
 from ..evaluation import predict
 from ..refinement import Corrected
-from ..reporting import method_colour
+from ..reporting import figure_title, method_colour
 
 # %% ../../nbs/papers/35_adcorda_flow.ipynb #854fa433
 def samples(
@@ -57,7 +57,7 @@ def flow(
 )->Figure:
     "Figure 1: the five steps with the counts and the images of a run (sections 3.1 and 3.2)"
     fig, ax = plt.subplots(figsize=(7.2, 2.9)); ax.set_axis_off()
-    ax.set(xlim=(0,1), ylim=(-.05,1), title=title)
+    ax.set(xlim=(0,1), ylim=(-.05,1)); figure_title(fig, title)
     shown, lost = samples(model, data, t, k, device), sizes['T_w']-sizes['T_a']
     for s,(x,y) in _PLACES.items():
         ax.text(x, y+.17, f"${s}$: {sizes[s]:,} images".replace("T'", "T^{\\prime}"), fontsize=8,

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from ..base import Cell, Recipe, Robustness, call, key
 from ..attacks import pgd, random_signs
 from ..evaluation import mcnemar, unpack
-from ..reporting import cell, figure_style, plot_curves
+from ..reporting import cell, figure_style, figure_title, plot_curves
 from .dra import EQUAL, control, ours as tuned, trades_trained
 from .adcorda_study import holm
 from .dra_tables import across, in_words
@@ -93,7 +93,7 @@ def picture_study(
         a.set(yticks=t.index, yticklabels=t.method, xlabel='points from the control, clean, 95 % interval')
         plot_curves({m: curve(rows) for m,rows in walk.groupby('method', sort=False)}, ax=b)
         b.set(ylabel='accuracy (%)', title='under PGD by ε/10')
-        b.legend(loc='center left', bbox_to_anchor=(1, .5)); fig.suptitle(title, fontsize=8, x=0, ha='left')
+        b.legend(loc='center left', bbox_to_anchor=(1, .5)); figure_title(fig, title)
     return fig
 
 # %% ../../nbs/papers/96_dra_study.ipynb #133a1fd7

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from ..base import Call, Cell, Recipe, Robustness, call, choose
 from ..attacks import pgd
 from ..runs import Brief
-from ..reporting import figure_style, marked, measured, method_style, published
+from ..reporting import figure_style, figure_title, marked, measured, method_style, published
 from .dra import BUDGETS, MODELS, SHARES, printed_pgd
 
 # %% ../../nbs/papers/90_dra_tables.ipynb #83cdabd6
@@ -182,7 +182,7 @@ def panels(
             ax.set_title(broken, fontsize=7)
         axes[0].set_yticklabels([m+' †'*(m in flags) for m in names])
         note = '' if printed is None else '; hollow diamonds are printed'
-        fig.suptitle(f'{title}: ours with 95 % intervals{note}', fontsize=8, x=0, ha='left')
+        figure_title(fig, f'{title}: ours with 95 % intervals{note}')
     return fig
 
 # %% ../../nbs/papers/90_dra_tables.ipynb #046e270a

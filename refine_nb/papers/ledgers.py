@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..reporting import ARTEFACTS, Claim, figure_style, ledger, stored
+from ..reporting import ARTEFACTS, Claim, figure_style, figure_title, ledger, stored
 
 # %% ../../nbs/papers/05_ledgers.ipynb #0fda1364
 def judged_claims(
@@ -60,6 +60,6 @@ def claims_picture(
         for verdict,left in zip(counts, counts.cumsum(axis=1).shift(axis=1, fill_value=0).T.values):
             ax.barh(names, counts[verdict], left=left, color=VERDICTS[verdict], label=verdict, height=.7)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.invert_yaxis(); ax.set(xlabel='claims', title=title)
+        ax.invert_yaxis(); ax.set(xlabel='claims'); figure_title(fig, title)
         fig.legend(loc='outside lower center', ncols=2)
     return fig

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 from ..base import key
 from ..evaluation import mcnemar, proportion
-from ..reporting import PAPERS, Claim, Missing, cell, figure_style, measured, published
+from ..reporting import (PAPERS, Claim, Missing, cell, figure_style, figure_title, measured,
+                                 published)
 from .protocols import BUDGETS
 
 # %% ../../nbs/papers/89_protocols_found.ipynb #f59366d3
@@ -158,7 +159,7 @@ def picture(
         words = ['clean' if n=='clean' else f'{ROWS[n][0].split(",")[0]}: {ROWS[n][1]}' for n in names]
         ax.set(yticks=range(len(names)), yticklabels=words, ylim=(len(names)-.4, -.6), xlim=(-2, 102),
                xlabel='images still right (%)')
-        fig.suptitle(title, fontsize=8, x=0, ha='left'); ax.grid(axis='x'); ax.tick_params(axis='y', length=0)
+        figure_title(fig, title); ax.grid(axis='x'); ax.tick_params(axis='y', length=0)
         keys = {h.get_label(): h for h in ax.lines if beside or h.get_label()!='printed'}
         keys = {k: h for k,h in keys.items() if not k.startswith('_')}
         fig.legend(keys.values(), keys.keys(), loc='outside lower center', ncols=3)

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base import Cell
-from ..reporting import figure_style, method_colour
+from ..reporting import figure_style, figure_title, method_colour
 from .spat import ablation, judged
 
 # %% ../../nbs/papers/75_spat_losses.ipynb #34727feb
@@ -54,5 +54,5 @@ def pair_picture(
             ax.set(xlabel=f'accuracy (%), {t.label.iloc[0]}', xlim=(0, 100), ylim=(len(pairs)-.5, -.5))
             ax.grid(axis='x')
         axes[0].set(yticks=range(len(pairs)), yticklabels=[words[k] for k in pairs])
-        fig.suptitle(title, fontsize=8, x=0, ha='left')
+        figure_title(fig, title)
     return fig

@@ -19,7 +19,7 @@ from ..base import Recipe, Spec, Worst, key
 from ..attacks import STANDARD
 from ..evaluation import wilson
 from ..runs import Brief
-from ..reporting import dot_interval, figure_style, marked, measured, shared_legend
+from ..reporting import dot_interval, figure_style, figure_title, marked, measured, shared_legend
 from .spat import judged
 
 # %% ../../nbs/papers/72_spat_tables.ipynb #9f4baa84
@@ -138,7 +138,7 @@ def panels(
                          legend=False, xlabel='accuracy (%)', title=head.replace('; ', '\n'), ax=ax)
             if i+across < len(heads): ax.set_xlabel('') # the panel below says it
             else: ax.tick_params(labelbottom=True)
-        shared_legend(fig, printed is not None); fig.suptitle(title, fontsize=8, x=0, ha='left')
+        shared_legend(fig, printed is not None); figure_title(fig, title)
     return fig
 
 # %% ../../nbs/papers/72_spat_tables.ipynb #1b371984
