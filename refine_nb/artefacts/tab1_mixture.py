@@ -6,15 +6,12 @@
 __all__ = ['PGD20', 'OURS', 'grid', 'tidy', 'view', 'picture']
 
 # %% ../../nbs/tab1_mixture.ipynb #d674610a
-import math
-
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base import Cell, Robustness, call
 from ..attacks import pgd
-from ..reporting import dot_interval, figure_style, figure_title, marked, measured, shared_legend
+from ..reporting import dot_panels, marked, measured
 from ..papers.mixture import METHODS, attackers, column, headings, trained
 
 # %% ../../nbs/tab1_mixture.ipynb #d198750f
@@ -64,14 +61,6 @@ def picture(
     title:str,
     printed:pd.DataFrame|None=None, # the paper's accuracies, drawn where ours are at its scale
 )->Figure:
-    "A panel a column, a line a method: our value with its interval, the printed one as a hollow diamond"
-    heads, many = headings(ours), ours.method.nunique()
-    with figure_style():
-        fig, axes = plt.subplots(1, len(heads), figsize=(10, 1.45+.15*many), sharex=True, sharey=True)
-        for ax,(name,head) in zip(axes, heads.items()):
-            known = {} if printed is None else printed[printed.attack==name].set_index('method').accuracy
-            rows = ours[ours.attack==name]
-            dot_interval(rows.assign(published=[known.get(m, math.nan) for m in rows.method]), label='method',
-                         legend=False, xlabel='accuracy (%)', title=head.replace('; ', '\n'), ax=ax)
-        shared_legend(fig, printed is not None); figure_title(fig, title)
-    return fig
+    "A panel a column, a line a method"
+    return dot_panels(ours, headings(ours), title, printed, across=4)
+

@@ -6,15 +6,12 @@
 __all__ = ['METHODS', 'TYPES', 'grid', 'tidy', 'view', 'picture']
 
 # %% ../../nbs/tab3_9_spat.ipynb #5eb85ac0
-import math
-
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base import Cell, call
 from ..vision import corrupted
-from ..reporting import dot_interval, figure_style, figure_title, marked, shared_legend
+from ..reporting import dot_panels, marked
 from ..papers.spat import trained
 from ..papers.spat_tables import SHORT, averaged
 
@@ -64,15 +61,6 @@ def picture(
     printed:pd.DataFrame|None=None, # the paper's accuracies, drawn where ours are at its scale
 )->Figure:
     "A panel a corruption, a line a method: ours with its interval; hollow: published"
-    parts = list(ours.groupby('corruption', sort=False)); across = 5; down = math.ceil(len(parts)/across)
-    with figure_style():
-        fig, axes = plt.subplots(down, across, figsize=(9, .6+1.2*down), sharex=True, sharey=True,
-                                 squeeze=False)
-        for ax in axes.flat[len(parts):]: ax.set_visible(False)
-        for i,(ax,(name,part)) in enumerate(zip(axes.flat, parts)):
-            known = {} if printed is None else printed[printed.corruption==name].set_index('method').accuracy
-            dot_interval(part.assign(published=[known.get(k, math.nan) for k in part.method]), label='method',
-                         legend=False, xlabel='accuracy (%)', title=part.label.iloc[0], ax=ax)
-            ax.tick_params(labelbottom=i+across >= len(parts)) # where no panel is below
-        shared_legend(fig, printed is not None); figure_title(fig, title)
-    return fig
+    heads = dict(zip(ours.corruption, ours.label))
+    return dot_panels(ours, heads, title, printed, by='corruption')
+

@@ -6,14 +6,12 @@
 __all__ = ['BUDGETS', 'ROWS', 'SAME', 'grid', 'tidy', 'view', 'picture']
 
 # %% ../../nbs/tab4_adcorda.ipynb #3bf2d0b5
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base import Cell, Robustness
 from ..vision import IMAGENET_STD
-from ..reporting import (dot_interval, figure_style, figure_title, marked, measured, named,
-                                 over_seeds, shared_legend, worded)
+from ..reporting import dot_panels, marked, measured, named, over_seeds, worded
 from ..papers.adcorda import baseline, refined
 
 # %% ../../nbs/tab4_adcorda.ipynb #8f0a7bb3
@@ -71,14 +69,8 @@ def picture(
     title:str,
     printed:pd.DataFrame|None=None, # a line a row and budget, drawn where ours are at its scale
 )->Figure:
-    "A panel a budget on one axis: our values with their intervals, printed ones as hollow diamonds"
-    known = {} if printed is None else printed.set_index(['budget','row']).accuracy
-    at = zip(ours.budget.replace(SAME, 'clean'), ours.row)
-    rows = ours.assign(published=[known.get(a, float('nan')) for a in at])
-    with figure_style():
-        fig, axes = plt.subplots(1, 4, figsize=(8, 1.9), sharey=True, sharex=True)
-        for ax,b in zip(axes, (SAME, *BUDGETS)):
-            dot_interval(rows[rows.budget==b], label='row', legend=False, xlabel='accuracy (%)',
-                         title=b if b==SAME else f'eps {b}', ax=ax)
-        shared_legend(fig, printed is not None); figure_title(fig, title)
-    return fig
+    "A panel a budget, a line a row; the printed clean accuracy stands beside that of the attacked images"
+    if printed is not None: printed = printed.assign(budget=printed.budget.replace('clean', SAME))
+    heads = {SAME: SAME, **{b: f'eps {b}' for b in BUDGETS}}
+    return dot_panels(ours, heads, title, printed, by='budget', label='row')
+

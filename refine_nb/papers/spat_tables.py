@@ -10,7 +10,6 @@ __all__ = ['BRIEF', 'COLUMNS', 'SHORT', 'ATTACK_WORDS', 'NAMES', 'LOSSES', 'rows
 import math
 from collections.abc import Iterable
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -19,7 +18,7 @@ from ..base import Recipe, Spec, Worst, key
 from ..attacks import STANDARD
 from ..evaluation import wilson
 from ..runs import Brief
-from ..reporting import dot_interval, figure_style, figure_title, marked, measured, shared_legend
+from ..reporting import dot_panels, marked, measured
 from .spat import judged
 
 # %% ../../nbs/papers/72_spat_tables.ipynb #9f4baa84
@@ -123,23 +122,9 @@ def panels(
     title:str,
     printed:pd.DataFrame|None=None, # the paper's accuracies, drawn where ours are at its scale
 )->Figure:
-    "A panel a column, a line a method: our value with its interval, the printed one as a hollow diamond"
-    heads, many = headings(table), table.method.nunique(); across = min(len(heads), 5)
-    down = math.ceil(len(heads)/across)
-    with figure_style():
-        fig, axes = plt.subplots(down, across, figsize=(2*across, .7+(.75+.15*many)*down), sharex=True,
-                                 sharey=True, squeeze=False)
-        for ax in axes.flat[len(heads):]: ax.set_visible(False)
+    "A panel a column, a line a method"
+    return dot_panels(table, headings(table), title, printed)
 
-        for i,(ax,(name,head)) in enumerate(zip(axes.flat, heads.items())):
-            known = {} if printed is None else printed[printed.attack==name].set_index('method').accuracy
-            part = table[table.attack==name]
-            dot_interval(part.assign(published=[known.get(k, math.nan) for k in part.method]), label='method',
-                         legend=False, xlabel='accuracy (%)', title=head.replace('; ', '\n'), ax=ax)
-            if i+across < len(heads): ax.set_xlabel('') # the panel below says it
-            else: ax.tick_params(labelbottom=True)
-        shared_legend(fig, printed is not None); figure_title(fig, title)
-    return fig
 
 # %% ../../nbs/papers/72_spat_tables.ipynb #1b371984
 LOSSES = {'nce_sp': 'normalised (NCE), self-paced', 'nce': 'normalised (NCE)',

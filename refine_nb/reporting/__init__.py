@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none', 'dot_interval', 'figure_style', 'figure_title',
-           'method_colour', 'method_style', 'named', 'save_figure', 'shared_legend', 'plot_confusion', 'plot_curves',
-           'Claim', 'Missing', 'STANDS_FOR', 'as_named', 'cell', 'judge', 'on_its_own', 'difference', 'mean_std',
-           'measured', 'over_seeds', 'percent', 'published', 'show_conflicts', 'show_table', 'side_by_side',
+           'method_colour', 'method_style', 'named', 'save_figure', 'shared_legend', 'dot_panels', 'plot_confusion',
+           'plot_curves', 'Claim', 'Missing', 'STANDS_FOR', 'as_named', 'cell', 'judge', 'on_its_own', 'difference',
+           'mean_std', 'measured', 'over_seeds', 'percent', 'published', 'show_conflicts', 'show_table', 'side_by_side',
            'with_interval', 'HEADERS', 'MARK', 'health', 'marked', 'said_once', 'worded', 'ACROSS', 'ARTEFACTS',
            'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'report_folder', 'Stored', 'run_record', 'save_report',
            'save_table', 'stored', 'Announcement', 'announce', 'announce_figure', 'made_on', 'Sheet', 'Unfinished',
@@ -18,7 +18,7 @@ __all__ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none
 from .asked import between, one_whole, parameters, whole_numbers, whole_or_none
 from .figures import (dot_interval, figure_style, figure_title, method_colour,
     method_style, named, save_figure, shared_legend)
-from .drawings import plot_confusion, plot_curves
+from .drawings import dot_panels, plot_confusion, plot_curves
 from .claims import Claim, Missing, STANDS_FOR, as_named, cell, judge, on_its_own
 from .tables import (difference, mean_std, measured, over_seeds, percent, published,
     show_conflicts, show_table, side_by_side, with_interval)
@@ -38,12 +38,13 @@ from refine_nb.reporting.board import (Board, PRINT_MARKS, SCALES, SCORED, VERDI
 # %% ../../nbs/reporting/99_reporting.ipynb #f1ca70c7
 _all_ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none', 'dot_interval',
          'figure_style', 'figure_title', 'method_colour', 'method_style', 'named', 'save_figure',
-         'shared_legend', 'plot_confusion', 'plot_curves', 'Claim', 'Missing', 'STANDS_FOR',
-         'as_named', 'cell', 'judge', 'on_its_own', 'difference', 'mean_std', 'measured', 'over_seeds',
-         'percent', 'published', 'show_conflicts', 'show_table', 'side_by_side', 'with_interval',
-         'HEADERS', 'MARK', 'health', 'marked', 'said_once', 'worded', 'ACROSS', 'ARTEFACTS',
-         'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'report_folder', 'Stored', 'run_record',
-         'save_report', 'save_table', 'stored', 'Announcement', 'announce', 'announce_figure',
-         'made_on', 'Sheet', 'Unfinished', 'leaves', 'nothing_found', 'ledger', 'our_tables',
-         'Weighed', 'drawn', 'other_images', 'plain', 'rows_behind', 'weigh', 'with_intervals',
-         'Board', 'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
+         'shared_legend', 'dot_panels', 'plot_confusion', 'plot_curves', 'Claim', 'Missing',
+         'STANDS_FOR', 'as_named', 'cell', 'judge', 'on_its_own', 'difference', 'mean_std', 'measured',
+         'over_seeds', 'percent', 'published', 'show_conflicts', 'show_table', 'side_by_side',
+         'with_interval', 'HEADERS', 'MARK', 'health', 'marked', 'said_once', 'worded', 'ACROSS',
+         'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'report_folder', 'Stored',
+         'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
+         'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'nothing_found', 'ledger',
+         'our_tables', 'Weighed', 'drawn', 'other_images', 'plain', 'rows_behind', 'weigh',
+         'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of',
+         'quoted', 'scored']
