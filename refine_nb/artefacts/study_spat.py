@@ -11,13 +11,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..reporting import figure_style, figure_title, marked, measured, method_style
-from ..papers.spat_study import LONG, NAMED, SAME, audits, leads, on_worst
+from ..runs import Audited
+from ..papers.spat_study import LONG, NAMED, SAME, audit_table, leads, on_worst
 
 # %% ../../nbs/study_spat.ipynb #5b11700d
 def tidy(
     cells:dict[str,dict], # as `study` gives them, at the scale that was run
     store,                # where they were made
-    n_audit:int=100, seed:int=0, # images of an audit; its draws
+    looked:dict[str,Audited], # audits, by network
 )->pd.DataFrame: # method, attack, label, accuracy or lead, n, key; part: 'accuracy' or 'lead', on all images
     # or on the same as the worst case, and 'audit'
     "What the networks answer, tidy"
@@ -27,7 +28,7 @@ def tidy(
         return pd.DataFrame(rows).drop(columns='std')
     parts = [part(of).assign(part=p+same) for same,of in (('', cells), (SAME, on_worst(cells)))
              for p,part in (('accuracy', acc), ('lead', lambda c: leads(c, store)))]
-    parts.append(audits(cells, store, 'x1', ('SPAT','TRADES'), n_audit, seed).assign(part='audit'))
+    parts.append(audit_table(looked, store).assign(part='audit'))
     # 'upper bound' where a part of it was run
     found = store.get(cells['SPAT']['autoattack'], make=False).result['label']
     words = NAMED | {'autoattack': found.removesuffix(' (standard)')}

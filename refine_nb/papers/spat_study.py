@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['LONG', 'FACTORS', 'NAMED', 'SAME', 'FOUND', 'networks', 'looks', 'study', 'on_worst', 'leads', 'shown_leads',
-           'audits', 'shown_audits', 'alarms', 'verdict', 'found_study']
+           'audits', 'audit_table', 'shown_audits', 'alarms', 'verdict', 'found_study']
 
 # %% ../../nbs/papers/77_spat_study.ipynb #c316f89e
 from collections.abc import Iterable
 from dataclasses import replace
 
 import pandas as pd
-import torch
 
-from ..base import Call, Cell, Recipe, Robustness, Worst, call, key, seeded
-from ..vision import to_input
+from ..base import Call, Cell, Recipe, Robustness, Worst, call, key
 from ..attacks import apgd, kl_pgd, sharpened_attack
-from ..evaluation import CHECKS, audit, mcnemar, predict
+from ..evaluation import mcnemar
 from ..training import spat_pgd
+from ..runs import Audited, stored_audit
 from .spat import BUDGET, ablation, attackers, network, trained
 
 # %% ../../nbs/papers/77_spat_study.ipynb #89032d04
@@ -105,33 +104,32 @@ def shown_leads(
 
 # %% ../../nbs/papers/77_spat_study.ipynb #8fc40b03
 def audits(
-    cells:dict[str,dict], # network -> column -> what fills it, at the scale that was run
-    store,                # where they were made
+    cells:dict[str,dict], # network -> column -> what fills it, at the scale that is run
     reported:str,         # column of the attack that a number is reported of
     names:Iterable[str],  # the networks to audit, of `cells`
     n:int=100,            # first test images, >= 1
     seed:int=0,           # of the draws
-)->pd.DataFrame: # method, the columns of `Audit.table`, n, key
+)->dict[str,Audited]:     # network -> its audit
     "Audits of networks; the surrogate is TRADES, SPAT for TRADES, else the first other, if there is one"
     def one(name):
         others = [k for k in ('TRADES', 'SPAT', *cells) if k in cells and k != name]
-        spec = cells[name][reported]
-        model, data = store.model(spec.recipe), store.data(spec.recipe.data)
-        other = store.model(cells[others[0]][reported].recipe) if others else None
-        x, y = (t.to(store.engine.device) for t in (to_input(data.test.x[:n], data.size), data.test.y[:n]))
-        x = x.contiguous(memory_format=torch.channels_last)
-        of = dict(method=name, key=key(cells[name]['clean']))
-        if not (predict(model, x, device=x.device).to(y.device)==y).any(): # nothing to attack
-            return pd.DataFrame({'check': [c.__name__.replace('_', ' ') for c in CHECKS], 'raised': 'not run',
-                                 **of, 'n': len(y)})
-        found = audit(model, x, y, n=len(y), surrogate=other, attack=spec.attack,
-                      eps=spec.attack['eps'], generator=seeded(seed, 'audit'))
-        return found.table().assign(**of, n=len(y))
-    return pd.concat(map(one, names), ignore_index=True)
+        spec = cells[name][reported]; other = cells[others[0]][reported].recipe if others else None
+        return Audited(spec.recipe, spec.attack, other, n_eval=n, seed=seed)
+    return {name: one(name) for name in names}
+
+def audit_table(
+    specs:dict[str,Audited], # from `audits`
+    store,                   # where they were made
+)->pd.DataFrame: # method, the columns of `Audit.table`, n, key
+    "What audits found, a row a network and check"
+    found = {name: stored_audit(s, store) for name,s in specs.items()}
+    return pd.concat([a.table().assign(method=k, key=key(specs[k]), n=a.n) for k,a in found.items()],
+                     ignore_index=True)
+
 
 # %% ../../nbs/papers/77_spat_study.ipynb #7c1e02af
 def shown_audits(
-    found:pd.DataFrame, # from `audits`
+    found:pd.DataFrame, # from `audit_table`
 )->pd.DataFrame:        # check, and a column a network: 'no', 'RAISED' or 'not run'
     "Which of the twelve checks are raised"
     wide = found.pivot(index='check', columns='method', values='raised')
@@ -140,7 +138,7 @@ def shown_audits(
 
 # %% ../../nbs/papers/77_spat_study.ipynb #7c1e02b1
 def alarms(
-    found:pd.DataFrame, # from `audits`
+    found:pd.DataFrame, # from `audit_table`
 )->tuple[str,...]:      # a sentence a check; none where nothing is raised
     "What the raised checks mean, and their numbers"
     raised = found[found.raised=='RAISED']

@@ -18,7 +18,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from ..base import Cell, Recipe, Spec, ancestors, choose, time_budget
-from ..vision import OwnImages, chosen_data
+from ..vision import OwnImages, Split, chosen_data
 from ..training import engine
 from ..runs import (Store, at_preset, duration, preset, presets, price, provenance, sizes_of,
                             whats_left, workers)
@@ -108,6 +108,16 @@ def ask(self:Sheet,
     self.title = announce(self.about.id, self.p, self.store, self.wanted, shares)
     return cells
 
+# %% ../../nbs/reporting/70_sheet.ipynb #a0d17010
+@patch
+def also(self:Sheet,
+    more, # as `leaves` takes it, at the scale that is run
+):        # the same
+    "After `ask`: what is needed besides, such as audits of the networks that were asked for"
+    self.cells = [*self.cells, *leaves(more)]
+    return more
+
+
 # %% ../../nbs/reporting/70_sheet.ipynb #f2c1d99b
 @patch
 def drawn(self:Sheet,
@@ -132,9 +142,15 @@ class Unfinished(RuntimeError):
     "A page stops where its time is up: some of its results are still to be made"
 
 # %% ../../nbs/reporting/70_sheet.ipynb #1bc17d11
+def _rehearse(store, todo): # images that are read from files, or made of photographs, before networks are trained
+    for s in {s.corruption: s for s in todo if getattr(s, 'corruption', None)}.values():
+        part = getattr(store.data(s.recipe.data), s.split)
+        s.corruption(Split(part.x[:50], part.y[:50]))
+
 @patch
 def make(self:Sheet)->None:
     "Make what is missing; `Unfinished` where a time budget leaves some of it"
+    _rehearse(self.store, self.store.plan(self.cells))
     n, budget = (getattr(self.p, k, None) for k in ('workers', 'budget'))
     if left := self.store.run(self.cells, executor=workers(n) if n else None, budget=budget):
         there = len(self.cells) - len(set(left) & set(self.cells))

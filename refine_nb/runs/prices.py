@@ -22,6 +22,7 @@ from ..vision import OwnImages, n_parameters, suiting
 from ..attacks import attacking
 from ..training import Engine
 from ..refinement import Correction, OnSource, Quantised, Share
+from .audited import Audited
 from .entry import home_folder
 from .given import Given
 from .store import passed
@@ -106,6 +107,7 @@ WRONG_SHARE = .05 # of the training images, assumed for the price of a correctio
 ROBUST_SHARE = .5 # of the images, assumed to stand up to all of AutoAttack: what is broken early costs little
 _EACH = {'apgd-ce': Counter(attack=100), 'apgd-t': Counter(attack=900), 'fab-t': Counter(attack=1800),
          'square': Counter(forward=5000)}  # passes of an image that survives
+_AUDITED = {'attack': 440, 'forward': 300} # passes of an image in an audit, as counted, without the reported attack
 
 def _withstood(components:tuple[str,...], n:int)->Counter:
     return Counter({kind: n*k for kind,k in sum((_EACH[c] for c in components), Counter()).items()})
@@ -140,6 +142,8 @@ def images(
     if isinstance(spec, Cell):
         return Counter(forward=seen) + _attacked(None if spec.surrogate else spec.attack, seen)
     if isinstance(spec, Adversarials): return _attacked(spec.attack, seen)
+    if isinstance(spec, Audited):
+        return Counter({k: seen*v for k,v in _AUDITED.items()}) + _attacked(spec.attack, seen)
     if isinstance(spec, Robustness):
         return Counter(forward=seen) + _withstood(spec.components, int(seen*ROBUST_SHARE))
     if isinstance(spec, Worst): return Counter() # of cells that are priced by themselves
@@ -192,6 +196,7 @@ def _detail(spec): # what tells runs of one kind apart
     if isinstance(spec, Given): return spec.model.name
     if isinstance(spec, Quantised): return spec.backend
     if isinstance(spec, Robustness): return f"{(n := len(spec.components))} component{'s'*(n!=1)}"
+    if isinstance(spec, Audited): return f'of {spec.attack.name}'
     if isinstance(spec, (OnSource, Worst)): return {OnSource: 'source', Worst: 'worst case'}[type(spec)]
     return (f'transferred {spec.attack.name}' if getattr(spec, 'surrogate', None)
             else spec.attack.name if spec.attack
@@ -199,7 +204,7 @@ def _detail(spec): # what tells runs of one kind apart
 
 _KINDS = {Recipe: 'train', Given: 'read', Quantised: 'quantise', Correction: 'correct', Share: 'correct',
           Adversarials: 'attack', Cell: 'evaluate', Robustness: 'AutoAttack', OnSource: 'evaluate',
-          Worst: 'evaluate'} # what is done
+          Worst: 'evaluate', Audited: 'audit'} # what is done
 
 # %% ../../nbs/runs/50_prices.ipynb #65a70247
 def price(
