@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ..base import Cell, key
 from ..vision import to_input
-from ..runs import Audited
+
 from ..reporting import MARK, figure_style, figure_title, marked, method_style
 from ..papers.mixture import STRENGTHS, STRONG, trained
 from ..papers.mixture_study import audited, explained, passed_by, step_curve
@@ -41,13 +41,13 @@ def _walked(net, x, y): # (training, method) -> a row a step
 def tidy(
     cells:dict[str,dict[str,Cell]], # as `grid` gives them, at the scale that was run
     store,                          # where they were made
-    looked:dict[tuple[str,str,str],Audited], # audits, by training, method and attack
-    n:int=100,                      # test images of the curve over steps
+    looked:dict,                    # from `audits`; the curve over steps is of the same images
 )->pd.DataFrame: # a row a step, a check, or the share that FGSM passes by (%): part, method, training, key, n
     "What the networks answer, tidy"
-    (x, y), net = _images(cells, store, n), lambda s, m: store.model(cells[s][m].recipe)
+    net = lambda s, m: store.model(cells[s][m].recipe)
+    x, y = _images(cells, store, next(iter(looked.values())).n_eval)
     again = 100*passed_by(net('weak', 'Traditional'), x, y)
-    passed = pd.DataFrame([{'part': 'passed by', 'again': again, 'n': len(y)}])
+    passed = pd.DataFrame({'part': ['passed by'], 'again': again, 'n': len(y)})
     parts = {**_walked(net, x, y), **audited(looked, store), ('weak', 'Traditional'): passed}
     rows = [t.assign(training=s, method=m, key=key(cells[s][m])) for (s,m,*_),t in parts.items()]
     return pd.concat(rows, ignore_index=True).astype({'steps': 'Int64'})

@@ -76,5 +76,6 @@ def picture(
                         mfc='none', mec='.25')
         ax.set(yticks=range(len(names)), yticklabels=[c.replace('_', ' ') for c in names],
                xlabel='accuracy (%)')
-        figure_title(fig, title); ax.invert_yaxis(); ax.grid(axis='x'); ax.legend(loc='center left', bbox_to_anchor=(1, .5))
+        figure_title(fig, title); ax.invert_yaxis()
+        ax.grid(axis='x'); ax.legend(loc='center left', bbox_to_anchor=(1, .5))
     return fig

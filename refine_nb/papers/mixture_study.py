@@ -84,6 +84,8 @@ def audits(
     return {(s, m, a): Audited(cells[s][m].recipe, attackers(pgd_steps)[a], cells['weak'][other].recipe,
                                n_eval=n, seed=seed) for s,m,a,other in asked}
 
+
+# %% ../../nbs/papers/45_mixture_study.ipynb #2c899f8d
 def audited(
     specs:dict[tuple[str,str,str],Audited], # from `audits`
     store,                                  # where they were made

@@ -117,6 +117,8 @@ def audits(
         return Audited(spec.recipe, spec.attack, other, n_eval=n, seed=seed)
     return {name: one(name) for name in names}
 
+
+# %% ../../nbs/papers/77_spat_study.ipynb #7c1e02b4
 def audit_table(
     specs:dict[str,Audited], # from `audits`
     store,                   # where they were made

@@ -17,6 +17,14 @@ from ..base import choose, instance, number
 from .figures import (_INK, _STYLES, _titled, dot_interval, figure_style, figure_title,
                                          method_style, shared_legend)
 
+# %% ../../nbs/reporting/15_drawings.ipynb #d4a5e014
+def _panels(n, across, lines): # n panels in rows: figure, axes, how many a row
+    across = min(n, across); down = math.ceil(n/across)
+    fig, axes = plt.subplots(down, across, figsize=(min(2*across, 10), .7+(.75+.15*lines)*down), sharex=True,
+                             sharey=True, squeeze=False)
+    for ax in axes.flat[n:]: ax.set_visible(False)
+    return fig, axes, across
+
 # %% ../../nbs/reporting/15_drawings.ipynb #d4a5e011
 def dot_panels(
     table:pd.DataFrame,      # tidy: as for `dot_interval`, and the column `by`; the same lines in each panel
@@ -30,12 +38,9 @@ def dot_panels(
 )->Figure:
     "A panel a column, a line a method: our value with its interval, the printed one as a hollow diamond"
     for c in (by, label, 'accuracy'): choose(c, table, 'column of the table')
-    many, across = table[label].nunique(), min(len(heads), number('across', across, 1, whole=True))
-    down = math.ceil(len(heads)/across)
     with figure_style():
-        fig, axes = plt.subplots(down, across, figsize=(min(2*across, 10), .7+(.75+.15*many)*down),
-                                 sharex=True, sharey=True, squeeze=False)
-        for ax in axes.flat[len(heads):]: ax.set_visible(False)
+        many, across = table[label].nunique(), number('across', across, 1, whole=True)
+        fig, axes, across = _panels(len(heads), across, many)
         for i,(ax,(name,head)) in enumerate(zip(axes.flat, heads.items())):
             known = {} if printed is None else printed[printed[by]==name].set_index(label).accuracy
             rows = table[table[by]==name]

@@ -142,7 +142,7 @@ class Unfinished(RuntimeError):
     "A page stops where its time is up: some of its results are still to be made"
 
 # %% ../../nbs/reporting/70_sheet.ipynb #1bc17d11
-def _rehearse(store, todo): # images that are read from files, or made of photographs, before networks are trained
+def _rehearse(store, todo): # images from files or photographs that may not be there, before any training
     for s in {s.corruption: s for s in todo if getattr(s, 'corruption', None)}.values():
         part = getattr(store.data(s.recipe.data), s.split)
         s.corruption(Split(part.x[:50], part.y[:50]))

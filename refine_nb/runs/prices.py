@@ -107,7 +107,7 @@ WRONG_SHARE = .05 # of the training images, assumed for the price of a correctio
 ROBUST_SHARE = .5 # of the images, assumed to stand up to all of AutoAttack: what is broken early costs little
 _EACH = {'apgd-ce': Counter(attack=100), 'apgd-t': Counter(attack=900), 'fab-t': Counter(attack=1800),
          'square': Counter(forward=5000)}  # passes of an image that survives
-_AUDITED = {'attack': 440, 'forward': 300} # passes of an image in an audit, as counted, without the reported attack
+_AUDITED = {'attack': 440, 'forward': 300} # of one in an audit, as counted, besides the reported attack
 
 def _withstood(components:tuple[str,...], n:int)->Counter:
     return Counter({kind: n*k for kind,k in sum((_EACH[c] for c in components), Counter()).items()})
@@ -135,7 +135,7 @@ def images(
                else getattr(data['name'], 'n_valid', None) or int(pool*data['valid']))
     n = min(data['n_train'] or pool, pool-n_valid)
     if isinstance(spec, Recipe): return _trained(spec, n, n_valid)
-    if isinstance(spec, Given): return Counter() # it is only read
+    if isinstance(spec, (Given, Worst, Share)): return Counter() # read, or of what is priced by itself
     if isinstance(spec, Quantised): return Counter(forward=spec.n_calibrate)
     seen = (getattr(spec, 'n_eval', None)
             or {'train': n, 'valid': n_valid, 'test': test}[getattr(spec, 'split', 'test')])
@@ -146,9 +146,7 @@ def images(
         return Counter({k: seen*v for k,v in _AUDITED.items()}) + _attacked(spec.attack, seen)
     if isinstance(spec, Robustness):
         return Counter(forward=seen) + _withstood(spec.components, int(seen*ROBUST_SHARE))
-    if isinstance(spec, Worst): return Counter() # of cells that are priced by themselves
     if isinstance(spec, Correction): return Counter(forward=n) + _attacked(spec.attack, int(n*WRONG_SHARE))
-    if isinstance(spec, Share): return Counter() # of a correction that is priced by itself
     if isinstance(spec, OnSource): return Counter(forward=2*n)
     raise TypeError(f"price knows recipes, cells and corrections, got a {type(spec).__name__}")
 
