@@ -180,6 +180,7 @@ def doors():
     d('runs', lambda specs, budget: store.make().run(specs, budget=budget), 'Store.run', specs=[], budget=5.)
     d('runs', lambda spec: store.make().get(spec, make=False), 'Store.get', spec=cell)
     d('runs', S.passed, specs=[RECIPE]); d('runs', S.tasks, plan=[RECIPE, cell])
+    d('runs', S.Audited, recipe=RECIPE, attack=FAST, split='test', n_eval=5, seed=0)
     d('runs', S.Brief, says='x', epochs=1, n_train=5, n_eval=5, steps=.5)
     d('runs', S.at_preset, value=cell, p=S.PRESETS['demo'])
     d('runs', S.scaled, value=cell, p=S.PRESETS['demo'])
@@ -197,6 +198,8 @@ def doors():
     # reporting
     d('reporting', P.between, low=0., high=1.); d('reporting', P.one_whole, low=0, high=5)
     d('reporting', P.dot_interval, table=TABLE, label='method', title='t')
+    d('reporting', P.dot_panels, table=TABLE.assign(attack='a'), heads={'a': 'A'}, title='t', by='attack',
+      label='method', across=2)
     d('reporting', P.method_colour, name='DDN')
     d('reporting', P.method_style, name='DDN'); d('reporting', P.named, methods=['DDN'])
     d('reporting', P.plot_confusion, counts=torch.ones(2,2).long(), classes=['a', 'b'], title='t')
