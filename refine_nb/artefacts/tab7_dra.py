@@ -53,7 +53,9 @@ def view(
     gain = ours.pivot(index='corruption', columns='kind', values='accuracy')
     table = wide.loc[ours.corruption.unique(), ['Tuned','Vanilla']]
     points = [f'{v:+.2f}' for v in (gain['ours']-gain['vanilla'])[table.index]]
-    table = table.assign(**{'gain (points)': points}).rename_axis(columns=None).reset_index()
+    n = ours.drop_duplicates('corruption').set_index('corruption').n[table.index]
+    table = table.assign(**{'gain (points)': points, 'n': [f'{v:,}' for v in n]})
+    table = table.rename_axis(columns=None).reset_index()
     return table.assign(corruption=table.corruption.str.replace('_', ' '))
 
 # %% ../../nbs/tab7_dra.ipynb #4d4a71da
