@@ -54,7 +54,8 @@ def view(
     table = wide.loc[ours.corruption.unique(), ['Tuned','Vanilla']]
     points = [f'{v:+.2f}' for v in (gain['ours']-gain['vanilla'])[table.index]]
     n = ours.drop_duplicates('corruption').set_index('corruption').n[table.index]
-    table = table.assign(**{'gain (points)': points, 'n': [f'{v:,}' for v in n]})
+    table = table.assign(**{'gain (points)': points})
+    if n.nunique() > 1: table['n'] = [f'{v:,}' for v in n] # else it is said below
     table = table.rename_axis(columns=None).reset_index()
     return table.assign(corruption=table.corruption.str.replace('_', ' '))
 
