@@ -248,7 +248,7 @@ def test_a_page_needs_no_jupyter(tmp_path):
     code = (f"import gpu; print(gpu.equipped({str(tmp_path/'site')!r})); "
             "p = gpu.Page('tab3_4_spat', {'preset': 'small'}); print(len(p.sheet.cells))")
     made = bare(tmp_path, JUPYTER, '-c', code)
-    assert made.stdout.startswith("['foolbox']\n63"), made.stderr[-2000:]
+    assert made.stdout.startswith("['foolbox']\n70"), made.stderr[-2000:]
 
 def test_what_is_missing_is_named_with_the_way_to_bring_it(tmp_path):
     lacks = 'fastcore', 'platformdirs'

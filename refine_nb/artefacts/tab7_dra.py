@@ -52,12 +52,9 @@ def view(
     wide = ours.assign(text=marked(ours)).pivot(index='corruption', columns='method', values='text')
     gain = ours.pivot(index='corruption', columns='kind', values='accuracy')
     table = wide.loc[ours.corruption.unique(), ['Tuned','Vanilla']]
-    points = [f'{v:+.2f}' for v in (gain['ours']-gain['vanilla'])[table.index]]
-    n = ours.drop_duplicates('corruption').set_index('corruption').n[table.index]
-    table = table.assign(**{'gain (points)': points})
-    if n.nunique() > 1: table['n'] = [f'{v:,}' for v in n] # else it is said below
-    table = table.rename_axis(columns=None).reset_index()
-    return table.assign(corruption=table.corruption.str.replace('_', ' '))
+    table['gain (points)'] = [f'{v:+.2f}' for v in (gain['ours']-gain['vanilla'])[table.index]]
+    if ours.n.nunique() > 1: table['n'] = [f'{v:,}' for v in ours.groupby('corruption').n.first()[table.index]]
+    return table.rename(index=lambda c: c.replace('_', ' ')).rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/tab7_dra.ipynb #4d4a71da
 def picture(
@@ -77,8 +74,7 @@ def picture(
                 p = printed[printed.kind==k]
                 ax.plot(p.accuracy, [names.index(c)+d for c in p.corruption], 'D', ms=4,
                         mfc='none', mec='.25')
-        ax.set(yticks=range(len(names)), yticklabels=[c.replace('_', ' ') for c in names],
-               xlabel='accuracy (%)')
-        figure_title(fig, title); ax.invert_yaxis()
-        ax.grid(axis='x'); ax.legend(loc='center left', bbox_to_anchor=(1, .5))
+        ax.set_yticks(range(len(names)), [c.replace('_', ' ') for c in names]); ax.set_xlabel('accuracy (%)')
+        figure_title(fig, title); ax.invert_yaxis(); ax.grid(axis='x')
+        ax.legend(loc='center left', bbox_to_anchor=(1, .5))
     return fig

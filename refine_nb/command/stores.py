@@ -37,7 +37,7 @@ def parents(
 )->dict:  # key -> canonical spec, of those directly inside
     "What a result was made from, read from its record alone"
     from refine_nb.base import key
-    if isinstance(spec, dict) and spec.get('spec')=='Cell' and spec.get('surrogate'): # its images stand for it
+    if isinstance(spec, dict) and spec.get('spec')=='Cell' and spec.get('surrogate'): # by its images
         images = {k: spec[k] for k in ('attack', 'split', 'n_eval') if k in spec}
         shown = {'spec': 'Adversarials', 'recipe': spec['surrogate'], **images}
         return {key(shown): shown, **parents([spec['recipe']])}
