@@ -53,7 +53,8 @@ def view(
     gain = ours.pivot(index='corruption', columns='kind', values='accuracy')
     table = wide.loc[ours.corruption.unique(), ['Tuned','Vanilla']]
     table['gain (points)'] = [f'{v:+.2f}' for v in (gain['ours']-gain['vanilla'])[table.index]]
-    if ours.n.nunique() > 1: table['n'] = [f'{v:,}' for v in ours.groupby('corruption').n.first()[table.index]]
+    many = ours.groupby('corruption').n.first()[table.index]
+    if many.nunique() > 1: table['n'] = [f'{v:,}' for v in many]
     return table.rename(index=lambda c: c.replace('_', ' ')).rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/tab7_dra.ipynb #4d4a71da
