@@ -40,9 +40,8 @@ def tidy(
 )->pd.DataFrame: # method, kind, corruption, accuracy, low, high (%), n, severities, key
     "Our table, tidy"
     def row(k, c, its):
-        found = {k: v for k,v in measured(its, store).items() if k != 'std'}
-        return {'method': k, 'corruption': c, **found, 'severities': len(its)}
-    return in_words(pd.DataFrame([row(k, c, its) for (k, c),its in cells.items()]))
+        return {'method': k, 'corruption': c, **measured(its, store), 'severities': len(its)}
+    return in_words(pd.DataFrame([row(k, c, its) for (k, c),its in cells.items()]).drop(columns='std'))
 
 # %% ../../nbs/tab7_dra.ipynb #e2f242c1
 def view(
