@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refine_nb.base import call
+from refine_nb.base import call, seeded
 from refine_nb.vision import load_data, to_input
 from refine_nb.attacks import fgsm, mim, pgd, vbi
 from refine_nb.evaluation import CHECKS, audit
@@ -160,3 +160,22 @@ def test_bad_images_are_said(digits, nets):
 def test_one_step_as_the_reported_attack(digits, nets):
     "FGSM is a weak attack, not a sign of masking"
     assert set(run(nets['sturdy'], digits, nets, attack=call(fgsm, eps=EPS)).raised) <= {'stronger_attack'}
+
+
+def test_the_price_of_an_audit_is_of_the_passes_it_makes():
+    "Each image that goes forward, and each whose gradient comes back, on a network that counts both"
+    from refine_nb.runs.prices import _AUDITED
+    seen = {'forward': 0, 'attack': 0}
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return x.view_as(x)
+        @staticmethod
+        def backward(ctx, g): seen['attack'] += len(g); return g
+    class Net(nn.Sequential):
+        def forward(self, x): seen['forward'] += len(x); return super().forward(Counted.apply(x))
+    torch.manual_seed(0); net, other = (Net(nn.Flatten(), nn.Linear(64, 10)).eval() for _ in range(2))
+    x = torch.rand(20, 1, 8, 8)
+    audit(net, x, net(x).argmax(1), eps=.02, n=20, surrogate=other,
+          attack=call(pgd, eps=.02, step_size=.005, steps=20), generator=seeded(0, 'price'))
+    back = seen['attack']/20-20                             # without the reported attack's own
+    assert abs(back/_AUDITED['attack']-1) < .1 and .5 < (seen['forward']/20-back-20)/_AUDITED['forward'] < 2

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from ..base import Cell, key
 from ..vision import to_input
-
 from ..reporting import MARK, figure_style, figure_title, marked, method_style
 from ..papers.mixture import STRENGTHS, STRONG, trained
 from ..papers.mixture_study import audited, explained, passed_by, step_curve

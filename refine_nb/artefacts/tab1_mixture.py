@@ -64,4 +64,3 @@ def picture(
 )->Figure:
     "A panel a column, a line a method"
     return dot_panels(ours, headings(ours), title, printed, across=4)
-

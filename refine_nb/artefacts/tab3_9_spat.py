@@ -63,4 +63,3 @@ def picture(
     "A panel a corruption, a line a method: ours with its interval; hollow: published"
     heads = dict(zip(ours.corruption, ours.label))
     return dot_panels(ours, heads, title, printed, by='corruption')
-

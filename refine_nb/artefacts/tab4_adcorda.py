@@ -73,4 +73,3 @@ def picture(
     if printed is not None: printed = printed.assign(budget=printed.budget.replace('clean', SAME))
     heads = {SAME: SAME, **{b: f'eps {b}' for b in BUDGETS}}
     return dot_panels(ours, heads, title, printed, by='budget', label='row')
-

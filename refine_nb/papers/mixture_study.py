@@ -84,7 +84,6 @@ def audits(
     return {(s, m, a): Audited(cells[s][m].recipe, attackers(pgd_steps)[a], cells['weak'][other].recipe,
                                n_eval=n, seed=seed) for s,m,a,other in asked}
 
-
 # %% ../../nbs/papers/45_mixture_study.ipynb #2c899f8d
 def audited(
     specs:dict[tuple[str,str,str],Audited], # from `audits`
@@ -93,7 +92,6 @@ def audited(
     "What the audits found"
     found = {k: stored_audit(spec, store) for k,spec in specs.items()}
     return {k: audit_rows(a).assign(part='audit', attack=k[2], eps=a.eps) for k,a in found.items()}
-
 
 # %% ../../nbs/papers/45_mixture_study.ipynb #89454180
 MASKING = ('single step', 'transferred', 'square search', 'vanishing gradient',

@@ -117,7 +117,6 @@ def audits(
         return Audited(spec.recipe, spec.attack, other, n_eval=n, seed=seed)
     return {name: one(name) for name in names}
 
-
 # %% ../../nbs/papers/77_spat_study.ipynb #7c1e02b4
 def audit_table(
     specs:dict[str,Audited], # from `audits`
@@ -127,7 +126,6 @@ def audit_table(
     found = {name: stored_audit(s, store) for name,s in specs.items()}
     return pd.concat([a.table().assign(method=k, key=key(specs[k]), n=a.n) for k,a in found.items()],
                      ignore_index=True)
-
 
 # %% ../../nbs/papers/77_spat_study.ipynb #7c1e02af
 def shown_audits(

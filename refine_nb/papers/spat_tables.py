@@ -125,7 +125,6 @@ def panels(
     "A panel a column, a line a method"
     return dot_panels(table, headings(table), title, printed)
 
-
 # %% ../../nbs/papers/72_spat_tables.ipynb #1b371984
 LOSSES = {'nce_sp': 'normalised (NCE), self-paced', 'nce': 'normalised (NCE)',
           'ce_sp': 'plain (CE), self-paced', 'ce': 'plain (CE)',

@@ -51,7 +51,6 @@ def dot_panels(
         shared_legend(fig, printed is not None); figure_title(fig, title)
     return fig
 
-
 # %% ../../nbs/reporting/15_drawings.ipynb #00edada7
 def _line_style(name, i): # of the i-th line
     ink = [c for c in _INK if c != 'yellow'][i % (len(_INK)-1)] # yellow is too faint for a line

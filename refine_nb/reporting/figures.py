@@ -51,7 +51,6 @@ def _titled(ax, title, figsize): # axes with a title: one of their own figure ha
     fig, ax = plt.subplots(figsize=figsize); figure_title(fig, title)
     return ax
 
-
 # %% ../../nbs/reporting/10_figures.ipynb #721535ee
 _INK = {'black': '#000000', 'grey': '#808080', 'orange': '#E69F00', 'sky': '#56B4E9', 'green': '#009E73',
         'yellow': '#F0E442', 'blue': '#0072B2', 'red': '#D55E00', 'purple': '#CC79A7'}

@@ -117,7 +117,6 @@ def also(self:Sheet,
     self.cells = [*self.cells, *leaves(more)]
     return more
 
-
 # %% ../../nbs/reporting/70_sheet.ipynb #f2c1d99b
 @patch
 def drawn(self:Sheet,

@@ -13,7 +13,7 @@ import torch
 from ..base import Call, Recipe, Spec, choose, number, seeded
 from ..vision import to_input
 from ..evaluation import CHECKS, Audit, Finding, audit, predict
-from .makers import _part, make
+from .makers import make
 
 # %% ../../nbs/runs/14_audited.ipynb #a0d17005
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Audited(Spec):
     attack: Call                  # the reported one, e.g. call(pgd, eps=8/255); its eps is the claim's
     surrogate: Recipe|None = None # whose adversarials are tried on them; None: that check is not run
     split: str = 'test'           # 'train', 'valid' or 'test'
-    n_eval: int = 100             # first n images of the split
+    n_eval: int = 100             # first n images of the split, or all where there are fewer
     seed: int = 0                 # of the draws
 
     def __post_init__(self):
@@ -31,25 +31,27 @@ class Audited(Spec):
         if not isinstance(self.attack, Call) or not self.attack.all_settings.get('eps'):
             raise ValueError(f"attack wants a Call with the budget of the claim, got {self.attack!r}: "
                              "write call(pgd, eps=8/255)")
-        for name,low in (('n_eval', 1), ('seed', 0)): number(name, getattr(self, name), low, whole=True)
+        for name,low in (('n_eval', 1), ('seed', 0)): # as Python's own
+            object.__setattr__(self, name, number(name, getattr(self, name), low, whole=True))
         for name in ('recipe', 'surrogate'):
             v = getattr(self, name)
             if not (isinstance(v, Spec) and hasattr(v, 'model') or name=='surrogate' and v is None):
                 raise ValueError(f"{name} wants a Recipe, whose weights are asked, got {v!r}")
         if self.surrogate == self.recipe:
             raise ValueError("the surrogate is the network itself: name another one, or none")
-
+        if self.surrogate and self.surrogate.data != self.recipe.data:
+            raise ValueError("surrogate and network have different data: give both recipes the same data call")
 
 # %% ../../nbs/runs/14_audited.ipynb #a0d17008
-def _asked(model, part, size, device): # the images as an audit looks at them
-    x, y = (t.to(device) for t in (to_input(part.x, size), part.y))
+def _asked(model, part, n, size, device): # the images as an audit looks at them
+    x, y = (t.to(device) for t in (to_input(part.x[:n], size), part.y[:n]))
     x = x.contiguous(memory_format=torch.channels_last)
     return x, y, bool((predict(model, x, device=x.device).to(y.device)==y).any())
 
 @make.register
 def _(spec:Audited, store):
     data, model = store.data(spec.recipe.data), store.asked(spec)
-    x, y, some = _asked(model, _part(data, spec), data.size, store.engine.device)
+    x, y, some = _asked(model, getattr(data, spec.split), spec.n_eval, data.size, store.engine.device)
     shown = {'n': len(y), 'eps': float(spec.attack.all_settings['eps']), 'data': data.fingerprint}
     if not some:
         idle = [Finding(c.__name__, None, (), 'it is right nowhere') for c in CHECKS]
@@ -58,7 +60,6 @@ def _(spec:Audited, store):
     a = audit(model, x, y, eps=shown['eps'], n=len(y), surrogate=other, attack=store.resolved(spec.attack),
               generator=seeded(spec.seed, 'audit'))
     return {'findings': list(map(asdict, a.findings)), 'curve': a.curve, **shown}, {}
-
 
 # %% ../../nbs/runs/14_audited.ipynb #a0d1700a
 def stored_audit(
@@ -69,4 +70,3 @@ def stored_audit(
     r = store.get(spec).result
     def finding(f): return Finding(**{**f, 'numbers': tuple(map(tuple, f['numbers']))})
     return Audit(tuple(map(finding, r['findings'])), tuple(map(tuple, r['curve'])), r['n'], r['eps'])
-
