@@ -40,7 +40,7 @@ class Audited(Spec):
         if self.surrogate == self.recipe:
             raise ValueError("the surrogate is the network itself: name another one, or none")
         if self.surrogate and self.surrogate.data != self.recipe.data:
-            raise ValueError("surrogate and network have different data: give both recipes the same data call")
+            raise ValueError("the surrogate has other data: give both recipes the same data call")
 
 # %% ../../nbs/runs/14_audited.ipynb #a0d17008
 def _asked(model, part, n, size, device): # the images as an audit looks at them
