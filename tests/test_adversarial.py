@@ -198,7 +198,7 @@ def test_a_budget_without_a_step(tmp_path):
 def test_on_a_gpu(made):
     "Each engine trains: the loss falls, and the attack stays within its budget"
     engine, data = Engine('cuda', **made), load_data('digits', n_train=256)
-    model = engine.place(classifier('resnet18', num_classes=10, stem='cifar'), training=True)
+    model = engine.place(classifier('resnet18', num_classes=10, stem='cifar'))
     runner, m = engine.runner(model), adversarial_training(data, batch_size=64, seed=1,
                                                            attack=KL, objective=partial(trades, beta=1.),
                                                            augment='none', device='cuda')

@@ -100,7 +100,7 @@ def test_training_and_correction(kind, engine):
         corrected = correct(m, data, call(vbi, eps=.2, step_size=.1), seed=0)
         if engine.precision == 'float32': yield adapt(data, source=corrected, batch_size=20, seed=0)
     tolerance = dict(atol=1e-4, rtol=1e-3) if engine.precision == 'float32' else dict(atol=.02, rtol=.02)
-    for a, b in zip(methods(engine.place(net, training=True)), methods(engine.place(twin, training=True))):
+    for a, b in zip(methods(engine.place(net)), methods(engine.place(twin))):
         ours, theirs = trained(net, a), trained(twin, b)
         assert ours['history'][-1]['loss'] == pytest.approx(theirs['history'][-1]['loss'], rel=.02)
         for p, q in zip(net.parameters(), twin.parameters()): assert_close(p, q, **tolerance)

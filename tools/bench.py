@@ -219,7 +219,7 @@ def training_contest(s, ours, theirs, same=None, head=lambda net: net):
         if s.cuda and place is ours_place: x = last(x)
         optimiser = torch.optim.SGD(net.parameters(), lr=.01, momentum=.9, weight_decay=5e-4)
         return lambda: seeded(step, net, x, y, optimiser)
-    def ours_place(net): return engine(s.device).place(net, training=True)
+    def ours_place(net): return engine(s.device).place(net)
     def theirs_place(net): return net
     sides = {'ours': side(ours, ours_place), 'theirs': side(theirs, theirs_place)} | (
         {'ours as theirs': side(same, ours_place)} if same else {})

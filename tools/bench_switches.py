@@ -100,7 +100,7 @@ def step_contest(s, ours, theirs, *, loss, pixels=None): # engines, and what may
     Losses differ by less than the share `loss`; a share of `pixels` at least is attacked alike, if given"""
     net, x, y = digits(s, 0) if s.quick else (s.net(), *s.images(s.batch))
     def side(on):
-        own, seen, images = on.place(deepcopy(net), training=True), deque(maxlen=1), x.to(s.device)
+        own, seen, images = on.place(deepcopy(net)), deque(maxlen=1), x.to(s.device)
         step = adversarial(call(pgd, eps=EPS, step_size=STEP, steps=STEPS), ce, folded=True, see=seen.append)
         def batches(epoch):
             draws = torch.Generator(s.device).manual_seed(2)
@@ -145,6 +145,25 @@ def switch_tf32(s):
         return once
     return replace(plain, sides={k: under(k=='ours', side) for k,side in plain.sides.items()})
 
+@switch('three training steps on clean images, a ResNet-20 in channels-last; without: in the plain layout')
+def switch_trained(s):
+    n, steps = 8 if s.quick else 128, 3
+    torch.manual_seed(0); net = classifier('resnet20', num_classes=10, stem='cifar').to(s.device)
+    x, y = s.images(n)
+    def side(layout):
+        def once():
+            own = deepcopy(net).train().to(memory_format=layout); optimiser = sgd(own.parameters(), lr=.01)
+            for _ in range(steps):
+                loss = ce(own(x), y).mean()
+                optimiser.zero_grad(); loss.backward(); optimiser.step()
+            return loss.detach()
+        return once
+    def agree(found):
+        a, b = (v.item() for v in found.values())
+        return abs(a-b) < 1e-3*abs(b), f'losses {a:.6g} and {b:.6g}, which may differ by 0.1%'
+    return Contest({'ours': side(torch.channels_last), 'theirs': side(torch.contiguous_format)}, agree,
+                   f'{n} images')
+
 def compiles(s):
     "`torch.compile` works here, or `Absent` says why not"
     try: torch.compile(lambda x: x.sin()+1)(torch.ones(4, device=s.device))
@@ -175,7 +194,7 @@ def epoch_contest(s):
         for batch in method('cpu').batches(epoch): yield [t.to(s.device) for t in batch]
     ways = {'ours': method(s.device), 'theirs': replace(method('cpu'), batches=moved)}
     def side(way):
-        net = on.place(s.net(), training=True); optimiser = sgd(net.parameters(), lr=.01)
+        net = on.place(s.net()); optimiser = sgd(net.parameters(), lr=.01)
         return lambda: train_epoch(net, way, optimiser, epoch=0, epochs=1, seed=0, engine=on, quiet=True)
     def agree(found):
         pairs = list(zip(*(way.batches(0) for way in ways.values())))

@@ -45,7 +45,7 @@ def short_advprop(
 )->nn.Module:
     "The network of Figure 1 after a short training with AdvProp"
     with torch.random.fork_rng():
-        torch.manual_seed(seed); net = engine.place(two_streams(data.num_classes), training=True)
+        torch.manual_seed(seed); net = engine.place(two_streams(data.num_classes))
     method = advprop(data, batch_size=min(50, len(data.train)), seed=seed, attack=attack,
                      augment='none', device=engine.device)
     optimiser = sgd(net.parameters(), lr=.05)

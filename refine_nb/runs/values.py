@@ -38,10 +38,10 @@ def data(self:Store, c:Call)->Data:
 @patch
 def fresh(self:Store, recipe:Recipe)->nn.Module:
     "The model that a recipe's training starts from, on the engine's device; new weights are its seed's"
-    if recipe.init is not None: return self.engine.place(self.model(recipe.init), training=True)
+    if recipe.init is not None: return self.engine.place(self.model(recipe.init))
     with torch.random.fork_rng():
         torch.manual_seed(seeded(recipe.seed, 'init').initial_seed())
-        return self.engine.place(recipe.model(num_classes=self.data(recipe.data).num_classes), training=True)
+        return self.engine.place(recipe.model(num_classes=self.data(recipe.data).num_classes))
 
 # %% ../../nbs/runs/22_values.ipynb #f09cb788
 def weights_of(

@@ -90,11 +90,10 @@ def adversarial_training(
     instance('data', data, Data, 'data such as load_data gives')
     step = adversarial(attack, objective, weight, mode=mode, folded=mode=='eval', see=see)
     plain = fine_tune(data, batch_size=batch_size, seed=seed, device=device, augment=augment)
-    on_gpu = str(device).startswith('cuda')
-    layout = torch.channels_last if on_gpu else torch.contiguous_format # that of `Engine.place`
+
     def epoch_batches(epoch):
         for i,(x,y,_) in enumerate(plain.batches(epoch)):
             own = torch.Generator(device).manual_seed(seeded(seed, epoch, i, 'attack').initial_seed())
-            yield x.contiguous(memory_format=layout), y, own
+            yield x.contiguous(memory_format=torch.channels_last), y, own
     about = dict(attack=attack, objective=objective, weight=weight, mode=mode)
     return replace(plain, batches=epoch_batches, step=step, about={**plain.about, **about})

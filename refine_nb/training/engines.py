@@ -64,11 +64,9 @@ def engine(
 def place(
     self:Engine,
     model:nn.Module,
-    training:bool=False, # whether it will be trained, or only asked
-)->nn.Module:            # the same, moved
-    "The model on the engine's device, in the memory layout that is fastest there"
-    plain = training and not self.device.startswith('cuda')
-    return model.to(self.device, memory_format=torch.contiguous_format if plain else torch.channels_last)
+)->nn.Module: # the same, moved
+    "The model on the engine's device, with its channels last in memory"
+    return model.to(self.device, memory_format=torch.channels_last)
 
 # %% ../../nbs/training/30_engines.ipynb #2c4b550c
 class _Copied(nn.Module): # logits that stay what they are

@@ -46,11 +46,11 @@ def _plain(x): return x.clone(memory_format=torch.contiguous_format)
 @contextmanager
 def _plain_weights(model): # also afterwards, unless something fails
     was = [(t,t.data) for t in (*model.parameters(), *model.buffers())]
-    model.to(memory_format=torch.contiguous_format)
+    model.to(memory_format=torch.contiguous_format); torch.clear_autocast_cache()
     try: yield
     except Exception:
         for t,data in was: t.data = data
-        raise
+        torch.clear_autocast_cache(); raise
 
 def _found_out(model, x):
     "How the network has to be given images such as `x` [b,...]: one of the three above; None where all fails"
