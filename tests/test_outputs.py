@@ -10,7 +10,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
 from outputs import made_by, notebooks, record, recorded, stale, unmarked
-from run_notebooks import PHOTOGRAPH, lean, tidy
+from run_notebooks import PHOTOGRAPH, lean, run, tidy
 
 def test_outputs_are_of_this_code():
     gone = stale()
@@ -65,6 +65,16 @@ def test_warnings_are_told_and_not_kept():
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('f()', outputs=[told, kept, drawn])])
     assert tidy(nb) == [told.text]
     assert [o.get('text') for o in nb.cells[0].outputs] == ['7', None] and pictures(nb.cells) == [lean(red)]
+
+def test_a_drawing_of_the_same_is_the_same_text(tmp_path):
+    "Else a page that was run again differs in hundreds of lines"
+    draw = ("%config InlineBackend.figure_formats = ['svg']\nimport matplotlib.pyplot as plt\n"
+            "plt.plot([1, 2], [0, 1], 's');")
+    twice, file = [nbformat.v4.new_code_cell(draw) for _ in range(2)], tmp_path/'drawn.ipynb'
+    nbformat.write(nbformat.v4.new_notebook(cells=twice), file); run(file)
+    a, b = (o.data['image/svg+xml'] for c in nbformat.read(file, 4).cells
+            for o in c.outputs if 'image/svg+xml' in o.get('data', ()))
+    assert a == b and 'xlink:href' in a and '1970-01-01' in a
 
 def test_nothing_is_recorded_that_is_not_there():
     assert set(recorded()) <= {p.relative_to(ROOT/'nbs').as_posix() for p in notebooks()}

@@ -49,12 +49,15 @@ def tidy(nb):
             data['image/png'] = lean(data['image/png'])
     return told
 
+# of a drawing as text: no date, and names of its parts that follow from what they are
+STEADY = {'SOURCE_DATE_EPOCH': '0', 'MATPLOTLIBRC': str(Path(__file__).resolve().with_name('matplotlibrc'))}
+
 def run(path):
     "Execute one notebook in its own kernel, then replace it as a whole; what it told on stderr"
     nb = nbformat.read(path, as_version=4)
     meta = dict(nb.metadata)
     NotebookClient(nb, timeout=None, kernel_name='python3',
-                   resources={'metadata': {'path': str(path.parent)}}).execute()
+                   resources={'metadata': {'path': str(path.parent)}}).execute(env=os.environ | STEADY)
     nb.metadata = nbformat.from_dict(meta)
     told, new = tidy(nb), path.with_suffix('.running')
     nbformat.write(nb, new)
