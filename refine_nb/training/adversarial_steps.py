@@ -90,7 +90,6 @@ def adversarial_training(
     instance('data', data, Data, 'data such as load_data gives')
     step = adversarial(attack, objective, weight, mode=mode, folded=mode=='eval', see=see)
     plain = fine_tune(data, batch_size=batch_size, seed=seed, device=device, augment=augment)
-
     def epoch_batches(epoch):
         for i,(x,y,_) in enumerate(plain.batches(epoch)):
             own = torch.Generator(device).manual_seed(seeded(seed, epoch, i, 'attack').initial_seed())
