@@ -216,7 +216,7 @@ def training_contest(s, ours, theirs, same=None, head=lambda net: net):
     `same`: our step that does exactly what theirs does, timed as well, where it is not `ours`"""
     def side(step, place, n=s.batch, size=32, dtype=torch.float32):
         net, (x, y) = place(head(s.net(dtype))), s.images(n, size, dtype)
-        if s.cuda and place is ours_place: x = last(x)
+        if place is ours_place: x = last(x)
         optimiser = torch.optim.SGD(net.parameters(), lr=.01, momentum=.9, weight_decay=5e-4)
         return lambda: seeded(step, net, x, y, optimiser)
     def ours_place(net): return engine(s.device).place(net)

@@ -104,7 +104,7 @@ def step_contest(s, ours, theirs, *, loss, pixels=None): # engines, and what may
         step = adversarial(call(pgd, eps=EPS, step_size=STEP, steps=STEPS), ce, folded=True, see=seen.append)
         def batches(epoch):
             draws = torch.Generator(s.device).manual_seed(2)
-            yield last(images) if s.cuda else images, y.to(s.device), draws
+            yield last(images), y.to(s.device), draws
         about = dict(epoch=0, epochs=1, seed=0, engine=on, quiet=True)
         runner, optimiser = on.runner(own), sgd(own.parameters(), lr=.01)
         def once():
