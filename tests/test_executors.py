@@ -80,6 +80,16 @@ def test_four_workers_one_is_killed(forked, alone, tmp_path, monkeypatch):
     # four trainings, one of them with an epoch that is begun twice
     assert len(epochs(log)) == sum(r.epochs for r in trained) + 1 and epochs(log).count(2) == 5
 
+def test_workers_keep_that_a_training_diverged(forked, tmp_path, monkeypatch, capfd):
+    "As this process does; the rest of the plan is made, and what happened is said"
+    monkeypatch.setenv('TOY_DO', 'nan:2:0')
+    bad, store = recipe(), Store(tmp_path/'store', Engine(), quiet=False, every=0.)
+    cells = [Cell(bad), Cell(replace(recipe(seed=2), epochs=2))]
+    with pytest.warns(UserWarning, match=rf'{key(bad)} diverged \(the loss is nan at epoch 3, step 1'):
+        assert store.run(cells, executor=workers(2)) == []
+    assert store.diverged(cells[0]) and not store.diverged(cells[1]) and store.plan(cells) == []
+    assert store.get(cells[1], make=False).result['accuracy'] > 0
+
 def test_a_run_that_always_dies_is_named(forked, tmp_path, monkeypatch, capfd):
     "It is tried four times; everything that does not need it is made"
     monkeypatch.setenv('TOY_DO', 'kill:4:0'); monkeypatch.setenv('TOY_LOG', str(tmp_path/'log'))

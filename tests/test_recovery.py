@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from refine_nb.base import Cell, call, key
+from refine_nb.base import Cell, Worst, ancestors, call, key
 from refine_nb.attacks import salt_and_pepper
 from refine_nb.training import Diverged, Engine
 from refine_nb.refinement import Correction, adapt
-from refine_nb.runs import Store
+from refine_nb.runs import Store, here
 from toys import Worker, growing_net, quiet, read, recipe, same, teach, tied_net, work
 
 RUN, SP = recipe(), call(salt_and_pepper, targeted=True, steps=50)
@@ -388,6 +388,34 @@ def test_a_rerun_that_diverges_still_names_the_snapshot(root, monkeypatch):
         with pytest.raises(Diverged, match='epoch 3, step 1 of 4; the snapshot of epoch 2 is kept'):
             quiet(root).get(RUN)
     assert [p.name[:5] for p in (root/'running'/key(RUN)).glob('*.pt')] == ['00002']
+
+def test_a_plan_keeps_that_a_training_diverged(peace, root, tmp_path, monkeypatch):
+    """A plan goes on; the network has no numbers, nor has what hangs on it; nobody trains it again.
+    Its folder away, it is tried again"""
+    monkeypatch.setenv('TOY_LOG', str(tmp_path/'log'))
+    monkeypatch.setenv('TOY_DO', 'nan:2:1')
+    child, other = refined(), replace(RUN, seed=5, epochs=1)
+    specs = [Cell(child, split='valid', n_eval=7), Worst((Cell(RUN), Cell(RUN, SP))), Cell(other)]
+    with pytest.warns(UserWarning, match='diverged .the loss is nan at epoch 3, step 2 of 4.') as said:
+        assert quiet(root).run(specs, executor=here()) == []
+    assert len(said) == 1 and epochs(tmp_path/'log') == [0, 1, 2, 0]
+    for _ in range(2): assert quiet(root).run(specs, executor=here()) == []
+    assert len(epochs(tmp_path/'log')) == 4
+    store = quiet(root)
+    assert ([bool(store.diverged(s)) for s in (RUN, Correction(RUN, SP), child, *specs)]
+            == [True, True, True, True, True, False])
+    assert [store.find(s).result['accuracy'] for s in specs[:2]] == [None, None]
+    assert ([store.find(s).result['n'] for s in specs[:2]] == [7, len(store.data(RUN.data).test)]
+            and [h['epoch'] for h in store.find(RUN).result['history']] == [1, 2])
+    for ask in (store.get, store.value): # of one that is there and of one that is not
+        for s in (specs[0], Cell(child, n_eval=5)):
+            with pytest.raises(Diverged, match='the loss is nan at epoch 3, step 2 of 4. So it was found on'):
+                ask(s)
+    monkeypatch.delenv('TOY_DO'); monkeypatch.delenv('TOY_LOG')
+    for s in ancestors(*specs):
+        if store.diverged(s): shutil.rmtree(store.folder(s))
+    quiet(root).run(specs, executor=here())
+    assert same(peace, root, RUN) and same(peace, root, child) and not quiet(root).diverged(*specs)
 
 def test_the_last_step_spoils_the_weights(root, monkeypatch):
     "Every loss is finite and the weights are not: that is found before they are kept"

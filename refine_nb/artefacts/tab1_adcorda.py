@@ -32,21 +32,23 @@ def grid(
     return {row: tuple(Cell(recipe[row](b)) for b in bases) for row in ROWS}
 
 # %% ../../nbs/tab1_adcorda.ipynb #2d303621
+_MORE = ('corrected', 'total', 'correct_s', 'best_epoch', 'train_s') # of a row, besides its accuracy
+
 def row_of(
     row:str,               # one of `ROWS`
     cells:tuple[Cell,...], # one a seed; of recipes, or of what was quantised from them
     store,                 # where they were made
 )->dict:                   # a line of the tidy table
     "Accuracy, interval, correction counts and seconds of one row"
+    found = {'attack': row, 'row': named([row])[0], **measured(cells, store)}
+    if store.diverged(*cells): return found | dict.fromkeys(_MORE, math.nan)
     recipes = [getattr(c.recipe, 'recipe', c.recipe) for c in cells]
     methods = [r.method.all_settings.get('method', r.method).all_settings for r in recipes]
     counts = [store.get(m['source']).result for m in methods if m.get('source') and m['source'].attack]
-    fixed = {k: sum(c[k] for c in counts)/len(counts) if counts else math.nan
-             for k in ('corrected','wrong','seconds')}
     runs = [store.get(r).result for r in recipes]
-    return {'attack': row, 'row': named([row])[0], **measured(cells, store), 'corrected': fixed['corrected'],
-            'total': fixed['wrong'], 'best_epoch': sum(r['best_epoch'] for r in runs)/len(runs),
-            'correct_s': fixed['seconds'], 'train_s': sum(r['seconds'] for r in runs)/len(runs)}
+    def mean(results, k): return sum(r[k] for r in results)/len(results) if results else math.nan
+    more = [mean(counts, k) for k in ('corrected','wrong','seconds')]
+    return found | dict(zip(_MORE, more + [mean(runs, k) for k in ('best_epoch','seconds')]))
 
 # %% ../../nbs/tab1_adcorda.ipynb #a6e3b051
 def tidy(
@@ -61,16 +63,16 @@ def tidy(
 
 # %% ../../nbs/tab1_adcorda.ipynb #314b094b
 def view(
-    ours:pd.DataFrame,   # tidy; rows without an accuracy are left out
+    ours:pd.DataFrame,   # tidy; rows without an accuracy are left out, but for those that are flagged
     columns:tuple[str,...]=('row','accuracy','std','delta','corrected','best_epoch','key'),
     **words:str,         # their headers, as for `worded`
 )->pd.DataFrame:
     "Our Table 1 as a reader sees it; Tables 2 and 3 have other columns"
-    its = ours[ours.accuracy.notna()]
+    its = ours[ours.accuracy.notna() | (ours.get('flag', pd.Series('', ours.index)).fillna('') != '')]
     counts = [f"{r.corrected:.0f} of {r.total:.0f}" if pd.notna(r.total) else '' for r in its.itertuples()]
-    return worded(its.assign(accuracy=marked(its), corrected=counts,
-                             best_epoch=[f'{e:g}' for e in its.best_epoch],
-                             delta=[f'{d:+.2f}' for d in its.delta]), columns, **words)
+    said = its.assign(accuracy=marked(its), corrected=counts, delta=its.delta.map('{:+.2f}'.format))
+    return worded(said.assign(best_epoch=its.best_epoch.map('{:g}'.format)).replace(['nan','+nan'], ''),
+                  columns, **words)
 
 # %% ../../nbs/tab1_adcorda.ipynb #bc78c103
 def picture(

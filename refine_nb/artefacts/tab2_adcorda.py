@@ -6,6 +6,8 @@
 __all__ = ['ROWS', 'grid', 'lacks', 'tidy', 'view']
 
 # %% ../../nbs/tab2_adcorda.ipynb #b6c5db23
+import math
+
 import pandas as pd
 
 from ..base import Cell, Recipe, key
@@ -50,7 +52,9 @@ def tidy(
     model:str, dataset:str,                          # as they shall be named
 )->pd.DataFrame: # as of Table 1, and train, train_source (%); `key` is of test and training
     "Our Table 2 as a tidy table; `train` is on T, `train_source` on T'"
-    def train(pairs, part): return 100*mean_std(store.get(on).result[part]['accuracy'] for _,on in pairs)[0]
+    def train(pairs, part):
+        if store.diverged(*(on for _,on in pairs)): return math.nan
+        return 100*mean_std(store.get(on).result[part]['accuracy'] for _,on in pairs)[0]
     table = pd.DataFrame(
         [{'model': model, 'dataset': dataset,
           **tab1_adcorda.row_of(row, tuple(test for test,_ in pairs), store),

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base import Cell
-from ..reporting import figure_style, figure_title, method_colour
+from ..reporting import MARK, figure_style, figure_title, method_colour
 from ..papers.spat import VALUES, ablation, judged
 
 # %% ../../nbs/tab3_6_spat.ipynb #c008e075
@@ -38,6 +38,8 @@ def picture(
                 ends = [t.accuracy-t.low, t.high-t.accuracy]
                 ax.errorbar(t.value, t.accuracy, yerr=ends, ls=ls, marker='s', ms=4, capsize=2, elinewidth=.8,
                             color=method_colour('SPAT'), label=label)
+            for value in part[part.accuracy.isna()].value.unique():
+                ax.text(value, 50, f'{MARK} diverged', rotation=90, ha='center', va='center', color='.3')
             if printed is not None:
                 seen = printed[printed.parameter==p]
                 ax.plot(seen.value, seen.accuracy, 'D', mfc='none', mec='.25', label='published')

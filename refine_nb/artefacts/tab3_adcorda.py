@@ -6,6 +6,8 @@
 __all__ = ['ROWS', 'grid', 'tidy', 'view']
 
 # %% ../../nbs/tab3_adcorda.ipynb #d9757bf0
+import math
+
 import pandas as pd
 
 from ..base import Cell
@@ -40,6 +42,7 @@ def tidy(
 )->pd.DataFrame: # as of Table 1, with approach and size (MiB); delta is over PTSQ
     "Our Table 3 as a tidy table"
     def size(cell): # of the weights' file
+        if store.diverged(cell): return math.nan
         if isinstance(cell.recipe, Quantised): return store.get(cell.recipe).result['mebibytes']
         return mebibytes(store.tensors(cell.recipe))
     table = pd.DataFrame(

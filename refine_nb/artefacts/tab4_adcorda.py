@@ -40,7 +40,8 @@ def tidy(
     rows = []
     for row,columns in cells.items():
         found = {b: [store.get(c, make=False).result for c in cs] for b,cs in columns.items()}
-        same = [{'accuracy': r['survivors']['clean']/r['n'], 'n': r['n']} for r in found['5e-4']]
+        same = [{'accuracy': r['survivors']['clean']/r['n'] if 'survivors' in r else None, 'n': r['n']}
+                for r in found['5e-4']]
         its = {b: {**measured(cs, store), 'label': found[b][0].get('label', 'clean'),
                    'alarms': '; '.join(found[b][0].get('flags', ())), # this and what follows: first seed
                    **{'no attack' if k=='clean' else f'after {k}': v

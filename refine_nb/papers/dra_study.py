@@ -56,7 +56,7 @@ def paired(
     def right(c): return unpack(store.tensors(c)['right'], store.get(c).result['n'])
     clean = {k: row['clean'] for k,row in cells.items()}; against = clean['control']
     rows = [{'method': k, **mcnemar(right(c), right(against)), 'key': f'{key(c)} {key(against)}'}
-            for k,c in clean.items() if k != 'control']
+            for k,c in clean.items() if k != 'control' and not store.diverged(c, against)]
     table = in_words(pd.DataFrame(rows).drop(columns=['b','c']).rename(columns={'p': 'p_value'}))
     table = table.assign(holm=holm(list(table.p_value)))
     return table.assign(**{k: 100*table[k] for k in ('difference','low','high')})

@@ -122,8 +122,8 @@ def facing(
     rows, bad = both[both.paper != 'not in the paper'], _flagged(ours)
     def text(r):
         if not r.ours: return f'not run / {r.paper}'
-        mark = f' {MARK}' if (r.method, r.label) in bad else ''
-        return f'{r.ours}{mark} / {r.paper}' + (f' ({r.difference:+.2f})' if 'difference' in both else '')
+        mark, known = f' {MARK}'*((r.method, r.label) in bad), pd.notna(getattr(r, 'difference', None))
+        return f'{r.ours}{mark} / {r.paper}' + (f' ({r.difference:+.2f})' if known else '')
     wide = rows.assign(text=[text(r) for r in rows.itertuples()]).pivot(index='method', columns='label',
                                                                         values='text')
     wide = wide.loc[rows.method.unique(), rows.label.unique()]

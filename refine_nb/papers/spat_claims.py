@@ -12,6 +12,7 @@ import pandas as pd
 
 from ..reporting import Claim, Missing, cell, published
 from .mixture_text import found_claims
+from .spat import VALUES
 from .spat_tables import COLUMNS
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #b50ad7ac
@@ -99,7 +100,9 @@ def _swept(t, parameter, attack): # [accuracy], by value
     part = t[(t.parameter==parameter) & (t.attack==attack)].sort_values('value')
     if len(part) < 2: raise Missing(f'{parameter} at two values')
     return part.accuracy.tolist()
-def _both(t, parameter): return [_swept(t, parameter, a) for a in ('clean','pgd_20')]
+def _both(t, parameter): # all values that are printed
+    for v in VALUES[parameter]: cell(t, parameter=parameter, value=v, attack='clean')
+    return [_swept(t, parameter, a) for a in ('clean','pgd_20')]
 def _text(parameter):
     return lambda t: '; '.join(f"{a}: {', '.join(f'{v:.2f}' for v in vs)}"
                                for a,vs in zip(('clean','PGD-20'), _both(t, parameter)))
@@ -192,12 +195,15 @@ def found_sweep(
     table:pd.DataFrame, # tidy, of Table 3.6
 )->str:
     "What Table 3.6 shows in our run"
+    ran, gone = table[table.accuracy.notna()], table[table.accuracy.isna() & (table.attack=='clean')]
     def ends(p):
-        clean, robust = _both(table, p)
+        clean, robust = (_swept(ran, p, a) for a in ('clean','pgd_20'))
         return f'{p}: {clean[-1]-clean[0]:+.2f} clean, {robust[-1]-robust[0]:+.2f} under PGD-20'
-    holds = 'holds' if TAB6[0].verdict(table)[0] else 'does not hold'
-    return (f"From the smallest to the largest value ({'; '.join(map(ends, ('alpha','beta','s')))}), in "
-            f"points. The claimed trade of s for robustness {holds} step by step.")
+    holds = {True: 'holds', False: 'does not hold', None: 'cannot be judged'}[TAB6[0].verdict(table)[0]]
+    lost = ''.join(f' With {r.parameter} = {r.value:g} the training {r.flag}.' for r in gone.itertuples())
+    return (f"From the smallest to the largest value{' that trained'*bool(lost)} "
+            f"({'; '.join(map(ends, ('alpha','beta','s')))}), in points.{lost} "
+            f"The claimed trade of s for robustness {holds} step by step.")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #11812269
 def found_parts(

@@ -88,7 +88,7 @@ def leads(
         return {'method': name, 'attack': a, **{k: 100*r[v] for k,v in points.items()}, 'p': r['p'],
                 'n': r['n'], 'key': f'{key(x)} {key(y)}'}
     return pd.DataFrame([one(name, a, x, cells[over][a]) for name,row in cells.items() if name!=over
-                         for a,x in row.items()])
+                         for a,x in row.items() if not store.diverged(x, cells[over][a])])
 
 # %% ../../nbs/papers/77_spat_study.ipynb #ac275669
 def shown_leads(

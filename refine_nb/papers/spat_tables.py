@@ -109,7 +109,7 @@ def facing(
     "Ours and the printed accuracies, a row a method; what is not in the paper is left out"
     shown = both[both.paper != 'not in the paper']
     def text(r):
-        more = f' ({r.difference:+.2f})' if 'difference' in both and r.ours else ''
+        more = f' ({r.difference:+.2f})' if 'difference' in both and pd.notna(r.difference) else ''
         return f"{r.ours or 'not run'} / {r.paper}{more}"
     wide = shown.assign(text=[text(r) for r in shown.itertuples()])
     wide = wide.pivot(index='method', columns='label', values='text')
@@ -163,6 +163,7 @@ def averaged(
     store,            # where they were made
 )->dict:              # accuracy, low, high (%), n, key: all of them
     "Accuracy on the average over severities, with a 95 % interval over images"
+    if store.diverged(*specs): return {k: v for k,v in measured(specs, store).items() if k != 'std'}
     share = torch.stack([store.value(s).right.float() for s in specs]).mean(0); n = len(share)
     total = round(share.sum().item(), 6) # shares of an image are no whole number: the wider ends
     low, high = wilson(math.floor(total), n)[0], wilson(math.ceil(total), n)[1]

@@ -53,7 +53,7 @@ def _learnt(table): # the rows of networks that have learnt, and in words those 
     flag = table['flag'].fillna('').to_numpy(dtype=object)
     if not (bad := flag != '').any(): return table, ''
     who = [c for c in ('method', 'row', 'arm', 'model', 'training') if c in table]
-    named = dict.fromkeys(', '.join([*map(str, r), f'is {f}'])
+    named = dict.fromkeys(f"{', '.join(map(str, r))} {f if f.startswith('diverged') else f'is {f}'}"
                           for r,f in zip(table.loc[bad, who].itertuples(index=False), flag[bad]))
     return table[~bad], '; '.join(named)
 
@@ -80,7 +80,7 @@ class Claim:
         "(holds, numbers) of a table; (None, what it lacks) where a row is missing, or of a marked network"
         fit, marked = _learnt(table)
         said = _answer(self, fit)
-        lost = marked and said[0] is None and _answer(self, table)[0] is not None
+        lost = marked and said[0] is None and _answer(self, table) != said
         return (None, f'needs networks that have learnt: {marked}') if lost else said
 
 # %% ../../nbs/reporting/20_claims.ipynb #7d0179de

@@ -70,12 +70,13 @@ def health(
 def marked(
     table:pd.DataFrame, # tidy; with a column `flag` where something is to be marked
     digits:int=2,       # of the accuracy
-)->list[str]:           # such as '51.42 [50.44, 52.40]', and '10.64 [10.05, 11.26] †' of a flagged network
+)->list[str]:           # such as '51.42 [50.44, 52.40]'; of a flagged network '10.64 †' or 'diverged †'
     "Accuracies as a reader sees them, with interval and mark"
     digits = number('digits', digits, 0, whole=True)
     instance('table', table, pd.DataFrame, 'a table of pandas')
     choose('accuracy', table, 'column of the table'); _numeric(table, ('accuracy', 'low', 'high'))
     def text(r):
+        if r.get('flag') and math.isnan(r['accuracy']): return f'diverged {MARK}'
         ends = ('' if math.isnan(r.get('low', math.nan))
                 else f" [{r['low']:.{digits}f}, {r['high']:.{digits}f}]")
         return f"{r['accuracy']:.{digits}f}{ends}" + (f' {MARK}' if r.get('flag') else '')

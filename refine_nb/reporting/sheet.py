@@ -162,18 +162,19 @@ def _recipe(spec): # whose network a cell judges
     r = getattr(spec, 'recipe', None)
     return r if r is None or isinstance(r, Recipe) else _recipe(r)
 
+def _unwell(store, c, clean)->str: # what is wrong with the network of a cell, if something is
+    if why := store.diverged(c): return f'diverged ({why})'
+    if (r := _recipe(c)) is None: return ''
+    made = store.get(r, make=False).result
+    seen = min(clean.get(getattr(c, 'recipe', r), 1.), made['best_accuracy'])
+    return health(made['history'], seen, sizes_of(r.data['name'])[2])
+
 def _flags(sheet)->dict: # key of a cell -> what is wrong with its network, where something is
     clean = {c.recipe: sheet.store.get(c, make=False).result['accuracy'] for c in sheet.cells
              if isinstance(c, Cell) and c.attack is None and c.split=='test'}
-    wrong = {}
-    for c in sheet.cells:
-        if (r := _recipe(c)) is None: continue
-        made = sheet.store.get(r, make=False).result
-        seen = min(clean.get(getattr(c, 'recipe', r), 1.), made['best_accuracy'])
-        if what := health(made['history'], seen, sizes_of(r.data['name'])[2]):
-            wrong[sheet.store.folder(c).name] = what
-    return wrong
+    return {sheet.store.folder(c).name: what for c in sheet.cells if (what := _unwell(sheet.store, c, clean))}
 
+# %% ../../nbs/reporting/70_sheet.ipynb #d17e57f2
 @patch
 def table(self:Sheet,
     tidy:pd.DataFrame, # its column `key` names the cells behind a row, as `measured` writes it
@@ -182,7 +183,14 @@ def table(self:Sheet,
     wrong = _flags(self)
     flag = [', '.join(dict.fromkeys(wrong[k] for k in str(keys).split() if k in wrong)) for keys in tidy.key]
     self.ours = tidy.assign(flag=flag) if any(flag) else tidy
+    _in_percent(self.ours)
     return self.ours
+
+def _in_percent(table): # or an error; nan is of a training that diverged, or of a row that has no accuracy
+    if 'accuracy' not in table: return
+    if len(bad := table[~table.accuracy.between(0, 100) & table.accuracy.notna()]):
+        raise ValueError(f"accuracy wants values in %, 0 to 100, got {bad.accuracy.iloc[0]} "
+                         f"in row {bad.index[0]}")
 
 # %% ../../nbs/reporting/70_sheet.ipynb #ee86088f
 def _marks(table)->tuple[str,...]: # the note that explains a mark
@@ -216,7 +224,7 @@ def evidence(self:Sheet)->SimpleNamespace|None: # table, preset, title, notes; N
     "What may stand beside printed numbers: ours, or on a demo's page the largest run that is stored"
     if not _own(self.p) and self.p.preset.name != 'demo' or not self.cells:
         return SimpleNamespace(table=self.ours, preset=self.p.preset.name if self.cells else 'paper',
-                               title=self.title.text, notes=self.title.notes)
+                               title=self.title.text, notes=(*_marks(self.ours), *self.title.notes))
     if best := next(iter(stored(self.about.id)), None):
         return SimpleNamespace(table=best.tidy, preset=best.preset, title=best.title,
                                notes=tuple(best.run.get('notes', ())))

@@ -55,16 +55,18 @@ def mean_std(
 
 # %% ../../nbs/reporting/30_tables.ipynb #31e59ee6
 def over_seeds(
-    results:Iterable[Mapping], # one a seed, with `accuracy` in [0,1] and `n`, the number of images
-)->dict: # accuracy, std, low, high, all in %, and n
+    # one a seed, with `accuracy` in [0,1], None where a training diverged, and `n`, the number of images
+    results:Iterable[Mapping],
+)->dict: # accuracy, std, low, high, all in %, nan where one has none, and n
     "Accuracy over seeds: mean, standard deviation, and 95 % interval for one seed's number of images"
     instance('results', results, Iterable, 'results, one a seed')
     results = [instance('results', r, Mapping, 'results, one a seed') for r in results]
-    mean, std = mean_std(r['accuracy'] for r in results)
+    mean, std = mean_std(math.nan if r['accuracy'] is None else r['accuracy'] for r in results)
     if len({r['n'] for r in results}) > 1:
         raise ValueError(
             f"over_seeds wants as many images for each seed, got {', '.join(str(r['n']) for r in results)}")
-    low, high = wilson(round(mean*results[0]['n']), results[0]['n'])
+    low, high = ((math.nan,)*2 if math.isnan(mean)
+                 else wilson(round(mean*results[0]['n']), results[0]['n']))
     return {'accuracy': 100*mean, 'std': 100*std, 'low': 100*low, 'high': 100*high, 'n': results[0]['n']}
 
 # %% ../../nbs/reporting/30_tables.ipynb #32951874
@@ -127,11 +129,12 @@ def _in_order(ours, paper):
     return order
 
 def _text(row):
+    if row.get('flag') and math.isnan(row['accuracy']): return 'diverged'
     return with_interval(*(float(row.get(c, math.nan))/100 for c in ('accuracy', 'low', 'high', 'std')))
 
 # %% ../../nbs/reporting/30_tables.ipynb #d61d87f5
 def side_by_side(
-    ours:pd.DataFrame,      # keys, accuracy (%), and where known low, high, std (%), n (images)
+    ours:pd.DataFrame,      # keys, accuracy (%), and where known low, high, std (%), n (images), flag
     published:pd.DataFrame, # keys, accuracy (%), and where known std (%)
     keys:Iterable[str]=('model', 'dataset', 'attack'), # columns that name a row, in both tables
 )->pd.DataFrame: # keys, ours, n, paper (texts), difference (points, ours minus paper)

@@ -6,14 +6,14 @@
 __all__ = ['Setting', 'attempt', 'tried', 'here']
 
 # %% ../../nbs/runs/54_attempts.ipynb #9acf1405
-import warnings
+import time, warnings
 from dataclasses import dataclass
 
 import filelock
 import torch
 
-from ..base import Spec, number
-from ..training import Engine
+from ..base import Cell, Recipe, Robustness, Spec, Worst, key, nested, number
+from ..training import Diverged, Engine
 from .stopping import Stopped
 from .store import Store, _made
 
@@ -38,6 +38,21 @@ class Setting:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.tf32
         return Store(self.root, self.engine, quiet=True, every=self.every)
 
+# %% ../../nbs/runs/54_attempts.ipynb #2d79a52f
+def _shown(store, spec)->int: # how many images a result would be of
+    if isinstance(spec, Worst): return _shown(store, spec.cells[0])
+    return spec.n_eval or len(getattr(store.data(spec.recipe.data), spec.split))
+
+def _did_not_train(store, specs, e, seconds): # kept as the result of all of a task
+    for s in specs:
+        if store.find(s): continue
+        about = ({'accuracy': None, 'n': _shown(store, s)} if isinstance(s, (Cell, Robustness, Worst))
+                 else {'history': e.history} if isinstance(s, Recipe) else {})
+        store.keep(s, {'diverged': e.why, **about}, {}, seconds)
+    if not store.diverged(*nested(specs[0])): # its own training
+        warnings.warn(f"the {type(specs[0]).__name__.lower()} {key(specs[0])} diverged ({e.why}): "
+                      "that is kept as its result", stacklevel=2)
+
 # %% ../../nbs/runs/54_attempts.ipynb #2d79a530
 def attempt(
     store:Store,
@@ -48,9 +63,11 @@ def attempt(
     claim = store.claimed(head, wait=False)
     try: claim.__enter__()
     except filelock.Timeout: return False
+    start = time.monotonic()
     try: _made(store, head, **({'passing': passing} if passing else {}))
+    except Diverged as e: _did_not_train(store, specs, e, time.monotonic()-start)
     finally: claim.__exit__(None, None, None)
-    for s in passing: store.get(s)
+    for s in passing: store.find(s) or store.get(s)
     return True
 
 # %% ../../nbs/runs/54_attempts.ipynb #89a24bb5

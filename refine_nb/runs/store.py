@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from ..base import (Recipe, Spec, all_specs, canonical, clear, commit, device_name, instance, key,
                             locks_hold, nested, public_name, versions)
-from ..training import Engine, engine
+from ..training import Diverged, Engine, engine
 from .entry import Damaged, Entry, home_folder, read_entry, write_entry, writing
 from .makers import make
 
@@ -143,9 +143,11 @@ def _name(layouts): # part -> layout, '' the whole: in words
 def get(self:Store, spec:Spec, make=True)->Entry|None:
     "The result of a spec, made now where it is missing; None where it is missing and `make` is false"
     found = self.find(spec)
-    if found or not make: return found
-    for parent in self.plan([spec])[:-1]: self.get(parent)
-    with self.claimed(spec): return _made(self, spec)
+    if not make: return found
+    for parent in () if found else self.plan([spec])[:-1]: self.get(parent)
+    if not found:
+        with self.claimed(spec): found = _made(self, spec)
+    return _sound(found)
 
 def _made(store:Store, spec:Spec, **also)->Entry: # by us, who may make it, or before; `also` is for `make`
     start, entry = time.monotonic(), store.find(spec)
@@ -153,6 +155,19 @@ def _made(store:Store, spec:Spec, **also)->Entry: # by us, who may make it, or b
     # of one who was killed, too
     shutil.rmtree(store.root/'running'/key(spec), ignore_errors=True)
     return entry
+
+# %% ../../nbs/runs/20_store.ipynb #d17e57ee
+@patch
+def diverged(self:Store, *specs:Spec)->str:
+    "In what way the training that one of these hangs on diverged, as a plan found; '' where none is known to"
+    found = (e.result.get('diverged') for s in specs if (e := self.find(s)))
+    return next(filter(None, found), '')
+
+def _sound(entry): # or an error
+    if not (why := entry.result.get('diverged')): return entry
+    raise Diverged(why, f". So it was found on {entry.made['device']}, and is kept as the result of this "
+                   f"{entry.record['kind'].lower()}: take a smaller learning rate, or remove the folder "
+                   f"{entry.folder} to try it again")
 
 # %% ../../nbs/runs/20_store.ipynb #fc719478
 _ANY_LENGTH = ('fine_tune', 'adapt', 'equal_steps') # their steps do not ask how long the training will be

@@ -66,6 +66,8 @@ def fine_tune(
 # %% ../../nbs/training/36_fitting.ipynb #ba048513
 class Diverged(RuntimeError):
     "A loss was not finite; the message says at which epoch and step, and what is kept"
+    def __init__(self, why, kept='', history=()): # the message is both; `history` of the epochs before
+        super().__init__(f'{why}{kept}'); self.why, self.history = why, list(history)
 
 def _finite(losses:list[Tensor], epoch:int, n:int)->float: # mean of the losses of an epoch of n steps
     losses = torch.stack(losses).float().cpu(); bad = (~losses.isfinite()).nonzero()
@@ -134,12 +136,11 @@ def train_epoch(
             'images_per_second': method.n_images/(time.monotonic()-start)}
 
 # %% ../../nbs/training/36_fitting.ipynb #e0ade277
-def _next(runner, epoch, snapshots, **about)->dict: # an epoch; `Diverged` also says what is kept
-    try: return train_epoch(runner, epoch=epoch, **about)
-    except Diverged as e:
-        kept = (f"the snapshot of epoch {snapshots.epoch} is kept" if snapshots and snapshots.epoch
-                else "no snapshot was written before")
-        raise Diverged(f"{e}; {kept}. A smaller learning rate usually helps") from None
+def _ended(e, state, snapshots)->Diverged: # which also says what is kept
+    kept = (f"the snapshot of epoch {snapshots.epoch} is kept" if snapshots and snapshots.epoch
+            else "no snapshot was written before")
+    why = getattr(e, 'why', f"{e}, on validation images after epoch {state['epoch']+1}")
+    return Diverged(why, f"; {kept}. A smaller learning rate usually helps", state['history'])
 
 def _seen(model, validate, robust)->dict:
     seen = {'valid_accuracy': validate(model), **({'robust_valid_accuracy': robust(model)} if robust else {})}
@@ -153,8 +154,8 @@ def _better(now:float, best:float)->bool: # where there is none (-1) or no numbe
 def _go_on(state:dict, model, runner, snapshots, by, validate, robust, **about)->None:
     "Train an epoch, measure it, and write both into `state`"
     start,epoch = time.monotonic(),state['epoch']
-    row = _next(runner, epoch, snapshots, **about)
-    seen = _seen(model, validate, robust)
+    try: row = train_epoch(runner, epoch=epoch, **about); seen = _seen(model, validate, robust)
+    except (Diverged, NotFinite) as e: raise _ended(e, state, snapshots) from None
     if _better(seen[by], state['best_accuracy']):
         state.update(best=cloned(model.state_dict()), best_accuracy=seen[by], best_epoch=epoch+1)
     state.update(epoch=epoch+1, seconds=state['seconds']+time.monotonic()-start)
