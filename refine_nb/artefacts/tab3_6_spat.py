@@ -7,6 +7,7 @@ __all__ = ['grid', 'picture']
 
 # %% ../../nbs/tab3_6_spat.ipynb #e9da3ea0
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -25,6 +26,17 @@ def grid(
     return {(p, v): row(made[f'3.6 {p}', v]) for p,vs in values.items() for v in vs}
 
 # %% ../../nbs/tab3_6_spat.ipynb #06dee20a
+def _unwell(part): # a value, and what is wrong with its network
+    if 'flag' not in part: return []
+    bad = part[part.flag.fillna('')!=''].drop_duplicates('value')
+    return zip(bad.value, (f.partition(' (')[0] for f in bad.flag))
+
+def _axis(ax, parameter, values): # ticks where values are, with room beside them
+    room = .06*np.ptp(values)
+    ax.set(xlabel=parameter, xticks=values, xlim=(min(values)-room, max(values)+room), ylim=(-3, 103))
+    ax.grid(axis='y')
+
+# %% ../../nbs/tab3_6_spat.ipynb #d17e57f4
 def picture(
     ours:pd.DataFrame,              # tidy
     title:str,
@@ -38,12 +50,12 @@ def picture(
                 ends = [t.accuracy-t.low, t.high-t.accuracy]
                 ax.errorbar(t.value, t.accuracy, yerr=ends, ls=ls, marker='s', ms=4, capsize=2, elinewidth=.8,
                             color=method_colour('SPAT'), label=label)
-            for value in part[part.accuracy.isna()].value.unique():
-                ax.text(value, 50, f'{MARK} diverged', rotation=90, ha='center', va='center', color='.3')
+            for value,what in _unwell(part):
+                ax.text(value, 100, f'{MARK} {what}', rotation=90, ha='center', va='top', size=6)
             if printed is not None:
                 seen = printed[printed.parameter==p]
                 ax.plot(seen.value, seen.accuracy, 'D', mfc='none', mec='.25', label='published')
-            ax.set(xlabel=f'{p}', ylim=(-3, 103)); ax.grid(axis='y')
+            _axis(ax, p, part.value.unique())
         axes[0].set_ylabel(f'accuracy (%), n = {ours.n.min():,}')
         figure_title(fig, title)
         fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3)

@@ -195,12 +195,14 @@ def found_sweep(
     table:pd.DataFrame, # tidy, of Table 3.6
 )->str:
     "What Table 3.6 shows in our run"
-    ran, gone = table[table.accuracy.notna()], table[table.accuracy.isna() & (table.attack=='clean')]
+    flags = table.get('flag', pd.Series('', table.index)).fillna('')
+    ran, gone = table[flags==''], table[(flags!='') & (table.attack=='clean')]
     def ends(p):
         clean, robust = (_swept(ran, p, a) for a in ('clean','pgd_20'))
         return f'{p}: {clean[-1]-clean[0]:+.2f} clean, {robust[-1]-robust[0]:+.2f} under PGD-20'
     holds = {True: 'holds', False: 'does not hold', None: 'cannot be judged'}[TAB6[0].verdict(table)[0]]
-    lost = ''.join(f' With {r.parameter} = {r.value:g} the training {r.flag}.' for r in gone.itertuples())
+    lost = ', '.join(f'{r.parameter} = {r.value:g} ({r.flag})' for r in gone.itertuples())
+    lost = f' Nothing was learnt with {lost}.'*bool(lost)
     return (f"From the smallest to the largest value{' that trained'*bool(lost)} "
             f"({'; '.join(map(ends, ('alpha','beta','s')))}), in points.{lost} "
             f"The claimed trade of s for robustness {holds} step by step.")
