@@ -13,17 +13,20 @@ from matplotlib.figure import Figure
 
 from ..base import Cell
 from ..reporting import MARK, figure_style, figure_title, method_colour
-from ..papers.spat import VALUES, ablation, judged
+from ..papers.spat import VALUES, ablation, judged, trained
 
 # %% ../../nbs/tab3_6_spat.ipynb #c008e075
 def grid(
     dataset:str='cifar10', seed:int=0, model:str='resnet18',
     values:dict[str,tuple]=VALUES,  # parameter -> its values
+    bare:tuple=(5., 8., 10.),       # of s, where the head has no bias: ours
 )->dict[tuple[str,float],dict[str,Cell]]: # (parameter, value) -> column -> what fills it
     "The cells of Table 3.6, at published scale"
     made = ablation(dataset, seed, model=model)
     def row(r): return {'clean': judged(r, 'Clean'), 'pgd_20': judged(r, 'PGD-20')}
-    return {(p, v): row(made[f'3.6 {p}', v]) for p,vs in values.items() for v in vs}
+    def no_bias(s): return trained('SPAT', dataset, seed, model=model, s=s, bias=False)
+    return ({(p, v): row(made[f'3.6 {p}', v]) for p,vs in values.items() for v in vs}
+            | {('s, no bias', s): row(no_bias(s)) for s in bare})
 
 # %% ../../nbs/tab3_6_spat.ipynb #06dee20a
 def _unwell(part): # a value, and what is wrong with its network
@@ -44,7 +47,8 @@ def picture(
 )->Figure:
     "A panel a parameter: clean accuracy above, PGD-20 below, with intervals; hollow: published"
     with figure_style():
-        fig, axes = plt.subplots(1, 3, figsize=(7, 2.5), sharey=True)
+        many = ours.parameter.nunique()
+        fig, axes = plt.subplots(1, many, figsize=(1+2*many, 2.5), sharey=True)
         for ax,(p,part) in zip(axes, ours.groupby('parameter', sort=False)):
             for ls,(label,t) in zip(('--','-'), part.groupby('label', sort=False)):
                 ends = [t.accuracy-t.low, t.high-t.accuracy]

@@ -172,6 +172,7 @@ def show_table(
 def _shown(value):
     if isinstance(value, str): return value.replace('|', r'\|').replace('\n', ' ')
     if value is None or pd.isna(value): return ''
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool): return f'{value:,}'
     return f'{value:.2f}' if isinstance(value, (float, np.floating)) else str(value)
 
 # %% ../../nbs/reporting/30_tables.ipynb #5d3e6844
