@@ -29,10 +29,11 @@ def lead(
 
 def _columns(t): return [a for a in ATTACKS if a in set(t.attack)]
 def _best(t, attack):
-    part = t[t.attack==attack].dropna(subset='accuracy')
-    if part.empty: raise Missing(f'attack {attack}')
-    if 'SPAT' not in set(part.method): raise Missing('method SPAT')
-    return part.loc[part.accuracy.idxmax(), 'method']
+    known = (t.attack.to_numpy()==attack) & t.accuracy.notna().to_numpy() # as arrays: it is read a lot
+    if not known.any(): raise Missing(f'attack {attack}')
+    method = t.method.to_numpy()[known]
+    if 'SPAT' not in method: raise Missing('method SPAT')
+    return method[t.accuracy.to_numpy()[known].argmax()]
 def _lost(t): return '; '.join(f'{_HEADS[a]}: {_best(t, a)}' for a in _columns(t) if _best(t, a)!='SPAT')
 def _score(t):
     lost = _lost(t)

@@ -41,8 +41,8 @@ def _hits(table, where): # places of the rows with these values, at least one
     for k,v in where.items():
         instance(k, v, (str, Number, np.generic, type(None)), 'one value')
         if k not in table.columns: raise Missing(f'a column {k!r}')
-        values = table[k]   # plain objects are compared quickly: no care for those that are missing
-        hits &= ((values.to_numpy()==v).astype(bool) if values.dtype == object
+        values = table[k]   # arrays of numpy are compared quickly: no care for those that are missing
+        hits &= ((values.to_numpy()==v).astype(bool) if isinstance(values.dtype, np.dtype)
                  else (values==v).to_numpy(dtype=bool, na_value=False))
     if not hits.any(): raise Missing(_words(where))
     return hits.nonzero()[0]
