@@ -192,6 +192,13 @@ def found_black(
             f"transfers best, on the mean over defences, is {hit[hit.attack==weakest].label.iloc[0]}.")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #ecae9e00
+def _bare(ran, gone): # what those values of s reach without a bias, with which nothing was learnt
+    t = ran[(ran.parameter=='s, no bias') & ran.value.isin(gone.value)]
+    clean, robust = (t[t.attack==a].set_index('value').accuracy for a in ('clean','pgd_20'))
+    said = [f's = {v:g} reaches {clean[v]:.1f} % on clean images and {robust[v]:.1f} % under PGD-20'
+            for v in clean.index]
+    return f" Without the head's bias {', and '.join(said)}."*bool(said)
+
 def found_sweep(
     table:pd.DataFrame, # tidy, of Table 3.6
 )->str:
@@ -203,7 +210,7 @@ def found_sweep(
         return f'{p}: {clean[-1]-clean[0]:+.2f} clean, {robust[-1]-robust[0]:+.2f} under PGD-20'
     holds = {True: 'holds', False: 'does not hold', None: 'cannot be judged'}[TAB6[0].verdict(table)[0]]
     lost = ', '.join(f'{r.parameter} = {r.value:g} ({r.flag})' for r in gone.itertuples())
-    lost = f' Nothing was learnt with {lost}.'*bool(lost)
+    lost = f' Nothing was learnt with {lost}.'*bool(lost) + _bare(ran, gone)
     return (f"From the smallest to the largest value{' that trained'*bool(lost)} "
             f"({'; '.join(map(ends, ('alpha','beta','s')))}), in points.{lost} "
             f"The claimed trade of s for robustness {holds} step by step.")
