@@ -69,7 +69,7 @@ def refused(tmp_path, engine='here', leaves=(), **given):
 
 
 MODELS, DATASETS = ("'resnet18', 'resnet34', 'resnet50', 'efficientnet_v2_m'",
-                    "'cifar10', 'cifar100', 'cifar10_resplit', 'cifar10_jpeg'")
+                    "'cifar10', 'cifar10_resplit', 'cifar10_jpeg', 'cifar100'")
 MISTAKES = [
     (dict(model='resnet19'), f"ValueError: unknown model 'resnet19': choose one of {MODELS}"),
     (dict(model=18), f"ValueError: unknown model 18: choose one of {MODELS}"),
