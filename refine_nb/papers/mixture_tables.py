@@ -11,7 +11,7 @@ import math
 
 import pandas as pd
 
-from ..reporting import MARK, Claim, cell, published
+from ..reporting import Claim, cell, published
 from .mixture import METHODS, STRENGTHS, STRONG, attackers, column, techniques
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #506adba1
@@ -109,21 +109,16 @@ def headed(
     heads = dict(zip(ours.attack, ours.label))
     return printed.assign(label=[heads.get(a, column(a)) for a in printed.attack])
 
-def _flagged(t): # the rows of networks that have learnt nothing
-    flags = t.get('flag', pd.Series('', t.index)).fillna('')
-    return {(m, label) for m,label,f in zip(t.method, t.label, flags) if f}
-
 # %% ../../nbs/papers/40_mixture_tables.ipynb #c4747cab
 def facing(
     both:pd.DataFrame, # from `side_by_side`: method, label, ours, paper, difference
-    ours:pd.DataFrame, # tidy, with `flag` where a network has learnt nothing
 )->pd.DataFrame:       # e.g. '31.20 [28.40, 34.14] / 79.84 (-48.64)'
     "Ours and the printed accuracies, a row a method; what is not in the paper is left out"
-    rows, bad = both[both.paper != 'not in the paper'], _flagged(ours)
+    rows = both[both.paper != 'not in the paper']
     def text(r):
         if not r.ours: return f'not run / {r.paper}'
-        mark, known = f' {MARK}'*((r.method, r.label) in bad), pd.notna(getattr(r, 'difference', None))
-        return f'{r.ours}{mark} / {r.paper}' + (f' ({r.difference:+.2f})' if known else '')
+        known = pd.notna(getattr(r, 'difference', None))
+        return f'{r.ours} / {r.paper}' + (f' ({r.difference:+.2f})' if known else '')
     wide = rows.assign(text=[text(r) for r in rows.itertuples()]).pivot(index='method', columns='label',
                                                                         values='text')
     wide = wide.loc[rows.method.unique(), rows.label.unique()]
