@@ -44,7 +44,7 @@ class Preset:
 # %% ../../nbs/runs/40_scales.ipynb #6065985a
 PRESETS = {p.name: p for p in (
     Preset('demo', epochs=.1, data='digits', size=8, n_train=500, n_eval=360, n_attacked=60, seeds=1,
-           steps=40, batch_size=32, scratch_lr=.0007, components=('apgd-ce',), stem='cifar', thin='resnet20',
+           steps=40, batch_size=32, scratch_lr=.0007, components=('apgd-ce',), stem='cifar', thin='resnet8',
            says="a demonstration on 8x8 digits, in minutes on a CPU: it shows how the table is made, "
            "not what the paper found"),
     Preset('small', epochs=.2, size=32, n_train=5_000, n_attacked=1_000, n_autoattack=100,

@@ -41,7 +41,7 @@ class Normalise(nn.Module):
         return (x-self.mean)/self.std
 
 # %% ../../nbs/vision/20_models.ipynb #4a23a7de
-thin_names = ('resnet20','resnet32','resnet56') # of He et al. 2016, section 4.2
+thin_names = ('resnet8','resnet20','resnet32','resnet56') # as in He et al. 2016, section 4.2
 model_names = ('resnet18','resnet34','resnet50','resnet101','resnet152','efficientnet_v2_m',*thin_names)
 
 def _network(name, num_classes, stem): # torchvision's network with fresh weights
