@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROBUST', 'STRONGEST', 'MIXED', 'ALONE', 'MIXTURES', 'BOLD', 'TAB2', 'CLAIMS', 'FOUND', 'gain', 'short_of_budget',
-           'headed', 'facing', 'found_tab1', 'both_tables', 'improved', 'found_tab2', 'points', 'found_fig4']
+           'headed', 'found_tab1', 'both_tables', 'improved', 'found_tab2', 'points', 'found_fig4']
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #d6a6c257
 import math
@@ -108,22 +108,6 @@ def headed(
     "The printed columns, headed as ours are"
     heads = dict(zip(ours.attack, ours.label))
     return printed.assign(label=[heads.get(a, column(a)) for a in printed.attack])
-
-# %% ../../nbs/papers/40_mixture_tables.ipynb #c4747cab
-def facing(
-    both:pd.DataFrame, # from `side_by_side`: method, label, ours, paper, difference
-)->pd.DataFrame:       # e.g. '31.20 [28.40, 34.14] / 79.84 (-48.64)'
-    "Ours and the printed accuracies, a row a method; what is not in the paper is left out"
-    rows = both[both.paper != 'not in the paper']
-    def text(r):
-        if not r.ours: return f'not run / {r.paper}'
-        known = pd.notna(getattr(r, 'difference', None))
-        return f'{r.ours} / {r.paper}' + (f' ({r.difference:+.2f})' if known else '')
-    wide = rows.assign(text=[text(r) for r in rows.itertuples()]).pivot(index='method', columns='label',
-                                                                        values='text')
-    wide = wide.loc[rows.method.unique(), rows.label.unique()]
-    head = 'ours / paper' + ' (difference)'*('difference' in both)
-    return wide.rename(columns=lambda c: f'{c}: {head}').rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #a1c277cb
 def _kept(last): # who keeps most, from whom it is not told apart, and Traditional; the best first

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BRIEF', 'COLUMNS', 'SHORT', 'ATTACK_WORDS', 'NAMES', 'LOSSES', 'rows', 'tidied', 'headings', 'viewed', 'headed',
-           'facing', 'panels', 'ablated', 'rows_viewed', 'averaged']
+           'panels', 'ablated', 'rows_viewed', 'averaged']
 
 # %% ../../nbs/papers/72_spat_tables.ipynb #bb57bf54
 import math
@@ -101,20 +101,6 @@ def headed(
     "The printed columns, headed as ours are"
     heads = dict(zip(ours.attack, ours.label))
     return printed.assign(label=[heads.get(a, NAMES.get(a, a)) for a in printed.attack])
-
-# %% ../../nbs/papers/72_spat_tables.ipynb #996857f1
-def facing(
-    both:pd.DataFrame,    # from `side_by_side`: the keys, ours, paper, perhaps difference
-)->pd.DataFrame:          # e.g. '31.20 [28.40, 34.14] / 79.84 (-48.64)'
-    "Ours and the printed accuracies, a row a method; what is not in the paper is left out"
-    shown = both[both.paper != 'not in the paper']
-    def text(r):
-        more = f' ({r.difference:+.2f})' if 'difference' in both and pd.notna(r.difference) else ''
-        return f"{r.ours or 'not run'} / {r.paper}{more}"
-    wide = shown.assign(text=[text(r) for r in shown.itertuples()])
-    wide = wide.pivot(index='method', columns='label', values='text')
-    wide = wide.loc[shown.method.unique(), shown.label.unique()]
-    return wide.rename(columns=lambda head: f'{head}: ours / paper').rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/papers/72_spat_tables.ipynb #db6ada8c
 def panels(

@@ -6,13 +6,13 @@
 __all__ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none', 'dot_interval', 'figure_style', 'figure_title',
            'method_colour', 'method_style', 'named', 'save_figure', 'shared_legend', 'dot_panels', 'plot_confusion',
            'plot_curves', 'Claim', 'Missing', 'STANDS_FOR', 'as_named', 'cell', 'judge', 'on_its_own', 'MARK',
-           'difference', 'mean_std', 'measured', 'over_seeds', 'percent', 'published', 'show_conflicts', 'show_table',
-           'side_by_side', 'with_interval', 'HEADERS', 'health', 'marked', 'said_once', 'worded', 'ACROSS', 'ARTEFACTS',
-           'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'report_folder', 'Stored', 'run_record', 'save_report',
-           'save_table', 'stored', 'Announcement', 'announce', 'announce_figure', 'made_on', 'Sheet', 'Unfinished',
-           'leaves', 'nothing_found', 'ledger', 'our_tables', 'Weighed', 'drawn', 'other_images', 'plain',
-           'rows_behind', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS',
-           'ours_of', 'quoted', 'scored']
+           'difference', 'facing', 'mean_std', 'measured', 'over_seeds', 'percent', 'published', 'show_conflicts',
+           'show_table', 'side_by_side', 'with_interval', 'HEADERS', 'health', 'marked', 'said_once', 'worded',
+           'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'report_folder', 'Stored',
+           'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce', 'announce_figure',
+           'made_on', 'Sheet', 'Unfinished', 'leaves', 'nothing_found', 'ledger', 'our_tables', 'Weighed', 'drawn',
+           'other_images', 'plain', 'rows_behind', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES',
+           'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
 
 # %% ../../nbs/reporting/99_reporting.ipynb #f5d3f17a
 from .asked import between, one_whole, parameters, whole_numbers, whole_or_none
@@ -20,8 +20,8 @@ from .figures import (dot_interval, figure_style, figure_title, method_colour,
     method_style, named, save_figure, shared_legend)
 from .drawings import dot_panels, plot_confusion, plot_curves
 from .claims import Claim, Missing, STANDS_FOR, as_named, cell, judge, on_its_own
-from .tables import (MARK, difference, mean_std, measured, over_seeds, percent,
-    published, show_conflicts, show_table, side_by_side, with_interval)
+from .tables import (MARK, difference, facing, mean_std, measured, over_seeds,
+    percent, published, show_conflicts, show_table, side_by_side, with_interval)
 from .readable import HEADERS, health, marked, said_once, worded
 from refine_nb.reporting.listing import (ACROSS, ARTEFACTS, Artefact, NEEDS, PAPERS, Paper, catalogue,
     report_folder)
@@ -39,8 +39,8 @@ from refine_nb.reporting.board import (Board, PRINT_MARKS, SCALES, SCORED, VERDI
 _all_ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none', 'dot_interval',
          'figure_style', 'figure_title', 'method_colour', 'method_style', 'named', 'save_figure',
          'shared_legend', 'dot_panels', 'plot_confusion', 'plot_curves', 'Claim', 'Missing',
-         'STANDS_FOR', 'as_named', 'cell', 'judge', 'on_its_own', 'MARK', 'difference', 'mean_std',
-         'measured', 'over_seeds', 'percent', 'published', 'show_conflicts', 'show_table',
+         'STANDS_FOR', 'as_named', 'cell', 'judge', 'on_its_own', 'MARK', 'difference', 'facing',
+         'mean_std', 'measured', 'over_seeds', 'percent', 'published', 'show_conflicts', 'show_table',
          'side_by_side', 'with_interval', 'HEADERS', 'health', 'marked', 'said_once', 'worded',
          'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'report_folder',
          'Stored', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARK', 'published', 'mean_std', 'over_seeds', 'measured', 'percent', 'with_interval', 'difference', 'side_by_side',
-           'show_table', 'show_conflicts']
+           'facing', 'show_table', 'show_conflicts']
 
 # %% ../../nbs/reporting/30_tables.ipynb #bfbc90b3
 import math
@@ -158,6 +158,21 @@ def side_by_side(
              'paper': _text(theirs) if theirs else 'not in the paper',
              'difference': difference(mine.get('accuracy', math.nan), theirs.get('accuracy', math.nan))})
     return pd.DataFrame(rows).astype({'n': 'Int64'})
+
+# %% ../../nbs/reporting/30_tables.ipynb #c4747cac
+def facing(
+    both:pd.DataFrame, # from `side_by_side`: method, label, ours, paper, and at the paper's scale difference
+)->pd.DataFrame:       # e.g. '31.20 [28.40, 34.14] / 79.84 (-48.64)'
+    "Ours and the printed accuracies, a row a method; what is not in the paper is left out"
+    rows = both[both.paper != 'not in the paper']
+    def text(r):
+        known = r.ours and pd.notna(getattr(r, 'difference', None))
+        return f"{r.ours or 'not run'} / {r.paper}" + (f' ({r.difference:+.2f})' if known else '')
+    wide = rows.assign(text=[text(r) for r in rows.itertuples()]).pivot(index='method', columns='label',
+                                                                        values='text')
+    wide = wide.loc[rows.method.unique(), rows.label.unique()]
+    head = 'ours / paper' + ' (difference)'*('difference' in both)
+    return wide.rename(columns=lambda c: f'{c}: {head}').rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/reporting/30_tables.ipynb #abd26513
 def show_table(
