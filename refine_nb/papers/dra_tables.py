@@ -186,5 +186,4 @@ def panels(
     return fig
 
 # %% ../../nbs/papers/90_dra_tables.ipynb #046e270a
-BRIEF = {'demo': Brief(epochs=6, n_train=300, n_eval=30, steps=.1),
-         'small': Brief('6 epochs in batches of 32', epochs=6, batch_size=32)}
+BRIEF = {'demo': Brief(epochs=6, n_train=300, n_eval=30, steps=.1)}
