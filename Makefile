@@ -34,7 +34,7 @@ $(READY): settings.ini setup.py
 	@$(BIN)/python -m pip install -q --no-deps torchattacks==3.5.1 # compared with in tests only: its metadata pins an ancient requests
 	@touch $@
 
-demo: $(READY) ## Table 1 of AdCorDA on 8x8 digits, in about two minutes on a CPU, after the set-up: out.ipynb
+demo: $(READY) ## Table 1 of AdCorDA on 8x8 digits, in about a minute on a CPU, after the set-up: out.ipynb
 	$(BIN)/papermill nbs/tab1_adcorda.ipynb out.ipynb -p model resnet34
 
 test: $(READY) ## every test: the notebooks' own, then tests/; GPU=0 shows them the first GPU, STORE=... what demos made before
