@@ -8,7 +8,7 @@ __all__ = ['SETTINGS', 'STRENGTH', 'CLAIMS', 'FOUND', 'printed']
 # %% ../../nbs/papers/98_dra_text.ipynb #4f47458a
 import pandas as pd
 
-from ..reporting import Claim, cell, published
+from ..reporting import Claim, Missing, cell, published
 from .dra_claims import CLAIMS as TABLES
 from .dra_figures import CLAIMS as DRAWN
 from .dra_tables import in_words
@@ -26,7 +26,9 @@ def printed(
     return pd.concat([published('claims_dra'), three[three.kind=='vanilla']], ignore_index=True)
 
 # %% ../../nbs/papers/98_dra_text.ipynb #ffb6f35f
-def _v(t, quantity): return cell(t, 'value', quantity=quantity)
+def _v(t, quantity):
+    if 'quantity' not in t: raise Missing('a number of the text: only print can answer')
+    return cell(t, 'value', quantity=quantity)
 def _values(t): return _v(t, 'values of an image of CIFAR-10')
 def _line(t, eps=2.55): # a straight line through Table III at 2 and 5
     a, b = (cell(t, kind='vanilla', attack=f'pgd_eps{e}') for e in (2, 5))
