@@ -13,6 +13,7 @@ import pandas as pd
 from ..reporting import cell
 from .dra_claims import PRINTED, lead
 from .dra_tables import column
+from .mixture_tables import near_best
 
 # %% ../../nbs/papers/94_dra_found.ipynb #836491ff
 def points(
@@ -24,14 +25,12 @@ def points(
 def _tuned(t, attack, **of): return lead(t, {'kind': 'ours', **of}, {'kind': 'vanilla', **of}, attack)
 
 # %% ../../nbs/papers/94_dra_found.ipynb #e05f35f9
-def _strongest(t): # the last column, by which robust is meant
-    last = [a for a in t.attack if 'autoattack' in a][-1]
-    return last, t[t.attack==last].set_index('method')
-
-def _left(t): # who keeps most under the strongest attack
-    _, last = _strongest(t); best = last.loc[last.accuracy.idxmax()]
-    kept = f"{best.name} keeps most, {best.accuracy:.1f} %" if best.accuracy else 'no network keeps any'
-    return f"Under {best.label} {kept} (n = {best.n:,})."
+def _left(t): # who keeps most under the strongest attack, the last column, by which robust is meant
+    strongest = [a for a in t.attack if 'autoattack' in a][-1]
+    rows = t[t.attack==strongest].sort_values('accuracy', ascending=False, kind='stable')
+    best = rows.iloc[0]; within = f'[{best.low:.1f}, {best.high:.1f}]'
+    kept = f'{best.method} keeps {best.accuracy:.1f} {within} %, {near_best(rows, 1)}'
+    return f"Under {best.label} (n = {best.n:,}) {kept if best.accuracy else 'no network keeps any'}."
 
 def _note(t):
     flags = t.get('flag', pd.Series('', t.index)).fillna('')

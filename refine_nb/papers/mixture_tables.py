@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROBUST', 'STRONGEST', 'MIXED', 'ALONE', 'MIXTURES', 'BOLD', 'TAB2', 'CLAIMS', 'FOUND', 'gain', 'short_of_budget',
-           'headed', 'found_tab1', 'both_tables', 'improved', 'found_tab2', 'points', 'found_fig4']
+           'headed', 'near_best', 'found_tab1', 'both_tables', 'improved', 'found_tab2', 'points', 'found_fig4']
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #d6a6c257
 import math
@@ -109,15 +109,25 @@ def headed(
     heads = dict(zip(ours.attack, ours.label))
     return printed.assign(label=[heads.get(a, column(a)) for a in printed.attack])
 
+# %% ../../nbs/papers/40_mixture_tables.ipynb #5b0c47e2
+def near_best(
+    rows:pd.DataFrame, # one column of a tidy table, the best first: method, accuracy, low, high (%)
+    places:int=2,      # decimals
+)->str:                # such as 'not told apart from SAT (7.00) and Adversarial (6.00)'
+    "Who is within the interval of the best (of Newcombe, for two proportions)"
+    best, *rest = rows.itertuples()
+    within = [r for r in rest
+              if best.accuracy-r.accuracy <= math.hypot(best.accuracy-best.low, r.high-r.accuracy)]
+    *more, last = [f'{r.method} ({r.accuracy:.{places}f})' for r in within] or ['']
+    near = ' and '.join(filter(None, (', '.join(more), last)))
+    return f'not told apart from {near}' if near else 'more than every other'
+
 # %% ../../nbs/papers/40_mixture_tables.ipynb #a1c277cb
 def _kept(last): # who keeps most, from whom it is not told apart, and Traditional; the best first
     def said(r): return f'{r.accuracy:.2f} [{r.low:.2f}, {r.high:.2f}] %'
     best, plain = last.iloc[0], last[last.method=='Traditional'].iloc[0]
     if not best.accuracy: return 'no method keeps any'
-    near = ' and '.join(f'{r.method} ({r.accuracy:.2f})' for r in last[1:].itertuples() # Newcombe's interval
-                        if best.accuracy-r.accuracy <= math.hypot(best.accuracy-best.low, r.high-r.accuracy))
-    return (f"{best.method} keeps {said(best)}, "
-            f"{f'not told apart from {near}' if near else 'more than every other'}"
+    return (f"{best.method} keeps {said(best)}, {near_best(last)}"
             f"{'' if best.method=='Traditional' else f', and Traditional {said(plain)}'}")
 
 def found_tab1(
