@@ -11,7 +11,7 @@ READY    := $(VENV)/.installed
 CORES    := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 WORKERS  ?= $(shell echo $$(($(CORES) < 4 ? $(CORES) : 4)))
 THREADS  ?= $(shell echo $$(($(CORES) / $(WORKERS) > 1 ? $(CORES) / $(WORKERS) : 1)))
-# of the notebooks' own tests: for what hangs. All tests together take about 13 minutes on two quiet cores
+# of the notebooks' own tests: for what hangs. All tests together take about 10 minutes on two quiet cores
 LIMIT    := $(shell command -v timeout >/dev/null 2>&1 && echo timeout 1500)
 ARTEFACT ?= tab1_adcorda
 PRESET   ?= small
