@@ -115,6 +115,7 @@ def near_best(
     places:int=2,      # decimals
 )->str:                # such as 'not told apart from SAT (7.00) and Adversarial (6.00)'
     "Who is within the interval of the best (of Newcombe, for two proportions)"
+    # Newcombe 1998, method 10, as for independent images: ours are the same ones, so it tells less apart
     best, *rest = rows.itertuples()
     within = [r for r in rest
               if best.accuracy-r.accuracy <= math.hypot(best.accuracy-best.low, r.high-r.accuracy)]
