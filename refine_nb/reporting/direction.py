@@ -131,5 +131,5 @@ def weigh(
     if holds is None: return Weighed('', said, float('nan'))
     held, texts = zip(*(_read(claim, t) for t in others or drawn(table)))
     share, fails = (held.count(v)/len(held) for v in (True, False)) # what cannot be read is neither
-    word = 'with' if share >= .975 else 'against' if fails >= .975 else 'undecided'
+    word = 'with' if holds and share >= .975 else 'against' if fails >= .975 and not holds else 'undecided'
     return Weighed(word, with_intervals(said, list(texts)), share)
