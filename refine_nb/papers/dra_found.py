@@ -10,10 +10,9 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from ..reporting import cell
+from ..reporting import cell, keeps_most, told
 from .dra_claims import PRINTED, lead
 from .dra_tables import column
-from .mixture_tables import near_best
 
 # %% ../../nbs/papers/94_dra_found.ipynb #836491ff
 def points(
@@ -27,10 +26,8 @@ def _tuned(t, attack, **of): return lead(t, {'kind': 'ours', **of}, {'kind': 'va
 # %% ../../nbs/papers/94_dra_found.ipynb #e05f35f9
 def _left(t): # who keeps most under the strongest attack, the last column, by which robust is meant
     strongest = [a for a in t.attack if 'autoattack' in a][-1]
-    rows = t[t.attack==strongest].sort_values('accuracy', ascending=False, kind='stable')
-    best = rows.iloc[0]; within = f'[{best.low:.1f}, {best.high:.1f}]'
-    kept = f'{best.method} keeps {best.accuracy:.1f} {within} %, {near_best(rows, 1)}'
-    return f"Under {best.label} (n = {best.n:,}) {kept if best.accuracy else 'no network keeps any'}."
+    rows = t[t.attack==strongest]
+    return f'Under {rows.label.iloc[0]} (n = {rows.n.iloc[0]:,.0f}) {keeps_most(rows, 1)}.'
 
 def _note(t):
     flags = t.get('flag', pd.Series('', t.index)).fillna('')
@@ -43,10 +40,9 @@ def found_against_vanilla(
 )->str:                 # two sentences
     "What fine-tuning with DRA changes in our run, and who is robust"
     attacks = [a for a in table.attack.unique() if a.startswith('pgd_')]
-    gains = '; '.join(f'{_tuned(table, a):+.1f} under {column(a)}' for a in attacks)
-    clean = _tuned(table, 'clean')
-    return (f"Tuned against Vanilla, in points: {clean:+.1f} on clean images; {gains}. "
-            f"{_left(table)}{_note(table)}")
+    def gains(t): return '; '.join([f"{_tuned(t, 'clean'):+.1f} on clean images",
+                                    *(f'{_tuned(t, a):+.1f} under {column(a)}' for a in attacks)])
+    return f'Tuned against Vanilla, in points: {told(table, gains)}. {_left(table)}{_note(table)}'
 
 # %% ../../nbs/papers/94_dra_found.ipynb #e7a2581f
 def found_tab1(
@@ -68,7 +64,7 @@ def found_tab4(
 )->str:                 # two sentences
     "What Table IV shows in our run"
     nets = list(table.model.unique())
-    def by(a): return points(_tuned(table, a, model=m) for m in nets)
+    def by(a): return told(table, lambda t: points(_tuned(t, a, model=m) for m in nets))
     return (f"For {', '.join(m.replace('resnet', 'ResNet-') for m in nets)} tuning changes clean accuracy by "
             f"{by('clean')} "
             f"points and accuracy under PGD at 2/255 by {by('pgd_eps2')}. {_left(table)}{_note(table)}")
@@ -79,13 +75,13 @@ def found_tab5(
 )->str:                 # two sentences
     "What Table V shows in our run"
     kinds = [k for k in ('Madry','TRADES','ours') if (table.kind==k).any()]
-    def of(k): return [lead(table, *({'kind': k, 'adversary': a} for a in ('dra','pgd')), c) for c in PRINTED]
-    said = '; '.join(f"{'Tuned' if k=='ours' else k}: {points(of(k))}" for k in kinds)
-    equal = [cell(table, kind='vanilla', attack=a) for a in ('dra_eps1','pgd_eps2.55')]
+    def of(t, k): return [lead(t, *({'kind': k, 'adversary': a} for a in ('dra','pgd')), c) for c in PRINTED]
+    def said(t): return '; '.join(f"{'Tuned' if k=='ours' else k}: {points(of(t, k))}" for k in kinds)
+    def equal(t): return ' %, PGD at 2.55 '.join(f"{cell(t, kind='vanilla', attack=a):.1f}"
+                                                 for a in ('dra_eps1','pgd_eps2.55'))
     return (f"Training with DRA in place of PGD changes accuracy by (clean, then PGD at 2, 5 and 8 of 255) "
-            f"{said} points. "
-            f"On the vanilla network DRA at 1 leaves {equal[0]:.1f} %, PGD at 2.55 "
-            f"{equal[1]:.1f} %.{_note(table)}")
+            f"{told(table, said)} points. "
+            f"On the vanilla network DRA at 1 leaves {told(table, equal)} %.{_note(table)}")
 
 # %% ../../nbs/papers/94_dra_found.ipynb #5d0bbbeb
 def found_tab6(
@@ -102,12 +98,13 @@ def found_tab7(
     table:pd.DataFrame, # tidy, of one run: kind, corruption, accuracy
 )->str:                 # two sentences
     "What Table VII shows in our run"
-    def gain(c): return cell(table, kind='ours', corruption=c)-cell(table, kind='vanilla', corruption=c)
-    gains = {c: gain(c) for c in table.corruption.unique()}; clean = gains.pop('clean')
-    said = ', '.join(f"{c.replace('_', ' ')} {g:+.1f}" for c,g in gains.items())
-    return (f"Tuned against Vanilla, in points: {clean:+.1f} on clean images; above it on "
-            f"{sum(g > 0 for g in gains.values())} "
-            f"of {len(gains)} corruptions: {said}.{_note(table)}")
+    kinds = [c for c in table.corruption.unique() if c!='clean']
+    def gain(t, c): return cell(t, kind='ours', corruption=c)-cell(t, kind='vanilla', corruption=c)
+    def said(t): return ', '.join(f"{c.replace('_', ' ')} {gain(t, c):+.1f}" for c in kinds)
+    clean = told(table, lambda t: f"{gain(t, 'clean'):+.1f}")
+    return (f"Tuned against Vanilla, in points: {clean} on clean images; above it on "
+            f"{sum(gain(table, c) > 0 for c in kinds)} "
+            f"of {len(kinds)} corruptions: {told(table, said)}.{_note(table)}")
 
 # %% ../../nbs/papers/94_dra_found.ipynb #c4a9f409
 FOUND = {'tab1_dra': found_tab1, 'tab2_dra': found_against_vanilla, 'tab3_dra': found_against_vanilla,

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['ROBUST', 'STRONGEST', 'MIXED', 'ALONE', 'MIXTURES', 'BOLD', 'TAB2', 'CLAIMS', 'FOUND', 'gain', 'short_of_budget',
-           'headed', 'near_best', 'found_tab1', 'both_tables', 'improved', 'found_tab2', 'points', 'found_fig4']
+           'headed', 'found_tab1', 'both_tables', 'improved', 'found_tab2', 'points', 'found_fig4']
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #d6a6c257
-import math
-
 import pandas as pd
 
-from ..reporting import Claim, cell, published
+from ..reporting import Claim, cell, keeps_most, published, told
 from .mixture import METHODS, STRENGTHS, STRONG, attackers, column, techniques
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #506adba1
@@ -30,11 +28,6 @@ def gain(
 # %% ../../nbs/papers/40_mixture_tables.ipynb #ff8673d2
 def _gains(t, method, over): return [gain(t, method, over, a) for a in ROBUST]
 def _range(values): return f"{min(values):+.2f} to {max(values):+.2f}"
-def _way(gains, unit=''): # such as '5.26 points below', '1.30 to 11.90 above'
-    low, high = min(gains), max(gains)
-    if low < 0 < high: return f'from {-low:.2f}{unit} below to {high:.2f} above'
-    ends = dict.fromkeys(f'{g:.2f}' for g in sorted(map(abs, (low, high))))
-    return f"{' to '.join(ends)}{unit} {'below' if low < 0 else 'above'}"
 def _best(t, attack): return max(METHODS, key=lambda m: cell(t, method=m, attack=attack))
 def _both(a, b): return lambda t: f"{gain(t, *a):+.2f} and {gain(t, *b):+.2f}"
 def _norms(t): return [gain(t, m, 'Traditional') for m in METHODS if 'AdvProp' in m]
@@ -109,37 +102,17 @@ def headed(
     heads = dict(zip(ours.attack, ours.label))
     return printed.assign(label=[heads.get(a, column(a)) for a in printed.attack])
 
-# %% ../../nbs/papers/40_mixture_tables.ipynb #5b0c47e2
-def near_best(
-    rows:pd.DataFrame, # one column of a tidy table, the best first: method, accuracy, low, high (%)
-    places:int=2,      # decimals
-)->str:                # such as 'not told apart from SAT (7.00) and Adversarial (6.00)'
-    "Who is within the interval of the best (of Newcombe, for two proportions)"
-    # Newcombe 1998, method 10, as for independent images: ours are the same ones, so it tells less apart
-    best, *rest = rows.itertuples()
-    within = [r for r in rest
-              if best.accuracy-r.accuracy <= math.hypot(best.accuracy-best.low, r.high-r.accuracy)]
-    *more, last = [f'{r.method} ({r.accuracy:.{places}f})' for r in within] or ['']
-    near = ' and '.join(filter(None, (', '.join(more), last)))
-    return f'not told apart from {near}' if near else 'more than every other'
-
 # %% ../../nbs/papers/40_mixture_tables.ipynb #a1c277cb
-def _kept(last): # who keeps most, from whom it is not told apart, and Traditional; the best first
-    def said(r): return f'{r.accuracy:.2f} [{r.low:.2f}, {r.high:.2f}] %'
-    best, plain = last.iloc[0], last[last.method=='Traditional'].iloc[0]
-    if not best.accuracy: return 'no method keeps any'
-    return (f"{best.method} keeps {said(best)}, {near_best(last)}"
-            f"{'' if best.method=='Traditional' else f', and Traditional {said(plain)}'}")
-
 def found_tab1(
     table:pd.DataFrame, # tidy, of one run
 )->str:                 # two sentences
     "What Table 1 shows in our run"
-    last = table[table.attack=='autoattack_8'].sort_values('accuracy', ascending=False, kind='stable')
-    clean, attacked = [gain(table, 'AdvProp', 'Traditional')], _gains(table, 'AdvProp', 'Traditional')
-    return (f"AdvProp is {_way(clean, ' points')} Traditional on clean images and {_way(attacked)} it under "
-            f"the four printed attacks. Under {last.label.iloc[0].replace(', ', ' at ')} "
-            f"(n = {last.n.iloc[0]:,}) {_kept(last)}.")
+    last = table[table.attack=='autoattack_8']
+    def moves(t): return (f"{gain(t, 'AdvProp', 'Traditional'):+.2f} on clean images, "
+                          f"{_range(_gains(t, 'AdvProp', 'Traditional'))} under the four printed attacks")
+    return (f"AdvProp against Traditional, in points: {told(table, moves)}. Under "
+            f"{last.label.iloc[0].replace(', ', ' at ')} (n = {last.n.iloc[0]:,.0f}) "
+            f"{keeps_most(last, also='Traditional')}.")
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #1c2a511b
 def both_tables(
@@ -198,12 +171,14 @@ def found_tab2(
     bad = {(r.method, r.training): f for r,f in zip(table.itertuples(), flags) if f}
     fit = [m for m in STRONG if not {(m,'weak'), (m,'strong')} & set(bad)]
     better = [(m, a) for m,a in improved(table) if m in fit]
-    lost = [-v for v in _lost(table)]
+    def moves(t):
+        lost = [-v for v in _lost(t)]
+        return (f'{lost[0]:+.2f} points on clean images and by {_range(lost[1:])} under the four printed '
+                'attacks')
     note = ' '.join(f' {m} trained with {s} examples is marked ({f}): its numbers say nothing.'
                     for (m,s),f in bad.items())
-    return (f'With strong examples in place of weak ones AdvProp moves by {lost[0]:+.2f} points on clean '
-            f'images and by {_range(lost[1:])} under the four printed attacks. Strong examples give more '
-            f'robustness in {len(better)} of {len(ROBUST)*len(fit)} cells of networks above chance level'
+    return (f'With strong examples in place of weak ones AdvProp moves by {told(table, moves)}. '
+            f'Strong examples give more robustness in {len(better)} of {len(ROBUST)*len(fit)} cells of networks above chance level'
             f"{f' ({_named(better)})' if better else ''}.{note}")
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #1f9f36f7

@@ -10,7 +10,7 @@ __all__ = ['ATTACKS', 'TAB2', 'TAB4', 'TAB3', 'TAB5', 'TAB6', 'FULL', 'ONLY_R', 
 # %% ../../nbs/papers/73_spat_claims.ipynb #42abe34d
 import pandas as pd
 
-from ..reporting import Claim, Missing, cell, published
+from ..reporting import Claim, Missing, cell, keeps_most, published, told
 from .mixture_text import found_claims
 from .spat import VALUES
 from .spat_tables import COLUMNS
@@ -169,15 +169,13 @@ def found_white(
     table:pd.DataFrame, # tidy, of Table 3.2 or 3.4
 )->str:
     "What a white-box table shows in our run"
-    words = dict(pgd_20='PGD-20', autoattack='AutoAttack', worst='the worst case over all columns')
-    leads = [f'{lead(table, a):+.2f} under {w}' for a,w in words.items() if a in set(table.attack)]
+    words = {'clean': 'on clean images', 'pgd_20': 'under PGD-20', 'autoattack': 'under AutoAttack',
+             'worst': 'under the worst case over all columns'}
+    def leads(t): return ', '.join(f'{lead(t, a):+.2f} {w}' for a,w in words.items() if a in set(t.attack))
     last = table[table.attack==('worst' if 'worst' in set(table.attack) else 'cw_linf')]
-    best, spat = last[last.accuracy==last.accuracy.max()], last[last.method=='SPAT'].iloc[0]
-    def kept(r): return f"{r.accuracy:.2f}{f' [{r.low:.2f}, {r.high:.2f}]' if 'low' in r else ''} %"
-    return (f"SPAT against TRADES, in points: {lead(table, 'clean'):+.2f} on clean images, "
-            f"{', '.join(leads)}. "
-            f"Under {'the '*(spat.attack=='worst')}{spat.label} {', '.join(best.method)} "
-            f"keep{'s'*(len(best)==1)} most, {kept(best.iloc[0])}, and SPAT {kept(spat)} (n = {spat.n:,}).")
+    what, n = last.label.iloc[0], last.n.iloc[0]
+    return (f"SPAT against TRADES, in points: {told(table, leads)}. "
+            f"Under {'the '*('worst' in set(last.attack))}{what} (n = {n:,.0f}) {keeps_most(last, also='SPAT')}.")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #75cedb16
 def found_black(
@@ -205,14 +203,14 @@ def found_sweep(
     "What Table 3.6 shows in our run"
     flags = table.get('flag', pd.Series('', table.index)).fillna('')
     ran, gone = table[flags==''], table[(flags!='') & (table.attack=='clean')]
-    def ends(p):
-        clean, robust = (_swept(ran, p, a) for a in ('clean','pgd_20'))
+    def ends(t, p):
+        clean, robust = (_swept(t, p, a) for a in ('clean','pgd_20'))
         return f'{p}: {clean[-1]-clean[0]:+.2f} clean, {robust[-1]-robust[0]:+.2f} under PGD-20'
     holds = {True: 'holds', False: 'does not hold', None: 'cannot be judged'}[TAB6[0].verdict(table)[0]]
     lost = ', '.join(f'{r.parameter} = {r.value:g} ({r.flag})' for r in gone.itertuples())
     lost = f' Nothing was learnt with {lost}.'*bool(lost) + _bare(ran, gone)
     return (f"From the smallest to the largest value{' that trained'*bool(lost)} "
-            f"({'; '.join(map(ends, ('alpha','beta','s')))}), in points.{lost} "
+            f"({told(ran, lambda t: '; '.join(ends(t, p) for p in ('alpha','beta','s')))}), in points.{lost} "
             f"The claimed trade of s for robustness {holds} step by step.")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #11812269
@@ -220,7 +218,7 @@ def found_parts(
     table:pd.DataFrame, # tidy, of Table 3.7
 )->str:
     "What Table 3.7 shows in our run"
-    def of(kind): return _changes(kind, FULL)(table)
+    def of(kind): return told(table, _changes(kind, FULL))
     return (f"Without the self-paced factors of the accuracy loss: {of(ONLY_R)}; with the KL alone as "
             f"robustness: {of(ONLY_A)}; without both: {of(BARE)}, all in points.")
 
@@ -229,8 +227,8 @@ def found_normal(
     table:pd.DataFrame, # tidy, of Table 3.8
 )->str:
     "What Table 3.8 shows in our run"
-    return (f"Normalisation brings {_changes(FULL, CE_SP)(table)}; self-pacing on plain cross-entropy, "
-            f"against TRADES, {_changes(CE_SP, CE)(table)}, all in points.")
+    return (f"Normalisation brings {told(table, _changes(FULL, CE_SP))}; self-pacing on plain cross-entropy, "
+            f"against TRADES, {told(table, _changes(CE_SP, CE))}, all in points.")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #37ea10ad
 def found_corrupted(
@@ -238,9 +236,10 @@ def found_corrupted(
 )->str:
     "What Table 3.9 shows in our run"
     ahead, kind = _ahead(table), table.get('images', pd.Series(['official'])).iloc[0]
+    ends = [ahead.idxmin(), ahead.idxmax()]
+    def by(t): return ' to '.join(f'{_ahead(t)[c]:+.2f} points ({c})' for c in ends)
     return (f"On {kind} corruptions SPAT is ahead of the other defences in {(ahead > 0).sum()} of "
-            f"{len(ahead)} types, by {ahead.min():+.2f} ({ahead.idxmin()}) to {ahead.max():+.2f} points "
-            f"({ahead.idxmax()}).")
+            f"{len(ahead)} types, by {told(table, by)}.")
 
 FOUND = {'tab3_2_spat': found_white, 'tab3_3_spat': found_black, 'tab3_4_spat': found_white,
          'tab3_5_spat': found_black, 'tab3_6_spat': found_sweep, 'tab3_7_spat': found_parts,

@@ -11,8 +11,8 @@ __all__ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none
            'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'report_folder', 'Stored',
            'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce', 'announce_figure',
            'made_on', 'Sheet', 'Unfinished', 'leaves', 'nothing_found', 'ledger', 'our_tables', 'Weighed', 'drawn',
-           'other_images', 'plain', 'rows_behind', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES',
-           'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
+           'keeps_most', 'other_images', 'plain', 'rows_behind', 'told', 'weigh', 'with_intervals', 'Board',
+           'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
 
 # %% ../../nbs/reporting/99_reporting.ipynb #f5d3f17a
 from .asked import between, one_whole, parameters, whole_numbers, whole_or_none
@@ -30,8 +30,8 @@ from .announcing import Announcement, announce, announce_figure, made_on
 from .sheet import Sheet, Unfinished, leaves
 from .openings import nothing_found
 from .all_claims import ledger, our_tables
-from refine_nb.reporting.direction import (Weighed, drawn, other_images, plain, rows_behind, weigh,
-    with_intervals)
+from .direction import (Weighed, drawn, keeps_most, other_images, plain,
+    rows_behind, told, weigh, with_intervals)
 from refine_nb.reporting.board import (Board, PRINT_MARKS, SCALES, SCORED, VERDICT_MARKS, ours_of,
     quoted, scored)
 
@@ -45,6 +45,6 @@ _all_ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none',
          'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'report_folder',
          'Stored', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
          'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'nothing_found', 'ledger',
-         'our_tables', 'Weighed', 'drawn', 'other_images', 'plain', 'rows_behind', 'weigh',
-         'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of',
-         'quoted', 'scored']
+         'our_tables', 'Weighed', 'drawn', 'keeps_most', 'other_images', 'plain', 'rows_behind',
+         'told', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED',
+         'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
