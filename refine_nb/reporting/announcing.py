@@ -88,8 +88,14 @@ def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine, sh
     return '\n'.join(lines)
 
 # %% ../../nbs/reporting/60_announcing.ipynb #6e9e3f24
-def _network(cell)->str: # the network that is trained at this scale, by name
-    return _inner(cell.recipe.model)['name']
+def _trained(cells, data)->dict[str,list[str]]: # data set -> networks that are trained on it; `data` first
+    nets = {data: {}}
+    for c in cells:
+        own = rooted(c).data['name']
+        nets.setdefault(own if own in NEEDS else data, {})[_inner(c.recipe.model)['name']] = True
+    return {d: list(n) for d,n in nets.items() if n}
+
+def _listed(names)->str: return ' and '.join(filter(None, (', '.join(names[:-1]), names[-1])))
 
 def announce(
     artefact:str,      # an id of `ARTEFACTS`
@@ -97,13 +103,14 @@ def announce(
     store:Store,       # where they are made
     cells:list[Cell],  # at published scale
     shares:Mapping[str,Callable]={}, # preset -> what the page takes of it, a `Brief`
+    run:list[Cell]|None=None, # the cells that are run, at the scale of the preset; None: all
 )->Announcement:
     "What the numbers of this run are, in words"
     a = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')]
     what = f"{a.name} of {a.of}"
-    at, less = at_preset(tuple(cells), p.preset, shares), _said(shares, p.preset.name)
-    model, data = _network(at[0]), p.preset.data or p.dataset
-    where = f"{model} on {data}{less.replace(';', ',')}"
+    at, less = run or at_preset(tuple(cells), p.preset, shares), _said(shares, p.preset.name)
+    nets = _trained(at, str(p.preset.data or p.dataset))
+    where = f"{'; '.join(f'{_listed(n)} on {d}' for d,n in nets.items())}{less.replace(';', ',')}"
     tag = {'demo': 'DEMO', 'small': 'SMALL RUN', 'gpu': 'GPU RUN', 'paper': "PAPER'S SCALE"}[p.preset.name]
     says = _scale(p.preset, at)
     settings = {'model': p.model, 'dataset': getattr(p.dataset, 'path', p.dataset)}
@@ -111,7 +118,8 @@ def announce(
     if p.preset.name=='demo':
         banner += f"\n\nThe real thing:\n\n{_real_thing(artefact, settings, cells, store.engine, shares)}"
     return Announcement(banner, f"{tag}: {what}, {where}", f"{tag}: {what}, {where}",
-                        f"{tag}: {says}{less}.", lambda: made_on(at, store), f"{model}_{data}")
+                        f"{tag}: {says}{less}.", lambda: made_on(at, store),
+                        '_'.join(f"{'-'.join(n)}_{d}" for d,n in nets.items()))
 
 # %% ../../nbs/reporting/60_announcing.ipynb #5364360c
 def announce_figure(

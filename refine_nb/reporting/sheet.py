@@ -105,7 +105,7 @@ def ask(self:Sheet,
     "What this page needs, at the scale that is run; the price of the real thing is that of the whole grid"
     cells = _each(wanted if instead is None else instead, lambda s: at_preset(s, self.p.preset, shares))
     self.wanted, self.cells = leaves(wanted), leaves(cells)
-    self.title = announce(self.about.id, self.p, self.store, self.wanted, shares)
+    self.title = announce(self.about.id, self.p, self.store, self.wanted, shares, self.cells)
     return cells
 
 # %% ../../nbs/reporting/70_sheet.ipynb #a0d17010
