@@ -63,10 +63,12 @@ def found_tab4(
     table:pd.DataFrame, # tidy, of one run
 )->str:                 # two sentences
     "What Table IV shows in our run"
-    nets = list(table.model.unique())
+    nets = list(table.model.unique()) # as printed; thin ones may stand in for them
+    names = table.model.str.replace('resnet', 'ResNet-')
     def by(a): return told(table, lambda t: points(_tuned(t, a, model=m) for m in nets))
-    rows = ', '.join(m.replace('resnet', 'ResNet-') for m in nets) # thin networks may stand in for them
-    return (f"In the rows of {rows} tuning changes clean accuracy by {by('clean')} points and accuracy under PGD at 2/255 by {by('pgd_eps2')}. {_left(table)}{_note(table)}")
+    return (f"In the rows of {', '.join(names.unique())} tuning changes clean accuracy by {by('clean')} "
+            f"points and accuracy under PGD at 2/255 by {by('pgd_eps2')}. "
+            f"{_left(table.assign(method=table.method+' '+names))}{_note(table)}")
 
 # %% ../../nbs/papers/94_dra_found.ipynb #f32948bf
 def found_tab5(
