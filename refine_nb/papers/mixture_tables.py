@@ -178,7 +178,8 @@ def found_tab2(
     note = ' '.join(f' {m} trained with {s} examples is marked ({f}): its numbers say nothing.'
                     for (m,s),f in bad.items())
     return (f'With strong examples in place of weak ones AdvProp moves by {told(table, moves)}. '
-            f'Strong examples give more robustness in {len(better)} of {len(ROBUST)*len(fit)} cells of networks above chance level'
+            f'Strong examples give more robustness in {len(better)} of {len(ROBUST)*len(fit)} cells of '
+            'networks above chance level'
             f"{f' ({_named(better)})' if better else ''}.{note}")
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #1f9f36f7

@@ -173,9 +173,9 @@ def found_white(
              'worst': 'under the worst case over all columns'}
     def leads(t): return ', '.join(f'{lead(t, a):+.2f} {w}' for a,w in words.items() if a in set(t.attack))
     last = table[table.attack==('worst' if 'worst' in set(table.attack) else 'cw_linf')]
-    what, n = last.label.iloc[0], last.n.iloc[0]
+    what = 'the '*('worst' in set(last.attack)) + last.label.iloc[0]
     return (f"SPAT against TRADES, in points: {told(table, leads)}. "
-            f"Under {'the '*('worst' in set(last.attack))}{what} (n = {n:,.0f}) {keeps_most(last, also='SPAT')}.")
+            f"Under {what} (n = {last.n.iloc[0]:,.0f}) {keeps_most(last, also='SPAT')}.")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #75cedb16
 def found_black(

@@ -97,6 +97,7 @@ def _trained(cells, data)->dict[str,list[str]]: # data set -> networks that are 
 
 def _listed(names)->str: return ' and '.join(filter(None, (', '.join(names[:-1]), names[-1])))
 
+# %% ../../nbs/reporting/60_announcing.ipynb #60cbb46d
 def announce(
     artefact:str,      # an id of `ARTEFACTS`
     p:SimpleNamespace, # the checked parameters: `preset` (a `Preset`), `model`, `dataset`, perhaps more
