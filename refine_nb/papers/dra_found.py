@@ -42,7 +42,8 @@ def found_against_vanilla(
     attacks = [a for a in table.attack.unique() if a.startswith('pgd_')]
     def gains(t): return '; '.join([f"{_tuned(t, 'clean'):+.1f} on clean images",
                                     *(f'{_tuned(t, a):+.1f} under {column(a)}' for a in attacks)])
-    return f'Tuned against Vanilla, in points: {told(table, gains)}. {_left(table)}{_note(table)}'
+    return (f'Tuned against Vanilla, in points (unpaired intervals): {told(table, gains)}. '
+            f'{_left(table)}{_note(table)}')
 
 # %% ../../nbs/papers/94_dra_found.ipynb #e7a2581f
 def found_tab1(
@@ -67,7 +68,7 @@ def found_tab4(
     names = table.model.str.replace('resnet', 'ResNet-')
     def by(a): return told(table, lambda t: points(_tuned(t, a, model=m) for m in nets))
     return (f"In the rows of {', '.join(names.unique())} tuning changes clean accuracy by {by('clean')} "
-            f"points and accuracy under PGD at 2/255 by {by('pgd_eps2')}. "
+            f"points and accuracy under PGD at 2/255 by {by('pgd_eps2')} (unpaired intervals). "
             f"{_left(table.assign(method=table.method+' '+names))}{_note(table)}")
 
 # %% ../../nbs/papers/94_dra_found.ipynb #f32948bf
@@ -81,7 +82,7 @@ def found_tab5(
     def equal(t): return ' %, PGD at 2.55 '.join(f"{cell(t, kind='vanilla', attack=a):.1f}"
                                                  for a in ('dra_eps1','pgd_eps2.55'))
     return (f"Training with DRA in place of PGD changes accuracy by (clean, then PGD at 2, 5 and 8 of 255) "
-            f"{told(table, said)} points. "
+            f"{told(table, said)} points (unpaired intervals). "
             f"On the vanilla network DRA at 1 leaves {told(table, equal)} %.{_note(table)}")
 
 # %% ../../nbs/papers/94_dra_found.ipynb #5d0bbbeb
@@ -103,7 +104,7 @@ def found_tab7(
     def gain(t, c): return cell(t, kind='ours', corruption=c)-cell(t, kind='vanilla', corruption=c)
     def said(t): return ', '.join(f"{c.replace('_', ' ')} {gain(t, c):+.1f}" for c in kinds)
     clean = told(table, lambda t: f"{gain(t, 'clean'):+.1f}")
-    return (f"Tuned against Vanilla, in points: {clean} on clean images; above it on "
+    return (f"Tuned against Vanilla, in points (unpaired intervals): {clean} on clean images; above it on "
             f"{sum(gain(table, c) > 0 for c in kinds)} "
             f"of {len(kinds)} corruptions: {told(table, said)}.{_note(table)}")
 

@@ -110,8 +110,8 @@ def found_tab1(
     last = table[table.attack=='autoattack_8']
     def moves(t): return (f"{gain(t, 'AdvProp', 'Traditional'):+.2f} on clean images, "
                           f"{_range(_gains(t, 'AdvProp', 'Traditional'))} under the four printed attacks")
-    return (f"AdvProp against Traditional, in points: {told(table, moves)}. Under "
-            f"{last.label.iloc[0].replace(', ', ' at ')} (n = {last.n.iloc[0]:,.0f}) "
+    return (f"AdvProp against Traditional, in points (unpaired intervals): {told(table, moves)}. "
+            f"Under {last.label.iloc[0].replace(', ', ' at ')} (n = {last.n.iloc[0]:,.0f}) "
             f"{keeps_most(last, also='Traditional')}.")
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #1c2a511b
@@ -177,9 +177,9 @@ def found_tab2(
                 'attacks')
     note = ' '.join(f' {m} trained with {s} examples is marked ({f}): its numbers say nothing.'
                     for (m,s),f in bad.items())
-    return (f'With strong examples in place of weak ones AdvProp moves by {told(table, moves)}. '
-            f'Strong examples give more robustness in {len(better)} of {len(ROBUST)*len(fit)} cells of '
-            'networks above chance level'
+    return (f'With strong examples in place of weak ones AdvProp moves by {told(table, moves)} '
+            '(unpaired intervals). Strong examples give more robustness in '
+            f'{len(better)} of {len(ROBUST)*len(fit)} cells of networks above chance level'
             f"{f' ({_named(better)})' if better else ''}.{note}")
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #1f9f36f7

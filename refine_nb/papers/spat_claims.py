@@ -174,7 +174,7 @@ def found_white(
     def leads(t): return ', '.join(f'{lead(t, a):+.2f} {w}' for a,w in words.items() if a in set(t.attack))
     last = table[table.attack==('worst' if 'worst' in set(table.attack) else 'cw_linf')]
     what = 'the '*('worst' in set(last.attack)) + last.label.iloc[0]
-    return (f"SPAT against TRADES, in points: {told(table, leads)}. "
+    return (f"SPAT against TRADES, in points (unpaired intervals): {told(table, leads)}. "
             f"Under {what} (n = {last.n.iloc[0]:,.0f}) {keeps_most(last, also='SPAT')}.")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #75cedb16
@@ -210,7 +210,8 @@ def found_sweep(
     lost = ', '.join(f'{r.parameter} = {r.value:g} ({r.flag})' for r in gone.itertuples())
     lost = f' Nothing was learnt with {lost}.'*bool(lost) + _bare(ran, gone)
     return (f"From the smallest to the largest value{' that trained'*bool(lost)} "
-            f"({told(ran, lambda t: '; '.join(ends(t, p) for p in ('alpha','beta','s')))}), in points.{lost} "
+            f"({told(ran, lambda t: '; '.join(ends(t, p) for p in ('alpha','beta','s')))}), "
+            f"in points (unpaired intervals).{lost} "
             f"The claimed trade of s for robustness {holds} step by step.")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #11812269
@@ -220,7 +221,7 @@ def found_parts(
     "What Table 3.7 shows in our run"
     def of(kind): return told(table, _changes(kind, FULL))
     return (f"Without the self-paced factors of the accuracy loss: {of(ONLY_R)}; with the KL alone as "
-            f"robustness: {of(ONLY_A)}; without both: {of(BARE)}, all in points.")
+            f"robustness: {of(ONLY_A)}; without both: {of(BARE)}, in points (unpaired intervals).")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #804d95d7
 def found_normal(
@@ -228,7 +229,7 @@ def found_normal(
 )->str:
     "What Table 3.8 shows in our run"
     return (f"Normalisation brings {told(table, _changes(FULL, CE_SP))}; self-pacing on plain cross-entropy, "
-            f"against TRADES, {told(table, _changes(CE_SP, CE))}, all in points.")
+            f"against TRADES, {told(table, _changes(CE_SP, CE))}, in points (unpaired intervals).")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #37ea10ad
 def found_corrupted(
@@ -239,7 +240,7 @@ def found_corrupted(
     ends = [ahead.idxmin(), ahead.idxmax()]
     def by(t): return ' to '.join(f'{_ahead(t)[c]:+.2f} points ({c})' for c in ends)
     return (f"On {kind} corruptions SPAT is ahead of the other defences in {(ahead > 0).sum()} of "
-            f"{len(ahead)} types, by {told(table, by)}.")
+            f"{len(ahead)} types, by {told(table, by)} (unpaired intervals).")
 
 FOUND = {'tab3_2_spat': found_white, 'tab3_3_spat': found_black, 'tab3_4_spat': found_white,
          'tab3_5_spat': found_black, 'tab3_6_spat': found_sweep, 'tab3_7_spat': found_parts,
