@@ -71,7 +71,7 @@ def found_tab4(
     return (f"In the rows of {', '.join(names.unique())} vanilla networks reach {clean} % on clean images. "
             f"Tuning changes that by {by('clean')} points and accuracy under PGD at 2/255 by "
             f"{by('pgd_eps2')} (unpaired intervals). "
-            f"{_left(table.assign(method=table.method+' '+names))}{_note(table)}")
+            f"{_left(table)}{_note(table)}")
 
 # %% ../../nbs/papers/94_dra_found.ipynb #f32948bf
 def found_tab5(

@@ -75,11 +75,11 @@ def _scale(p:Preset, cells)->str: # what it is, by the images and networks that 
 def _said(shares, name)->str: # what a page takes less of
     return f'; {says}' if (says := getattr(shares.get(name), 'says', '')) else ''
 
-def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine, shares)->str:
+def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine, shares, own)->str:
     "What the small and the paper's scale need and cost here, as Markdown lines"
     needs, lines = _needs(settings['dataset'], cells), []
     for name in ('small', 'gpu', 'paper'):
-        at = at_preset(tuple(cells), PRESETS[name], shares)
+        at = at_preset(tuple(own.get(name, cells)), PRESETS[name], shares)
         cost = price(ancestors(*at), engine).seconds.iloc[-1]
         also = _weights(cells) if name=='paper' else ''
         lines.append(f"- **{name}**: {_scale(PRESETS[name], at)}{_said(shares, name)}. "
@@ -105,6 +105,7 @@ def announce(
     cells:list[Cell],  # at published scale
     shares:Mapping[str,Callable]={}, # preset -> what the page takes of it, a `Brief`
     run:list[Cell]|None=None, # the cells that are run, at the scale of the preset; None: all
+    own:Mapping[str,list[Cell]]={}, # preset -> the cells in place of `cells` there, at published scale
 )->Announcement:
     "What the numbers of this run are, in words"
     a = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')]
@@ -117,7 +118,8 @@ def announce(
     settings = {'model': p.model, 'dataset': getattr(p.dataset, 'path', p.dataset)}
     banner = f"**{tag}: {what}, {where}.** This is {says}{less}."
     if p.preset.name=='demo':
-        banner += f"\n\nThe real thing:\n\n{_real_thing(artefact, settings, cells, store.engine, shares)}"
+        real = _real_thing(artefact, settings, cells, store.engine, shares, own)
+        banner += f"\n\nThe real thing:\n\n{real}"
     return Announcement(banner, f"{tag}: {what}, {where}", f"{tag}: {what}, {where}",
                         f"{tag}: {says}{less}.", lambda: made_on(at, store),
                         '_'.join(f"{'-'.join(n)}_{d}" for d,n in nets.items()))

@@ -100,12 +100,15 @@ def _given(namespace): # without constants that were imported before the check
 def ask(self:Sheet,
     wanted,                  # a grid at published scale, as `leaves` takes it
     shares:Mapping={}, # preset -> what this page takes of it, a `Brief`
-    instead=None,      # the part of the grid that is run, where all is too much, or lacks a network
+    instead=None,      # the part of the grid that is run, where all is too much
+    own:Mapping={},    # preset -> a grid of its own, with other networks, also at published scale
 ):                     # the grid at this preset's scale
     "What this page needs, at the scale that is run; the price of the real thing is that of the whole grid"
-    cells = _each(wanted if instead is None else instead, lambda s: at_preset(s, self.p.preset, shares))
+    grid = own.get(self.p.preset.name, wanted) if instead is None else instead
+    cells = _each(grid, lambda s: at_preset(s, self.p.preset, shares))
     self.wanted, self.cells = leaves(wanted), leaves(cells)
-    self.title = announce(self.about.id, self.p, self.store, self.wanted, shares, self.cells)
+    self.title = announce(self.about.id, self.p, self.store, self.wanted, shares, self.cells,
+                          {name: leaves(g) for name,g in own.items()})
     return cells
 
 # %% ../../nbs/reporting/70_sheet.ipynb #a0d17010
