@@ -62,15 +62,16 @@ def found_tab1(
 # %% ../../nbs/papers/94_dra_found.ipynb #6ce0cd89
 def found_tab4(
     table:pd.DataFrame, # tidy, of one run
-)->str:                 # two sentences
+)->str:                 # three sentences
     "What Table IV shows in our run"
     nets = list(table.model.unique()) # as printed; thin ones may stand in for them
     names = table.model.str.replace('resnet', 'ResNet-')
-    def by(a): return told(table, lambda t: points(_tuned(t, a, model=m) for m in nets))
+    def by(t, a): return points(_tuned(t, a, model=m) for m in nets)
+    def changes(t): return (f"{by(t, 'clean')} points and accuracy under PGD at 2/255 by "
+                            f"{by(t, 'pgd_eps2')}")
     clean = ', '.join(f"{cell(table, model=m, kind='vanilla', attack='clean'):.1f}" for m in nets)
     return (f"In the rows of {', '.join(names.unique())} vanilla networks reach {clean} % on clean images. "
-            f"Tuning changes that by {by('clean')} points and accuracy under PGD at 2/255 by "
-            f"{by('pgd_eps2')} (unpaired intervals). "
+            f"Tuning changes that by {told(table, changes)} (unpaired intervals). "
             f"{_left(table)}{_note(table)}")
 
 # %% ../../nbs/papers/94_dra_found.ipynb #f32948bf
@@ -80,12 +81,13 @@ def found_tab5(
     "What Table V shows in our run"
     kinds = [k for k in ('Madry','TRADES','ours') if (table.kind==k).any()]
     def of(t, k): return [lead(t, *({'kind': k, 'adversary': a} for a in ('dra','pgd')), c) for c in PRINTED]
-    def said(t): return '; '.join(f"{'Tuned' if k=='ours' else k}: {points(of(t, k))}" for k in kinds)
-    def equal(t): return ' %, PGD at 2.55 '.join(f"{cell(t, kind='vanilla', attack=a):.1f}"
-                                                 for a in ('dra_eps1','pgd_eps2.55'))
+    def said(t):
+        each = '; '.join(f"{'Tuned' if k=='ours' else k}: {points(of(t, k))}" for k in kinds)
+        dra, pgd = (cell(t, kind='vanilla', attack=a) for a in ('dra_eps1','pgd_eps2.55'))
+        return (f"{each} points (unpaired intervals). "
+                f"On the vanilla network DRA at 1 leaves {dra:.1f} %, PGD at 2.55 {pgd:.1f} %")
     return (f"Training with DRA in place of PGD changes accuracy by (clean, then PGD at 2, 5 and 8 of 255) "
-            f"{told(table, said)} points (unpaired intervals). "
-            f"On the vanilla network DRA at 1 leaves {told(table, equal)} %.{_note(table)}")
+            f"{told(table, said)}.{_note(table)}")
 
 # %% ../../nbs/papers/94_dra_found.ipynb #5d0bbbeb
 def found_tab6(
@@ -104,11 +106,11 @@ def found_tab7(
     "What Table VII shows in our run"
     kinds = [c for c in table.corruption.unique() if c!='clean']
     def gain(t, c): return cell(t, kind='ours', corruption=c)-cell(t, kind='vanilla', corruption=c)
-    def said(t): return ', '.join(f"{c.replace('_', ' ')} {gain(t, c):+.1f}" for c in kinds)
-    clean = told(table, lambda t: f"{gain(t, 'clean'):+.1f}")
-    return (f"Tuned against Vanilla, in points (unpaired intervals): {clean} on clean images; above it on "
-            f"{sum(gain(table, c) > 0 for c in kinds)} "
-            f"of {len(kinds)} corruptions: {told(table, said)}.{_note(table)}")
+    above = f'{sum(gain(table, c) > 0 for c in kinds)} of {len(kinds)}'
+    def said(t):
+        each = ', '.join(f"{c.replace('_', ' ')} {gain(t, c):+.1f}" for c in kinds)
+        return f"{gain(t, 'clean'):+.1f} on clean images; above it on {above} corruptions: {each}"
+    return f'Tuned against Vanilla, in points (unpaired intervals): {told(table, said)}.{_note(table)}'
 
 # %% ../../nbs/papers/94_dra_found.ipynb #c4a9f409
 FOUND = {'tab1_dra': found_tab1, 'tab2_dra': found_against_vanilla, 'tab3_dra': found_against_vanilla,

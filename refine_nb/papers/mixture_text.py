@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['TEST_IMAGES', 'SIGNIFICANT', 'SIGNIFICANCE', 'SIZE', 'ADVERSARIAL', 'GAPS', 'ITS_OWN', 'FIG1', 'FIG2', 'FIG3',
-           'CLAIMS', 'FOUND', 'errors_apart', 'found_fig1', 'listed', 'found_fig2', 'found_fig3', 'found_claims',
-           'printed']
+           'CLAIMS', 'FOUND', 'errors_apart', 'found_fig1', 'found_fig2', 'found_fig3', 'found_claims', 'printed']
 
 # %% ../../nbs/papers/50_mixture_text.ipynb #1ed31a57
 import math
-from collections.abc import Iterable
 
 import pandas as pd
 
-from ..reporting import Claim, cell, published
+from ..reporting import Claim, cell, enumerated, published
 from .mixture import METHODS, column
 from .mixture_tables import ROBUST, STRONGEST, both_tables, gain
 
@@ -152,13 +150,6 @@ FIG2 = (
           needs=ITS_OWN))
 
 # %% ../../nbs/papers/50_mixture_text.ipynb #6259717c
-def listed(
-    words:Iterable[str],
-)->str: # 'none', 'a', 'a and b', 'a, b and c'
-    "A list in a sentence"
-    *rest, last = tuple(words) or ('none',)
-    return f"{', '.join(rest)} and {last}" if rest else last
-
 def _effects(table): # what the text names -> whether it is clear for both kinds of smoothing
     return {'lower confidence': _clear(_over_none(table, 'confidence', -1)),
             'a boundary further from the data': _clear(_over_none(table, 'distance')),
@@ -174,7 +165,7 @@ def found_fig2(
     sizes = [[g for g,_ in _over_none(table, m)] for m in ('confidence','distance')]
     return (f"Of the four effects of smoothing that the text names, {len(seen) or 'none'} "
             f"{'is' if len(seen)==1 else 'are'} clear for both kinds"
-            f"{f': {listed(seen)}' if seen else ''}. Ordinary smoothing changes confidence by "
+            f"{f': {enumerated(seen)}' if seen else ''}. Ordinary smoothing changes confidence by "
             f"{sizes[0][0]:+.3f} and the median distance to the boundary by {sizes[1][0]:+.3f}; adversarial "
             f"smoothing by {sizes[0][1]:+.3f} and {sizes[1][1]:+.3f}.")
 
@@ -222,7 +213,7 @@ def found_claims(
     read, judged = (v.isin(['holds','fails']).sum() for v in (own, ours))
     def said(verdicts):
         right, wrong = (list(verdicts).count(v) for v in ('holds','fails'))
-        codes = f" ({listed(f'`{c}`' for c in page.claim[verdicts=='fails'])})" if wrong else ''
+        codes = f" ({enumerated(f'`{c}`' for c in page.claim[verdicts=='fails'])})" if wrong else ''
         return f"{right} hold{'s'*(right==1)}, {wrong} fail{'s'*(wrong==1)}{codes}"
     return (f"{read} of {len(page)} sentences can be put to the document's own numbers: {said(own)}. "
             f"{judged} can be put to ours: {said(ours)}"

@@ -219,17 +219,20 @@ def found_parts(
     table:pd.DataFrame, # tidy, of Table 3.7
 )->str:
     "What Table 3.7 shows in our run"
-    def of(kind): return told(table, _changes(kind, FULL))
-    return (f"Without the self-paced factors of the accuracy loss: {of(ONLY_R)}; with the KL alone as "
-            f"robustness: {of(ONLY_A)}; without both: {of(BARE)}, in points (unpaired intervals).")
+    def said(t):
+        without = (_changes(kind, FULL)(t) for kind in (ONLY_R, ONLY_A, BARE))
+        return ("Without the self-paced factors of the accuracy loss: {}; with the KL alone as robustness: "
+                "{}; without both: {}").format(*without)
+    return f'{told(table, said)}, in points (unpaired intervals).'
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #804d95d7
 def found_normal(
     table:pd.DataFrame, # tidy, of Table 3.8
 )->str:
     "What Table 3.8 shows in our run"
-    return (f"Normalisation brings {told(table, _changes(FULL, CE_SP))}; self-pacing on plain cross-entropy, "
-            f"against TRADES, {told(table, _changes(CE_SP, CE))}, in points (unpaired intervals).")
+    def said(t): return (f"Normalisation brings {_changes(FULL, CE_SP)(t)}; self-pacing on plain "
+                         f"cross-entropy, against TRADES, {_changes(CE_SP, CE)(t)}")
+    return f'{told(table, said)}, in points (unpaired intervals).'
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #37ea10ad
 def found_corrupted(

@@ -8,8 +8,8 @@ __all__ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none
            'plot_curves', 'Claim', 'Missing', 'STANDS_FOR', 'as_named', 'cell', 'judge', 'on_its_own', 'MARK',
            'difference', 'facing', 'mean_std', 'measured', 'over_seeds', 'percent', 'published', 'show_conflicts',
            'show_table', 'side_by_side', 'with_interval', 'HEADERS', 'health', 'marked', 'said_once', 'worded',
-           'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'report_folder', 'Stored',
-           'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce', 'announce_figure',
+           'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'enumerated', 'report_folder',
+           'Stored', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce', 'announce_figure',
            'made_on', 'Sheet', 'Unfinished', 'leaves', 'nothing_found', 'ledger', 'our_tables', 'Weighed', 'drawn',
            'keeps_most', 'other_images', 'plain', 'rows_behind', 'told', 'weigh', 'with_intervals', 'Board',
            'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
@@ -24,7 +24,7 @@ from .tables import (MARK, difference, facing, mean_std, measured, over_seeds,
     percent, published, show_conflicts, show_table, side_by_side, with_interval)
 from .readable import HEADERS, health, marked, said_once, worded
 from refine_nb.reporting.listing import (ACROSS, ARTEFACTS, Artefact, NEEDS, PAPERS, Paper, catalogue,
-    report_folder)
+    enumerated, report_folder)
 from .reports import Stored, run_record, save_report, save_table, stored
 from .announcing import Announcement, announce, announce_figure, made_on
 from .sheet import Sheet, Unfinished, leaves
@@ -42,9 +42,9 @@ _all_ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none',
          'STANDS_FOR', 'as_named', 'cell', 'judge', 'on_its_own', 'MARK', 'difference', 'facing',
          'mean_std', 'measured', 'over_seeds', 'percent', 'published', 'show_conflicts', 'show_table',
          'side_by_side', 'with_interval', 'HEADERS', 'health', 'marked', 'said_once', 'worded',
-         'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'report_folder',
-         'Stored', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
-         'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'nothing_found', 'ledger',
-         'our_tables', 'Weighed', 'drawn', 'keeps_most', 'other_images', 'plain', 'rows_behind',
-         'told', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED',
-         'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
+         'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'enumerated',
+         'report_folder', 'Stored', 'run_record', 'save_report', 'save_table', 'stored',
+         'Announcement', 'announce', 'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves',
+         'nothing_found', 'ledger', 'our_tables', 'Weighed', 'drawn', 'keeps_most', 'other_images',
+         'plain', 'rows_behind', 'told', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES',
+         'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']

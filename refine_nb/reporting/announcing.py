@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from ..base import Cell, ancestors, choose, device_name
 from ..training import Engine
 from ..runs import PRESETS, Preset, Store, at_preset, duration, price, rooted
-from .listing import ARTEFACTS, NEEDS
+from .listing import ARTEFACTS, NEEDS, enumerated
 
 # %% ../../nbs/reporting/60_announcing.ipynb #0e86a342
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Announcement:
     short: str            # the title of its figure
     says: str             # what its numbers are, below its tables
     made: Callable[[], str] # and by what they were made, once they are
-    folder: str = ''      # of its report, below the preset: network and data set
+    folder: str = ''      # of its report, below the preset: networks and data sets
     @property
     def notes(self)->tuple[str,...]: return self.says, self.made()
 
@@ -91,11 +91,9 @@ def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine, sh
 def _trained(cells, data)->dict[str,list[str]]: # data set -> networks that are trained on it; `data` first
     nets = {data: {}}
     for c in cells:
-        own = rooted(c).data['name']
+        own = rooted(c).data['name'] # a person's own images are `data`, whose name this is not
         nets.setdefault(own if own in NEEDS else data, {})[_inner(c.recipe.model)['name']] = True
     return {d: list(n) for d,n in nets.items() if n}
-
-def _listed(names)->str: return ' and '.join(filter(None, (', '.join(names[:-1]), names[-1])))
 
 # %% ../../nbs/reporting/60_announcing.ipynb #60cbb46d
 def announce(
@@ -110,9 +108,9 @@ def announce(
     "What the numbers of this run are, in words"
     a = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')]
     what = f"{a.name} of {a.of}"
-    at, less = run or at_preset(tuple(cells), p.preset, shares), _said(shares, p.preset.name)
-    nets = _trained(at, str(p.preset.data or p.dataset))
-    where = f"{'; '.join(f'{_listed(n)} on {d}' for d,n in nets.items())}{less.replace(';', ',')}"
+    at = at_preset(tuple(cells), p.preset, shares) if run is None else run
+    nets, less = _trained(at, str(p.preset.data or p.dataset)), _said(shares, p.preset.name)
+    where = f"{'; '.join(f'{enumerated(n)} on {d}' for d,n in nets.items())}{less.replace(';', ',')}"
     tag = {'demo': 'DEMO', 'small': 'SMALL RUN', 'gpu': 'GPU RUN', 'paper': "PAPER'S SCALE"}[p.preset.name]
     says = _scale(p.preset, at)
     settings = {'model': p.model, 'dataset': getattr(p.dataset, 'path', p.dataset)}

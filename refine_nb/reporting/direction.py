@@ -18,6 +18,7 @@ import pandas as pd
 
 from ..base import instance, number
 from .claims import Claim
+from .listing import enumerated
 
 # %% ../../nbs/reporting/82_direction.ipynb #6f9618cd
 def other_images(
@@ -158,15 +159,15 @@ def keeps_most(
     places:int=2,      # decimals
     also:str='',       # a method that is told in any case
 )->str:                # such as 'SAT keeps 11.00 [6.25, 18.63] %, not told apart from ALS (7.00)'
-    "Who keeps most under an attack, and who is within its interval"
+    "Who keeps most under an attack, and who is within its interval (Newcombe 1998, method 10)"
     instance('rows', rows, pd.DataFrame, 'a table of pandas')
     def said(r): return f'{r.accuracy:.{places}f} [{r.low:.{places}f}, {r.high:.{places}f}] %'
     best, *rest = rows.sort_values('accuracy', ascending=False, kind='stable').itertuples()
     if not best.accuracy: return 'no network keeps any'
     within = [r for r in rest
               if best.accuracy-r.accuracy <= math.hypot(best.accuracy-best.low, r.high-r.accuracy)]
-    *more, last = [f'{r.method} ({r.accuracy:.{places}f})' for r in within] or ['']
-    near = 'any other' if len(within)==len(rest) > 1 else ' and '.join(filter(None, (', '.join(more), last)))
+    near = ('any other' if len(within)==len(rest) > 1 else
+            enumerated(f'{r.method} ({r.accuracy:.{places}f})' for r in within))
     return (f'{best.method} keeps {said(best)}, '
-            + (f'not told apart from {near}' if near else 'more than every other')
+            + (f'not told apart from {near}' if within else 'more than every other')
             + ''.join(f', and {also} {said(r)}' for r in rest if r.method==also))

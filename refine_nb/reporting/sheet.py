@@ -106,6 +106,9 @@ def ask(self:Sheet,
     "What this page needs, at the scale that is run; the price of the real thing is that of the whole grid"
     grid = own.get(self.p.preset.name, wanted) if instead is None else instead
     cells = _each(grid, lambda s: at_preset(s, self.p.preset, shares))
+    if not leaves(cells):
+        raise ValueError(f"{self.about.id} has nothing for model={self.p.model!r} at preset "
+                         f"{self.p.preset.name!r}: ask for another model or preset")
     self.wanted, self.cells = leaves(wanted), leaves(cells)
     self.title = announce(self.about.id, self.p, self.store, self.wanted, shares, self.cells,
                           {name: leaves(g) for name,g in own.items()})
