@@ -39,6 +39,7 @@ def _apart(*which):
 def _listed(method, over, attacks=ROBUST):
     return lambda t: '; '.join(f'{column(a)}: {g:+.2f}'
                                for g,a in zip(_gains(t, method, over, attacks), attacks))
+def _above(values): return [v > 0 for v in values]
 def _best(t, attack): return max(METHODS, key=lambda m: cell(t, method=m, attack=attack))
 def _dual(t): return [g for m in METHODS if 'AdvProp' in m for g in _gains(t, m, 'Traditional')]
 
@@ -61,8 +62,8 @@ SIGNIFICANCE = (
           errors_apart(t, 'AdvProp', 'Adversarial') > SIGNIFICANT, _apart('AdvProp', 'Adversarial')),
     Claim('M5, small', 'SAT seems to not offer any significant advantage in robustness compared '
           'to standard adversarial training on small perturbation attacks (read: in neither column at 0.1)',
-          'Mixture, line 186', lambda t: max(errors_apart(t, 'SAT', 'Adversarial', a) for a in _SMALL)
-          <= SIGNIFICANT, lambda t: '; '.join(f"{column(a)}: {_apart('SAT', 'Adversarial', a)(t)}"
+          'Mixture, line 186', lambda t: [errors_apart(t, 'SAT', 'Adversarial', a) <= SIGNIFICANT
+          for a in _SMALL], lambda t: '; '.join(f"{column(a)}: {_apart('SAT', 'Adversarial', a)(t)}"
                                               for a in _SMALL)))
 
 # %% ../../nbs/papers/50_mixture_text.ipynb #30f5abc6
@@ -71,15 +72,15 @@ SIZE = (
           lambda t: -1.5 < gain(t, 'ALS', 'Traditional') <= -.5, _listed('ALS', 'Traditional', ('clean',))),
     Claim('M3, all', 'ALS seems to provide slightly better protection against attackers compared to '
           'traditional non-adversarial training (read: in every column)', 'Mixture, line 154 (open-M6)',
-          lambda t: min(_gains(t, 'ALS', 'Traditional')) > 0, _listed('ALS', 'Traditional')),
+          lambda t: _above(_gains(t, 'ALS', 'Traditional')), _listed('ALS', 'Traditional')),
     Claim('M5, large', 'there is a slight increase in robustness for large perturbation attacks (read: '
           'SAT, in both columns at 0.5)', 'Mixture, line 186 (open-M8)', lambda t:
-          min(_gains(t, 'SAT', 'Adversarial', _LARGE)) > 0, _listed('SAT', 'Adversarial', _LARGE)),
+          _above(_gains(t, 'SAT', 'Adversarial', _LARGE)), _listed('SAT', 'Adversarial', _LARGE)),
     Claim('M6, over SAT', 'Combining with ALS did help robustness for the PGD 0.5', 'Mixture, line 186',
           lambda t: gain(t, 'ALS + SAT', 'SAT', STRONGEST) > 0, _listed('ALS + SAT', 'SAT', (STRONGEST,))),
     Claim('M9, robust', 'methods that include separate batch norms ... slightly, but noticeably improving '
           'robustness (read: over Traditional, in every column)', 'Mixture, line 184',
-          lambda t: min(_dual(t)) > 0, lambda t: f'{min(_dual(t)):+.2f} to {max(_dual(t)):+.2f}'))
+          lambda t: _above(_dual(t)), lambda t: f'{min(_dual(t)):+.2f} to {max(_dual(t)):+.2f}'))
 
 # %% ../../nbs/papers/50_mixture_text.ipynb #9329cfcf
 ADVERSARIAL = (
@@ -88,7 +89,8 @@ ADVERSARIAL = (
           gain(t, 'Adversarial', 'Traditional') < 0, _listed('Adversarial', 'Traditional', ('clean',))),
     Claim('L207', 'we recommend using standard adversarial training for robustness (read: '
           'best in every attacked column)', 'Mixture, conclusion, line 207 (open-M17)',
-          lambda t: all(_best(t, a) == 'Adversarial' for a in ROBUST),
+          lambda t: [gain(t, 'Adversarial', m, a) >= 0 for a in ROBUST for m in METHODS
+                     if m != 'Adversarial'],
           lambda t: '; '.join(f'{column(a)}: {_best(t, a)}' for a in ROBUST)))
 
 # %% ../../nbs/papers/50_mixture_text.ipynb #f8334a7a
@@ -102,7 +104,7 @@ def _over_random(norms):
     return lambda t: f"over random: {_said(_over(t, norms), names)}"
 
 ITS_OWN = 'its own network and data' # what a claim needs for which small nets stand in here
-def _all_gain(gains): return all(g > 0 for g,_ in gains)
+def _all_gain(gains): return [g > 0 for g,_ in gains]
 
 FIG1 = (
     Claim('fig. 1a', 'read: at the first norm, an attack moves the statistics more than noise of the same '

@@ -34,6 +34,9 @@ def _best(t, attack):
     method = t.method.to_numpy()[known]
     if 'SPAT' not in method: raise Missing('method SPAT')
     return method[t.accuracy.to_numpy()[known].argmax()]
+def _leads(t): # (column, points of SPAT there over another method)
+    return [(a, lead(t, a, over=m)) for a in _columns(t)
+            for m in t[(t.attack==a) & t.accuracy.notna()].method if m != 'SPAT']
 def _lost(t): return '; '.join(f'{_HEADS[a]}: {_best(t, a)}' for a in _columns(t) if _best(t, a)!='SPAT')
 def _score(t):
     lost = _lost(t)
@@ -50,10 +53,11 @@ def won(
 _WHITE, _BLACK = ('SPAT thesis section 3.5.1 (text line 643)', 'SPAT thesis section 3.5.1 (text line 649)')
 TAB2 = (
     Claim('T3', 'SPAT achieves the highest robustness in all 4 attacks on MNIST (read: in all that the table '
-          'has, open-T5)', _WHITE, lambda t: won(t)==_columns(t), _score),)
+          'has, open-T5)', _WHITE, lambda t: [v >= 0 for _,v in _leads(t)], _score),)
 TAB4 = (
-    Claim('T4', 'SPAT achieves the highest robustness in ... 6 out of 7 on CIFAR-10', _WHITE,
-          lambda t: len(won(t))==6 and len(_columns(t))==7, _score),
+    Claim('T4', 'SPAT achieves the highest robustness in ... 6 out of 7 on CIFAR-10 (read: in all but '
+          'C&W)', _WHITE, lambda t: [len(_columns(t))==7, min(v for a,v in _leads(t) if a=='cw_linf') < 0,
+                                     *(v >= 0 for a,v in _leads(t) if a != 'cw_linf')], _score),
     Claim('T4, C&W', 'The only exception is the ... C&W attack ... SPAT is only 0.67% less robust than MART '
           'under C&W attack (read: at most a point below)', _WHITE,
           lambda t: -1 <= lead(t, 'cw_linf', over='MART') < 0,
@@ -75,21 +79,25 @@ def _between(t): # method -> black less white under FGSM, points
     if at['white'].empty or at['black'].empty: raise Missing('FGSM in both boxes')
     return (at['black']-at['white']).dropna()
 def _clean(t): return cell(t, method='SPAT', attack='clean')
-def _fgsm_lowest(t):
+def _by_attack(t):
     at = t[t.attack.isin(ATTACKS)].pivot(index='method', columns='attack', values='accuracy')
     if 'fgsm' not in at or len(at.columns) < 2: raise Missing('FGSM beside other attacks')
-    return at.idxmin(axis=1)
+    return at
+def _fgsm_lowest(t): return _by_attack(t).idxmin(axis=1)
+def _over_fgsm(t): # points that each other attack leaves more, defence by defence
+    at = _by_attack(t)
+    return at.drop(columns='fgsm').sub(at.fgsm, axis=0).stack().dropna()
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #a3513b35
 TAB3 = (
     Claim('T6', 'white box FGSM attack is weaker than its black box counterpart on all defenses', _BLACK,
-          lambda t: bool((_between(t) < 0).all()),
+          lambda t: _between(t) < 0,
           lambda t: ', '.join(f'{k} {v:+.2f}' for k,v in _between(t).items())),)
 TAB5 = (
     Claim('T7', 'SPAT again achieves the top performance (read: in every attacked column)', _BLACK,
-          lambda t: won(t)==_columns(t), _score),
+          lambda t: [v >= 0 for _,v in _leads(t)], _score),
     Claim('T8', 'the weakest attack (FGSM) has the highest black box transferability (read: it leaves least, '
-          'for every defence)', _BLACK, lambda t: set(_fgsm_lowest(t))=={'fgsm'},
+          'for every defence)', _BLACK, lambda t: _over_fgsm(t) >= 0,
           lambda t: ', '.join(f'{k}: {_HEADS[v]}' for k,v in _fgsm_lowest(t).items())),
     Claim('T9', 'AutoAttack, has almost no effect on the SPAT trained model (from 84.26% to 84.25%) (read: '
           'at most a tenth of a point)', _BLACK,
@@ -110,12 +118,12 @@ def _text(parameter):
 def _boosts(t, parameter): # some value gains more under PGD-20 than it costs on clean images, over zero
     clean, robust = _both(t, parameter)
     return any(r-robust[0] > max(0, clean[0]-c) for c,r in zip(clean[1:], robust[1:]))
-def _steady(values, sign): return all(sign*(b-a) > 0 for a,b in zip(values, values[1:]))
+def _steady(values, sign): return [sign*(b-a) > 0 for a,b in zip(values, values[1:])]
 
 _SWEEP = 'SPAT thesis section 3.5.2 (text line 663)'
 TAB6 = (
     Claim('T10', 'a larger s leads to higher robustness but lower accuracy', _SWEEP,
-          lambda t: _steady(_both(t, 's')[0], -1) and _steady(_both(t, 's')[1], 1), _text('s')),
+          lambda t: _steady(_both(t, 's')[0], -1) + _steady(_both(t, 's')[1], 1), _text('s')),
     *(Claim(f'T11, {p}', 'appropriately choosing α and β can boost model robustness with little accuracy '
             f'degradation (read: some value of {p} gains more than it costs, over 0)', _SWEEP,
             lambda t, p=p: _boosts(t, p), _text(p)) for p in ('alpha','beta')))
@@ -136,7 +144,7 @@ _SP, _NCE = 'SPAT thesis section 3.5.2 (text line 694)', 'SPAT thesis section 3.
 TAB7 = (
     Claim('T12', 'removing the SP mechanism from either robustness loss or accuracy loss leads to '
           'substantial performance degradation (read: lower in both columns)', _SP,
-          lambda t: max(_gains(t, ONLY_R, FULL)+_gains(t, ONLY_A, FULL)) < 0,
+          lambda t: [v < 0 for v in _gains(t, ONLY_R, FULL)+_gains(t, ONLY_A, FULL)],
           lambda t: f"accuracy loss: {_changes(ONLY_R, FULL)(t)}; "
           f"robustness loss: {_changes(ONLY_A, FULL)(t)}"),
     Claim('T12, margin', 'the introduced self-paced robustness term ... contributes to a larger margin of '
@@ -146,9 +154,9 @@ TAB7 = (
           f"{_change(t, ONLY_R, FULL, 'pgd_20'):+.2f} without the accuracy loss's factors"))
 TAB8 = (
     Claim('T13', 'The normalization regularization in NCE boosts both model robustness and standard accuracy',
-          _NCE, lambda t: min(_gains(t, FULL, CE_SP)) > 0, _changes(FULL, CE_SP)),
+          _NCE, lambda t: [v > 0 for v in _gains(t, FULL, CE_SP)], _changes(FULL, CE_SP)),
     Claim('T14', 'incorporating the self-paced factors into the CE loss also improves model performance',
-          _NCE, lambda t: min(_gains(t, CE_SP, CE)) > 0, _changes(CE_SP, CE)))
+          _NCE, lambda t: [v > 0 for v in _gains(t, CE_SP, CE)], _changes(CE_SP, CE)))
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #c652b5e5
 def _ahead(t): # corruption -> SPAT less the best other, points
@@ -159,7 +167,7 @@ def _ahead(t): # corruption -> SPAT less the best other, points
 TAB9 = (
     Claim('T15', 'the SPAT-trained model exhibits stronger robustness to different types of corruption '
           '(read: on every type, open-T4)', 'SPAT thesis section 3.5.3 (text line 717)',
-          lambda t: bool((_ahead(t) > 0).all()),
+          lambda t: _ahead(t) > 0,
           lambda t: ', '.join(f"{k.replace('_', ' ')} {v:+.2f}" for k,v in _ahead(t).items())),)
 CLAIMS = {'tab3_2_spat': TAB2, 'tab3_3_spat': TAB3, 'tab3_4_spat': TAB4, 'tab3_5_spat': TAB5,
           'tab3_6_spat': TAB6, 'tab3_7_spat': TAB7, 'tab3_8_spat': TAB8, 'tab3_9_spat': TAB9}

@@ -57,10 +57,15 @@ def _learnt(table): # the rows of networks that have learnt, and in words those 
                           for r,f in zip(table.loc[bad, who].itertuples(index=False), flag[bad]))
     return table[~bad], '; '.join(named)
 
+def _each(holds): # the truth values of a sentence that says several things at once
+    each = tuple(map(bool, holds)) if isinstance(holds, Iterable) else (bool(holds),)
+    if not each: raise Missing('anything to compare')
+    return each
+
 def _answer(claim, table): # of all of its rows
     try:
         rows = table.iloc[_hits(table, claim.about)] if claim.about else table
-        return bool(claim.holds(rows)), claim.numbers(rows) if claim.numbers else ''
+        return all(_each(claim.holds(rows))), claim.numbers(rows) if claim.numbers else ''
     except Missing as e: return None, f'needs {e}'
 
 # %% ../../nbs/reporting/20_claims.ipynb #1dbc0131
@@ -70,7 +75,8 @@ class Claim:
     id: str                                        # as in the catalogue, e.g. 'A1'
     text: str                                      # the paper's sentence
     source: str                                    # document and section or line
-    holds: Callable[[pd.DataFrame], bool]  # reads a tidy table with `cell`; True where the sentence is right
+    # reads a tidy table with `cell`; True where the sentence is right; or several, which all have to be true
+    holds: Callable[[pd.DataFrame], bool|Iterable[bool]]
     numbers: Callable[[pd.DataFrame], str]|None=None # what it read, in a few words
     needs: str='paper'                             # the preset whose results can be judged
     # column=value pairs of the rows that `holds` and `numbers` may read; None is all
@@ -82,6 +88,11 @@ class Claim:
         said = _answer(self, fit)
         lost = marked and said[0] is None and _answer(self, table) != said
         return (None, f'needs networks that have learnt: {marked}') if lost else said
+
+    def parts(self, table:pd.DataFrame)->tuple[bool,...]:
+        "What it says of a table, one by one; `Missing` where a row is"
+        fit,_ = _learnt(table)
+        return _each(self.holds(fit.iloc[_hits(fit, self.about)] if self.about else fit))
 
 # %% ../../nbs/reporting/20_claims.ipynb #7d0179de
 _WORDS = {True: 'holds', False: 'fails', None: 'cannot be read from it'}

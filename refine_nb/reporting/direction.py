@@ -107,26 +107,42 @@ class Weighed:
     share: float # of the tables that other images could have given, in which it holds
 
 # %% ../../nbs/reporting/82_direction.ipynb #457fa2d4
+def _ends(value, drawn, signed): # of the 95 % range: of an accuracy, or around a difference
+    if not signed: return np.percentile(drawn, (2.5, 97.5), method='hazen')
+    off = drawn-np.median(drawn)
+    return value + 1.96*np.array([-1, 1])*[math.sqrt(2*np.mean(np.clip(s*off, 0, None)**2)) for s in (-1, 1)]
+
 _NUMBER = re.compile(r'(?<![\w.+-])[+-]?\d[\d,]*(?:\.\d+)?(?![\w]*[a-df-zA-Z])')
 
 def with_intervals(
     said:str,       # such as 'best +2.57, control +2.68'
     others:list[str], # the same of other tables
 )->str:             # such as 'best +2.57 [+1.60, +3.50], control +2.68 [+1.70, +3.60]'
-    "The numbers of a text with the range that 95 % of the others lie in"
+    "The numbers of a text with their 95 % range, from the others"
     if re.search(r'[±\[]', said): return said # it has its own
     def values(text): return [float(v.replace(',', '')) for v in _NUMBER.findall(text)]
     alike = [values(o) for o in others if _NUMBER.sub('#', o) == _NUMBER.sub('#', said)]
-    if len(alike) < .9*len(others): return said # other rows, other words: no interval of one number
-    ends = iter(np.percentile(alike, (2.5, 97.5), axis=0, method='hazen').T if alike and alike[0] else ())
+    if not alike or len(alike) < .9*len(others): return said # other rows, other words: no interval of one number
+    columns = iter(np.transpose(alike))
     def one(match):
-        text, (low, high) = match[0], next(ends)
-        form = f"{{:{'+' if text[0] in '+-' else ''},.{len(text.partition('.')[2])}f}}"
-        low, high = form.format(low), form.format(high)
+        text, drawn, signed = match[0], next(columns), match[0][0] in '+-'
+        form = f"{{:{'+'*signed},.{len(text.partition('.')[2])}f}}"
+        low, high = map(form.format, _ends(float(text.replace(',', '')), drawn, signed))
         return text if low==high else f'{text} [{low}, {high}]'
     return _NUMBER.sub(one, said)
 
 # %% ../../nbs/reporting/82_direction.ipynb #65b9e4b5
+def _parts(claim, table):
+    try: return claim.parts(table)
+    except (LookupError, ValueError, ZeroDivisionError, TypeError): return () # cannot be read
+
+def _alone(claim, table): # does one of its parts fail by itself? By Bonferroni, as they are many
+    k = len(_parts(claim, table))
+    if k == 1: return True # as the whole does
+    each = [_parts(claim, t) for t in drawn(table, 40*k)]
+    fails = sum(~np.array(p) for p in each if len(p)==k) # of each part
+    return bool((fails >= (1-.025/k)*len(each)).any())
+
 def weigh(
     claim:Claim,
     table:pd.DataFrame,          # tidy, of ours
@@ -139,7 +155,8 @@ def weigh(
     if holds is None: return Weighed('', said, float('nan'))
     held, texts = zip(*(_read(claim, t) for t in others or drawn(table)))
     share, fails = (held.count(v)/len(held) for v in (True, False)) # what cannot be read is neither
-    word = 'with' if holds and share >= .975 else 'against' if fails >= .975 and not holds else 'undecided'
+    against = not holds and fails >= .975 and _alone(claim, table)
+    word = 'with' if holds and share >= .975 else 'against' if against else 'undecided'
     return Weighed(word, with_intervals(said, list(texts)), share)
 
 # %% ../../nbs/reporting/82_direction.ipynb #16e7cd16
