@@ -105,14 +105,17 @@ def found_fig2(
     table:pd.DataFrame, # tidy, of one network and data set
 )->str:                 # one or two sentences
     "What Figure 2 shows in our run"
-    control = table[(table.panel=='a') & (table.attack=='Control')].set_index('epochs')
-    ddn = {e: _at(table, e, 'DDN') for e in _lengths(table)}
-    above, below = sum(ddn[e] > control.high[e] for e in ddn), sum(ddn[e] < control.low[e] for e in ddn)
+    arm = lambda a: table[(table.panel=='a') & (table.attack==a)].set_index('epochs')
+    control, ddn = arm('Control'), arm('DDN').loc[_lengths(table)]
+    def clear(a, b): # by more than the interval of the difference (Newcombe 1998, method 10)
+        return sum(a.accuracy[e]-b.accuracy[e]
+                   > math.hypot(a.accuracy[e]-a.low[e], b.high[e]-b.accuracy[e]) for e in ddn.index)
     over = lambda e, a: f"{_step(table, e, a, '-'):+.2f}"
-    said = ', '.join(f"{over(e, 'DDN')} and {over(e, 'Control')} after {e}" for e in ddn)
+    said = ', '.join(f"{over(e, 'DDN')} and {over(e, 'Control')} after {e}" for e in ddn.index)
     text = ("The gain of DDN over the baseline, and that of as many ordinary epochs, the control, in points: "
-            f"{said} epochs of the baseline; DDN lies above the control's 95 % interval at {above} of "
-            f"{len(ddn)} lengths, below it at {below}.")
+            f"{said} epochs of the baseline; DDN is above the control by more than the interval of their "
+            f"difference (unpaired, 95 %) at {clear(ddn, control)} of {len(ddn)} lengths, below it by as much "
+            f"at {clear(control, ddn)}.")
     try: slope, share = straightness(table)
     except Missing: return text
     return (f"{text} A straight line fitted from no correction to all {'rises' if slope > 0 else 'falls'} "
@@ -189,8 +192,8 @@ def found_study(
     also = [f" On {name} AdCorDA brings {_shown(t, 'AdCorDA against further training')[2]} against it."
             for t,name in _elsewhere(data)]
     return (f"Further training alone, with as many steps as AdCorDA, brings {more}; "
-            f"AdCorDA in its place brings {against} against it{seeds}. So {why}{on_edition(data)}."
-            + ''.join(also))
+            f"AdCorDA in its place brings {against} against it{seeds}. So, for this network, {why}"
+            f"{on_edition(data)}.{''.join(also)}")
 
 # %% ../../nbs/papers/30_adcorda_text.ipynb #e3838a4d
 def modest(

@@ -26,6 +26,7 @@ WORDS = {'PGD': 'projected gradient descent', 'FGSM': 'fast gradient sign method
          'choose their own length: the first of the four attacks of AutoAttack'}
 
 _MIXTURE, _DRA = 'Mixture, Table 1', 'DRA, Tables III and IV'
+_TABLE_4 = 'AdCorDA, Table 4: AutoAttack, scale not said'
 ROWS = { # name in the grid -> document, attack in words, the strong attack's budget
     'clean': ('all', 'none', ''),
     'dra_pgd20_2': (_DRA, 'PGD at 2/255, 20 steps of ε/20', '2'),
@@ -37,8 +38,8 @@ ROWS = { # name in the grid -> document, attack in words, the strong attack's bu
     'mixture_pgd_0.1': (_MIXTURE, 'PGD at 0.1, 2 steps of 2/255', '0.1'),
     'mixture_fgsm_0.5': (_MIXTURE, 'FGSM at 0.5', '0.5'),
     'mixture_pgd_0.5': (_MIXTURE, 'PGD at 0.5, 2 steps of 0.5', '0.5'),
-    'adcorda_5e-4': ('AdCorDA, Table 4', 'APGD-CE at 5e-4, images in [0,1]', ''),
-    'adcorda_5e-4 normalised': ('AdCorDA, Table 4', 'PGD at 5e-4, normalised images', '')}
+    'adcorda_5e-4': (_TABLE_4, 'APGD-CE at 5e-4, images in [0,1]', ''),
+    'adcorda_5e-4 normalised': (_TABLE_4, 'PGD at 5e-4, normalised images', '')}
 _STRONG = {f'strong_{k}': f"APGD-CE at {k if '.' in k else f'{k}/255'}" for k in BUDGETS}
 
 # %% ../../nbs/papers/89_protocols_found.ipynb #72cd5cc9
@@ -123,9 +124,10 @@ def view(
         has = not math.isnan(r['flattered'])
         by = _span(r, 'flattered', 'flattered_low', 'flattered_high') if has else 'not compared'
         print_ = {'printed %': said(r['name'])} if beside else {}
-        return {'document': r['document'], 'attack': r['attack'], **print_,
+        document, attack, _ = ROWS[r['name']] # as it is called now
+        return {'document': document, 'attack': attack, **print_,
                 'measured %': _span(r), 'images': f"{r['n']:,.0f}",
-                'strong attack %': f"{r['strong']:.1f}" if has else 'not run',
+                'strong attack %': f"{r['strong']:.1f} (n = {r['n_both']:,.0f})" if has else 'not run',
                 'flattered by (points)': by}
     t = ours[ours.name.isin(list(ROWS))].set_index('name').loc[list(ROWS)].reset_index()
     return pd.DataFrame([row(r) for r in t.to_dict('records')])

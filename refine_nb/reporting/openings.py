@@ -25,7 +25,8 @@ def nothing_found(
     if not about.id.startswith('claims'):
         return '**What we found**: nothing yet. No run on real images is stored in `reports/`.'
     if any(stored(a.id) for a in ARTEFACTS.values() if a.paper==about.paper):
-        return '**What we found**: no report of this page is stored; below it judges those that are.'
+        return ('**What we found**: this page has no report of its own; below it judges those of the other '
+                'pages.')
     return ('**What we found**: no table of this document has been run on real images yet; the rows '
             '*Study of protocols* come from one published ResNet-18.')
 

@@ -172,7 +172,9 @@ def facing(
                                                                         values='text')
     wide = wide.loc[rows.method.unique(), rows.label.unique()]
     head = 'ours / paper' + ' (difference)'*('difference' in both)
-    return wide.rename(columns=lambda c: f'{c}: {head}').rename_axis(columns=None).reset_index()
+    n = rows[rows.n.notna()].groupby('label').n.first() if 'n' in rows else {} # where it is not said once
+    of = lambda c: f'{c}; n = {n[c]:,}' if c in n else c
+    return wide.rename(columns=lambda c: f'{of(c)}: {head}').rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/reporting/30_tables.ipynb #abd26513
 def show_table(

@@ -55,12 +55,13 @@ def _attacked(model, attack, x, y, mode:str, generator, copy=_itself, **now)->Te
 class _Copy: # for one network in one setting: which stream of a dual norm works is folded in
     def __init__(self): self.model = self.copy = self.asked = None
     def __call__(self, model, x):
-        if model is not self.model:
-            fast,_ = fold_if_same(model, x)
+        inside = getattr(model, '_orig_mod', model) # a compiled one cannot be folded
+        if inside is not self.model:
+            fast,_ = fold_if_same(inside, x)
             won = getattr(fast, 'folded_pairs', None) # nothing is, without batch norms
-            self.model,self.copy = model,fast if won else model
+            self.model,self.copy = inside,fast if won else model
             self.asked = fixed_sizes(fast, len(x)) if won and x.is_cuda else self.copy
-        elif self.copy is not model: refold(self.copy, model)
+        elif self.copy is not model: refold(self.copy, inside)
         return self.asked
 
 def _copying(folded:bool, mode:str): # what `_attacked` wants

@@ -19,9 +19,9 @@ def _impulse_noise(x, c, rng):
     return 255*np.where(hit, salt, x)
 
 # %% ../../nbs/vision/40_distortions.ipynb #1b60a5cc
-def _smooth(x, sigma, truncate=4.):
+def _smooth(x, sigma, truncate=4., mode='nearest'):
     from scipy.ndimage import gaussian_filter # here, as all of scipy: it takes a while
-    return gaussian_filter(x, (sigma,sigma)+(0,)*(x.ndim-2), mode='nearest', truncate=truncate)
+    return gaussian_filter(x, (sigma,sigma)+(0,)*(x.ndim-2), mode=mode, truncate=truncate)
 
 def _gaussian_blur(x, sigma, rng): return 255*_smooth(x, sigma)
 

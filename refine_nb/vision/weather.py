@@ -77,7 +77,7 @@ def _elastic(x, c, rng):
     rows = back[::-1][:,[1,0]]                                     # as (row, column)
     moved = np.stack([affine_transform(v, rows, back[::-1,2], order=1, mode='mirror')
                       for v in np.moveaxis(x, 2, 0)], 2)
-    dx,dy = (amount*_smooth(rng.uniform(-1, 1, size=x.shape[:2]), sigma, truncate=3.) for _ in range(2))
+    dx,dy = (amount*_smooth(rng.uniform(-1, 1, size=x.shape[:2]), sigma, 3., 'reflect') for _ in range(2))
     r,k = np.mgrid[:side,:side]
     return 255*np.stack([map_coordinates(v, (r+dy,k+dx), order=1, mode='reflect')
                          for v in np.moveaxis(moved, 2, 0)], 2)
