@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'momentum', 'random_signs', 'signed', 'uniform',
-           'unit_l2', 'zero', 'NotFinite', 'attacking', 'check_attack', 'logits_of', 'must_be_finite', 'StepsToFlip',
-           'iterate', 'worst', 'bim', 'cw_linf', 'fgsm', 'kl_pgd', 'kurakin_steps', 'mim', 'pgd', 'bi', 'bih', 'll',
-           'vbi', 'ddn', 'salt_and_pepper', 'DRA_CHOICES', 'dra', 'significant', 'unit_l1', 'boundary_start', 'pursue',
-           'apgd_checkpoints', 'apgd', 'apgd_best', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step', 'square_side',
-           'square', 'fixed_sizes', 'Result', 'STANDARD', 'OtherRun', 'autoattack', 'autoattack_images',
-           'sharpened_attack']
+           'unit_l2', 'zero', 'NotFinite', 'attacking', 'check_attack', 'logits_of', 'must_be_finite', 'same_shape',
+           'StepsToFlip', 'iterate', 'worst', 'bim', 'cw_linf', 'fgsm', 'kl_pgd', 'kurakin_steps', 'mim', 'pgd', 'bi',
+           'bih', 'll', 'vbi', 'ddn', 'salt_and_pepper', 'DRA_CHOICES', 'dra', 'significant', 'unit_l1',
+           'boundary_start', 'pursue', 'apgd_checkpoints', 'apgd', 'apgd_best', 'apgd_rows', 'fab_rows', 'fab_t',
+           'plane_step', 'square_side', 'square', 'fixed_sizes', 'Result', 'STANDARD', 'OtherRun', 'autoattack',
+           'autoattack_images', 'sharpened_attack']
 
 # %% ../../nbs/attacks/99_attacks.ipynb #92c54b6b
 from .objectives import ce, dlr, dlr_t, kl, margin
 from refine_nb.attacks.moves import (gaussian, l2, linf, momentum, random_signs, signed, uniform,
     unit_l2, zero)
-from .lending import NotFinite, attacking, check_attack, logits_of, must_be_finite
+from refine_nb.attacks.lending import (NotFinite, attacking, check_attack, logits_of, must_be_finite,
+    same_shape)
 from .loop import StepsToFlip, iterate, worst
 from .gradient import bim, cw_linf, fgsm, kl_pgd, kurakin_steps, mim, pgd
 from .corrections import bi, bih, ll, vbi
@@ -37,8 +38,8 @@ from .sharpening import sharpened_attack
 # %% ../../nbs/attacks/99_attacks.ipynb #01222a7d
 _all_ = ['ce', 'dlr', 'dlr_t', 'kl', 'margin', 'gaussian', 'l2', 'linf', 'momentum', 'random_signs',
          'signed', 'uniform', 'unit_l2', 'zero', 'NotFinite', 'attacking', 'check_attack', 'logits_of',
-         'must_be_finite', 'StepsToFlip', 'iterate', 'worst', 'bim', 'cw_linf', 'fgsm', 'kl_pgd',
-         'kurakin_steps', 'mim', 'pgd', 'bi', 'bih', 'll', 'vbi', 'ddn', 'salt_and_pepper',
+         'must_be_finite', 'same_shape', 'StepsToFlip', 'iterate', 'worst', 'bim', 'cw_linf', 'fgsm',
+         'kl_pgd', 'kurakin_steps', 'mim', 'pgd', 'bi', 'bih', 'll', 'vbi', 'ddn', 'salt_and_pepper',
          'DRA_CHOICES', 'dra', 'significant', 'unit_l1', 'boundary_start', 'pursue',
          'apgd_checkpoints', 'apgd', 'apgd_best', 'apgd_rows', 'fab_rows', 'fab_t', 'plane_step',
          'square_side', 'square', 'fixed_sizes', 'Result', 'STANDARD', 'OtherRun', 'autoattack',

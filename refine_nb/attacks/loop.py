@@ -47,6 +47,8 @@ def _gradient(model, objective, x_adv, y, z, last):
     if not z_adv.requires_grad:
         raise ValueError("the logits do not depend on the images: the model must not detach or use no_grad")
     loss = _value(objective, z_adv=z_adv, y=y, z=z)
+    if not loss.requires_grad:
+        raise ValueError("the objective has no gradient: it must not detach, round or rank z_adv")
     grad, = torch.autograd.grad(loss.sum(), x_adv)
     return grad, z_adv.detach(), loss.detach().isfinite().all() & ~grad.isnan().any()
 
@@ -66,7 +68,7 @@ def _climb(model, x_adv, x, y, z, *, last, eps, step_size, steps, objective, dir
             if not going.any(): break
             at,x_adv,x,y,z,grad,memory = (t if t is None else t[going] for t in (at,x_adv,x,y,z,grad,memory))
         step,memory = direction(grad, memory)
-        x_adv = project(_single(x_adv)+rate*step, x, eps)
+        x_adv = project(_single(x_adv)+rate*step, x, eps).to(x.dtype)
     must_be_finite(sound)
     if early_stop: out[at] = x_adv
     return out if early_stop else x_adv

@@ -25,13 +25,17 @@ def signed(
 def _each(t, like): return t.reshape(-1, *[1]*(like.ndim-1))
 def _single(t): return t.to(torch.promote_types(t.dtype, torch.float32)) # 16-bit sums overflow and round
 
+def _near_one(t): # each example by a power of two, which is exact: else squares vanish or overflow
+    power = torch.frexp(t.flatten(1).abs().amax(1) if t.numel() else t.flatten(1).sum(1)).exponent
+    return torch.ldexp(t, -_each(power, t).clamp(-126, 126))
+
 def unit_l2(
     grad:Tensor,             # [B,...], gradient of the objective
     memory:Tensor|None=None, # unused
 )->tuple[Tensor,Tensor|None]: # step [B,...] of L2 norm 1 (0 where the gradient is 0), memory
     "The gradient over its L2 norm, per example (L2-PGD)"
-    grad = _single(grad); norm = grad.flatten(1).norm(dim=1).clamp_min(torch.finfo(grad.dtype).tiny)
-    return grad/_each(norm, grad), memory
+    grad = _near_one(_single(grad)); norm = grad.flatten(1).norm(dim=1)
+    return grad/_each(norm.clamp_min(torch.finfo(grad.dtype).tiny), grad), memory
 
 # %% ../../nbs/attacks/05_moves.ipynb #852d6320
 def momentum(
@@ -122,10 +126,12 @@ def random_signs(
     x:Tensor,       # [B,C,H,W], in [0,1]
     y:Tensor,       # [B]
     *,
-    eps:float,      # size of the change of each pixel
+    eps:float,      # size of the change of each pixel, in [0,1]
     generator=None,
 )->Tensor:          # [B,C,H,W], in [0,1]
     "Noise of the size of an attack: each pixel up or down by eps"
+    eps = number('eps', eps, 0, 1)
+    if not x.is_floating_point(): raise ValueError(f"images must be float in [0,1], got {x.dtype}")
     signs = torch.empty_like(x).copy_(torch.randint(2, x.shape, generator=generator,
                                                     device=generator.device if generator else x.device))*2-1
     return (x+eps*signs).clamp(0, 1)

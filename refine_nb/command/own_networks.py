@@ -95,9 +95,10 @@ def _judging(f):
 # %% ../../nbs/command/30_own_networks.ipynb #082efdf1
 def _given(network, data, n, size, every, device): # the network on its device, and images
     from refine_nb.training import engine
+    from refine_nb.vision import to_input
     e = engine(device); net = network_from(network).to(e.device)
     name,classes,x,y = images_from(data, n, size, every)
-    x,y = x.to(e.device), y.to(e.device); fitting(net, x, classes)
+    x,y = to_input(x, model=net).to(e.device), y.to(e.device); fitting(net, x, classes)
     return net, name, x, y
 
 # %% ../../nbs/command/30_own_networks.ipynb #922486b1
@@ -198,7 +199,7 @@ def _arms_asked(f):
     for add in (click.option('--json', 'as_json', is_flag=True, help='The same as JSON.'),
                 click.option('--device', help='cpu or cuda [the first GPU where there is one].'),
                 click.option('--out', type=click.Path(dir_okay=False), default='refined.safetensors',
-                             show_default=True, help='Where the refined weights go.'),
+                             callback=_free, show_default=True, help='Where the refined weights go.'),
                 click.option('--seed', type=click.IntRange(0), default=1, show_default=True),
                 click.option('--further', **few, help='Epochs of the control and of AdCorDA.'),
                 click.option('--epochs', **few, help='Epochs of the baseline.'),
@@ -216,10 +217,18 @@ def _verdict(p, against): # a sentence of a paired test, in points
     return f'AdCorDA is {sure} {against}: {what}, {p["n"]} test images.'
 
 # %% ../../nbs/command/30_own_networks.ipynb #42e26b00
-def _kept(weights, out): # as safetensors
-    from safetensors.torch import save_file
-    save_file({k: v.contiguous() for k,v in weights.items()}, out)
+def _free(ctx, param, out): # told before hours of training
+    if not (folder := Path(out).expanduser().resolve().parent).is_dir():
+        raise click.BadParameter(f'there is no folder {folder}: make it first')
+    if Path(out).exists() and Path(out).suffix != '.safetensors':
+        raise click.BadParameter(f'{out} is there already, and is no .safetensors: name another file')
+    return out
 
+def _kept(weights, out, **of): # as safetensors, which say what they are of
+    from safetensors.torch import save_file
+    save_file({k: v.contiguous() for k,v in weights.items()}, out, {k: str(v) for k,v in of.items()})
+
+# %% ../../nbs/command/30_own_networks.ipynb #cd0e059d
 @click.command('adcorda')
 @click.argument('data')
 @_arms_asked
@@ -235,7 +244,10 @@ def _adcorda(data, out, device, as_json, **asked):
     rows = [{'network': k, **{w: round(100*r[w], 2) for w in ('accuracy','low','high')}, 'n': r['n'],
              'key': store.folder(cells[k]).name} for k,r in found.items()]
     tests = {k: store.compare(cells['AdCorDA'], cells[k]) for k in ('baseline', 'control')}
-    _kept(store.model(cells['AdCorDA'].recipe).state_dict(), out)
+    recipe = cells['AdCorDA'].recipe; classes = store.data(recipe.data).classes
+    net = f"classifier({recipe.model['name']!r}, num_classes={len(classes)}, stem={recipe.model['stem']!r})"
+    _kept(store.model(recipe).state_dict(), out, network=net, classes=', '.join(classes), size=asked['size'])
     report_rows(rows, as_json, [_verdict(tests['baseline'], 'its baseline'),
-                           _verdict(tests['control'], 'further training'), f'The refined weights: {out}'],
+                           _verdict(tests['control'], 'further training'),
+                           f'Refined weights, of {net}: {out}'],
            tests=tests, weights=str(out))

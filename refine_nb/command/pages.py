@@ -47,7 +47,7 @@ def _list(paper, as_json):
 
     Example: refine list adcorda"""
     there = catalogued()
-    if paper: near(paper, dict.fromkeys(a['paper'] for a in there.values()), 'paper')
+    if paper: near(paper, dict.fromkeys(a['paper'] for a in there.values() if a['paper']), 'paper')
     report_rows([{'artefact': i, 'shows': a['shows'], 'status': 'ready' if a['ready'] else 'planned'}
             for i,a in there.items() if paper in (None, a['paper'])], as_json)
 
@@ -111,6 +111,15 @@ def sheet_of(
     return names.get('sheet')
 
 # %% ../../nbs/command/10_pages.ipynb #cdd7760d
+def _is_demo(values): return (values.get('preset') or os.environ.get('REFINE_PRESET') or 'demo') == 'demo'
+def _demo_notes(asked): # that a demo has its own network and images, where others were named
+    def named(values):
+        return ', '.join(f'{k} {v}' for k,v in values.items()
+                         if k in ('model','dataset') and not Path(str(v)).expanduser().exists())
+    return [f'{a} runs as a demo, which has a small network and images of its own: {said} is for --preset '
+            'small.' for a,values in asked.items() if _is_demo(values) and (said := named(values))]
+
+# %% ../../nbs/command/10_pages.ipynb #5db135ef
 @click.command('plan')
 @asked_for
 def _plan(artefacts, preset, given, as_json):
@@ -128,6 +137,7 @@ def _plan(artefacts, preset, given, as_json):
     if not as_json: rows = [{k: v for k,v in r.items() if k != 'seconds'} for r in rows] # said as a time
     notes = [f'{a} is computed when it is run, or looks at what others made: nothing to plan.' for a in drawn]
     if not todo and store: notes.append('All of it is in the store: nothing to make.')
+    notes += _demo_notes(asked)
     report_rows(rows, as_json, notes)
 
 # %% ../../nbs/command/10_pages.ipynb #d4e6f7eb
@@ -171,7 +181,8 @@ def _run(artefacts, preset, given, as_json, budget, workers, on):
     for a,values in asked.items():
         out = executed(a, values)
         rows.append({'artefact': a, 'page': str(out), 'log': str(out.with_suffix('.log'))})
-    report_rows(rows, as_json, ['Reports: refine show ' + ' '.join(asked)])
+    kept = ' '.join(a for a,v in asked.items() if not _is_demo(v))
+    report_rows(rows, as_json, ['Reports: refine show ' + kept]*bool(kept) + _demo_notes(asked))
 
 # %% ../../nbs/command/10_pages.ipynb #5c2257c5
 def _runs_behind(report): # keys in its tidy table

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..base import Call, bar, instance, number, seeded
 from ..vision import Split, clipped, to_input
-from ..attacks import attacking, logits_of, must_be_finite
+from ..attacks import attacking, logits_of, must_be_finite, same_shape
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #a66afb8a
 EVAL_BATCH = 500 # images of an evaluation batch, fixed: float sums depend on it in the last bits
@@ -62,7 +62,8 @@ def _attacked(model, split:Split, attack:Call, size, seed, device, quiet): # yie
     pairs = list(zip(split.x.split(EVAL_BATCH), split.y.split(EVAL_BATCH)))
     for i,(x,y) in enumerate(bar(pairs, desc=attack.name, quiet=quiet)):
         draws = {'generator': seeded(seed, i, 'attack')} if 'generator' in attack.accepts else {}
-        yield attack(model, _inputs(x, size, device, model), y.to(device), **draws)
+        x = _inputs(x, size, device, model)
+        yield same_shape(attack(model, x, y.to(device), **draws), x, attack.name)
 
 def adversarial_images(
     model:nn.Module,    # images in [0,1] -> logits [B,K]
@@ -96,6 +97,9 @@ def classify(
     "The class that the model gives each image, after the attack where one is given"
     last = _last(split)
     if attack is None: return _classes(model, split.x, last, size, device, quiet)
+    if getattr(attack, 'all_settings', {}).get('targeted') is True:
+        raise ValueError(f"{attack.name} with targeted=True goes towards the label, which is the true one: "
+                         "that helps the network. Leave it False; images are corrected by `correct`")
     found = [predict(model, x, device=device)
              for x in _attacked(model, split, attack, size, seed, device, quiet)]
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)

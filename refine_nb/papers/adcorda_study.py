@@ -47,8 +47,10 @@ def contrasts(
     for i,base in enumerate(cells['BL']):
         rows = [{'contrast': what, 'arm': a, 'against': b, 'seed': base.recipe.seed,
                  **mcnemar(right(cells[a][i]), right(cells[b][i])),
-                 'key': f'{key(cells[a][i])} {key(cells[b][i])}'} for what,(a,b) in CONTRASTS.items()]
-        tables.append(pd.DataFrame(rows).assign(holm=holm([r['p'] for r in rows])))
+                 'key': f'{key(cells[a][i])} {key(cells[b][i])}'} for what,(a,b) in CONTRASTS.items()
+                if not store.diverged(cells[a][i], cells[b][i])]
+        if rows: tables.append(pd.DataFrame(rows).assign(holm=holm([r['p'] for r in rows])))
+    if not tables: raise ValueError('no contrast has two arms that trained: choose other settings')
     table = pd.concat(tables, ignore_index=True).rename(columns={'b': 'gained', 'c': 'lost'})
     return table.assign(**{k: 100*table[k] for k in ('difference','low','high')})
 

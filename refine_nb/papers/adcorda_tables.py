@@ -91,9 +91,10 @@ def _in_short(at, base, refined, lead='The refined networks', of='the baseline')
     gap = best.accuracy-control.accuracy
     low, high = gap-apart(best, control), gap+apart(control, best) # Newcombe 1998, method 10
     return (f"{lead} are {gain.min():+.2f} to {gain.max():+.2f} points from {of}, and as many ordinary "
-            f"epochs bring {control.accuracy-at.accuracy[base]:+.2f}. The best of them "
-            f"({named([best.name])[0]}) is {gap:+.2f} [{low:+.2f}, {high:+.2f}] points from that control "
-            "(unpaired interval).")
+            f"epochs bring {control.accuracy-at.accuracy[base]:+.2f}. The best of them on "
+            f"these images ({named([best.name])[0]}) is {gap:+.2f} "
+            f"[{low:+.2f}, {high:+.2f}] points from that "
+            "control (unpaired interval, as for one that was named beforehand).")
 
 def found_tab1(
     table:pd.DataFrame, # tidy, of one network and data set

@@ -113,9 +113,9 @@ def found_fig2(
     over = lambda e, a: f"{_step(table, e, a, '-'):+.2f}"
     said = ', '.join(f"{over(e, 'DDN')} and {over(e, 'Control')} after {e}" for e in ddn.index)
     text = ("The gain of DDN over the baseline, and that of as many ordinary epochs, the control, in points: "
-            f"{said} epochs of the baseline; DDN is above the control by more than the interval of their "
-            f"difference (unpaired, 95 %) at {clear(ddn, control)} of {len(ddn)} lengths, below it by as much "
-            f"at {clear(control, ddn)}.")
+            f"{said} epochs of the baseline; DDN is above the control by more than the interval of "
+            f"their difference (unpaired, 95 %) at {clear(ddn, control)} of {len(ddn)} lengths, below it by "
+            f"as much at {clear(control, ddn)}.")
     try: slope, share = straightness(table)
     except Missing: return text
     return (f"{text} A straight line fitted from no correction to all {'rises' if slope > 0 else 'falls'} "
@@ -187,7 +187,9 @@ def found_study(
     why = ('AdCorDA adds to what further training brings' if (worse > 0).all() else
            'further training alone does better than AdCorDA' if (better < 0).all() else
            'further training explains the gain: beyond it, these test images show no effect of AdCorDA'
-           if (low > 0).all() else 'these test images show no gain, of either')
+           if (low > 0).all() and not ((worse > 0) | (better < 0)).any() else
+           f'AdCorDA adds in {(worse > 0).sum()} of {len(worse)} seeds, and takes in {(better < 0).sum()}'
+           if ((worse > 0) | (better < 0)).any() else 'these test images show no gain, of either')
     data, seeds = table.dataset.iloc[0], ' (one seed)' if len(worse)==1 else ''
     also = [f" On {name} AdCorDA brings {_shown(t, 'AdCorDA against further training')[2]} against it."
             for t,name in _elsewhere(data)]

@@ -57,6 +57,7 @@ def paired(
     clean = {k: row['clean'] for k,row in cells.items()}; against = clean['control']
     rows = [{'method': k, **mcnemar(right(c), right(against)), 'key': f'{key(c)} {key(against)}'}
             for k,c in clean.items() if k != 'control' and not store.diverged(c, against)]
+    if not rows: raise ValueError('the control, or every other network, diverged: choose other settings')
     table = in_words(pd.DataFrame(rows).drop(columns=['b','c']).rename(columns={'p': 'p_value'}))
     table = table.assign(holm=holm(list(table.p_value)))
     return table.assign(**{k: 100*table[k] for k in ('difference','low','high')})
@@ -101,13 +102,15 @@ def found_study(
     table:pd.DataFrame, # tidy, of one run
 )->str:                 # three sentences
     "Whether robustness is free in our run, and what is left of it"
-    pair = table[(table.part=='paired') & (table.kind=='ours')].iloc[0]; levels = table[table.part=='levels']
+    pairs = table[(table.part=='paired') & (table.kind=='ours')]; levels = table[table.part=='levels']
     def at(kind, attack): return cell(levels, kind=kind, attack=attack)
     strong = ', '.join(f"{label} {at('ours', a):.1f} % (control {at('control', a):.1f} %)" for a,label in
                        dict(zip(levels.attack, levels.label)).items() if a.startswith('autoattack'))
     lower = [r.method for r in table[table.part=='paired'].itertuples() if r.holm < .05 and r.difference < 0]
     flags = table.get('flag', pd.Series('', table.index)).fillna('')
     bad = ', '.join(dict.fromkeys(f'{m} ({f})' for m,f in zip(table.method, flags) if f))
+    if pairs.empty: return f'Tuned was not trained to an end, so nothing is said of it. Marked: {bad}.'
+    pair = pairs.iloc[0]
     return (f"Tuned is {pair.difference:+.1f} points [{pair.low:+.1f}, "
             f"{pair.high:+.1f}] from the control on clean images "
             f"(p = {pair.holm:.2g}); lower than the control are {', '.join(lower) or 'none'}. "

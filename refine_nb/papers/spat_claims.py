@@ -29,6 +29,7 @@ def lead(
     "How far one defence is above another; `Missing` where a row is not there"
     return cell(table, method=method, attack=attack) - cell(table, method=over, attack=attack)
 
+# %% ../../nbs/papers/73_spat_claims.ipynb #0d95b7e2
 def _columns(t): return [a for a in ATTACKS if a in set(t.attack)]
 def _best(t, attack): # those that are level, too
     known = (t.attack.to_numpy()==attack) & t.accuracy.notna().to_numpy() # as arrays: it is read a lot
@@ -256,7 +257,8 @@ def found_normal(
     flag = table.get('flag', pd.Series('', table.index)).fillna('')
     bad = table.assign(flag=flag)[flag!=''].drop_duplicates(['accuracy_loss','robustness_loss'])
     ill = set(zip(bad.accuracy_loss, bad.robustness_loss))
-    pairs = {'Normalisation': (FULL, CE_SP), 'Self-pacing on plain cross-entropy, against TRADES,': (CE_SP, CE)}
+    pairs = {'Normalisation': (FULL, CE_SP),
+             'Self-pacing on plain cross-entropy, against TRADES,': (CE_SP, CE)}
     fit = {what: p for what,p in pairs.items() if not ill & {*p}}
     def said(t): return '; '.join(f'{what} brings {_changes(*p)(t)}' for what,p in fit.items())
     note = [f'{r.row} is marked ({r.flag}): what it differs in is not judged.' for r in bad.itertuples()]

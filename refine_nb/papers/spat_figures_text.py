@@ -225,11 +225,11 @@ def found_fig3_4(
     off = (still.minimum-still.peak).abs().max()
     two = table[(table.other=='opposite') & (table.beta==.2)].minimum
     two = f' With the other cosine opposite it is least at {two.iloc[0]:.2f}.' if len(two) else ''
-    return (f"The loss is least at a similarity of {_curve(table, 'minimum'):.2f} for a beta of 0.2 and another "
-            "cosine that stays, and "
+    return (f"The loss is least at a similarity of {_curve(table, 'minimum'):.2f} for a beta of 0.2 and "
+            "another cosine that stays, and "
             f"rises beyond it, as the gradient flows through the factors: over all beta its minimum is "
-            f"within {off:.3f} of (1+beta)/2 (open-T12).{two} At 0.9 it is {_curve(table, 'over_sure'):.0f} times "
-            f"the loss without factors, at 0.6 {_curve(table, 'over_turn'):.1f} times.")
+            f"within {off:.3f} of (1+beta)/2 (open-T12).{two} At 0.9 it is {_curve(table, 'over_sure'):.0f} "
+            f"times the loss without factors, at 0.6 {_curve(table, 'over_turn'):.1f} times.")
 
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #9ce5e385
 CLAIMS = {'fig2_1_spat': FIG2_1, 'fig2_2_spat': FIG2_2, 'tab3_1_spat': TAB3_1, 'fig3_1_spat': FIG3_1,

@@ -192,9 +192,9 @@ def found_study(
     word = NAMED | dict(zip(acc.attack, acc.label))
     clean = f"On clean images SPAT's lead over TRADES is {_span(lead, 'SPAT', 'clean')} points."
     return (f"{clean} {verdict(lead, same)} Over all attacks the difference runs from "
-            f"{own.lead.min():+.1f} to {own.lead.max():+.1f}; of those on {low.n:,.0f} images it is least under "
-            f"{word.get(low.attack, low.attack)}, {low.lead:+.1f} [{low.low:+.1f}, {low.high:+.1f}], "
-            f"p = {low.p:.2g}, one of {len(own)} attacks. From the released attack to the worst case the networks lose, on "
-            f"{acc.n.iloc[0]:,.0f} images and in points, {falls}.{none}")
+            f"{own.lead.min():+.1f} to {own.lead.max():+.1f}; of those on {low.n:,.0f} images it is least "
+            f"under {word.get(low.attack, low.attack)}, {low.lead:+.1f} [{low.low:+.1f}, {low.high:+.1f}], "
+            f"p = {low.p:.2g}, one of {len(own)} attacks. From the released attack to the worst case "
+            f"the networks lose, on {acc.n.iloc[0]:,.0f} images and in points, {falls}.{none}")
 
 FOUND = {'study_spat': found_study} # artefact -> what we found, from its tidy table

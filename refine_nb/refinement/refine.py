@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from ..base import Call, Recipe, Spec, bar, choose, instance, number, seeded
 from ..vision import Data, augment as augmented, draws, fingerprint, to_input
+from ..attacks import logits_of, same_shape
 from ..evaluation import predict, verdicts
 from ..training import Method, coral
 
@@ -65,7 +66,8 @@ def _attack_wrong(
         x = to_input(data.train.x[rows].to(device), data.size, model)
         x = x.contiguous(memory_format=torch.channels_last)
         own = {'generator': seeded(seed, i, 'correct')} if 'generator' in attack.accepts else {}
-        made.append(_stored(attack(model, x, data.train.y[rows].to(device), **own), storage).contiguous())
+        x_adv = same_shape(attack(model, x, data.train.y[rows].to(device), **own), x, attack.name)
+        made.append(_stored(x_adv, storage).contiguous())
     return torch.cat(made)
 
 # %% ../../nbs/refinement/00_refine.ipynb #9c14b0d8
@@ -185,8 +187,8 @@ def paired_batches(
     rows = _order(members, len(data.train) if fill else len(members), seed, epoch)
     other = (rows if pairing=='aligned'
              else torch.randperm(len(data.train), generator=seeded(seed, epoch, 'target'))[:len(rows)])
-    u_s, u_t = (draws(len(rows), augment, seeded(seed, epoch, side, 'augment')).to(device)
-                for side in ('source','target'))
+    sides = ('source', 'source' if pairing=='aligned' else 'target') # aligned images are augmented alike
+    u_s, u_t = (draws(len(rows), augment, seeded(seed, epoch, s, 'augment')).to(device) for s in sides)
     rows, other, T = rows.to(device), other.to(device), data.train.to(device)
     for i in range(0, len(rows)-number('batch_size', batch_size, 1, whole=True)+1, batch_size):
         part = slice(i, i+batch_size)
@@ -197,8 +199,9 @@ def paired_batches(
 # %% ../../nbs/refinement/00_refine.ipynb #523ce715
 def _coral_step(coral_weight:float, joint:bool): # equation 5 on a batch (x_source, y_source, x_target)
     def step(model, batch, progress):
-        x_s, y_s, x_t = batch
-        z_s, z_t = model(torch.cat([x_s, x_t])).chunk(2) if joint else (model(x_s), model(x_t))
+        x_s, y_s, x_t = batch; last = int(y_s.max()) if y_s.device.type=='cpu' else -1
+        of = lambda x: logits_of(model, x, last)
+        z_s, z_t = of(torch.cat([x_s, x_t])).chunk(2) if joint else (of(x_s), of(x_t))
         loss_class, loss_coral = cross_entropy(z_s, y_s), coral(z_s.float(), z_t.float())
         return loss_class + coral_weight*loss_coral, {'class_loss': loss_class, 'coral_loss': loss_coral}
     return step

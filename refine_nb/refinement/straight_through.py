@@ -126,21 +126,21 @@ def through_int8(
     *,
     method:Call,              # what is trained, e.g. call(adapt, source=...)
     batch_size:int, seed:int, # of `method`
-    backend:str='x86',        # one of `BACKENDS`
-    observer:str='histogram', # 'histogram' or 'minmax'
+    backend:str='x86', observer:str='histogram', # one of `BACKENDS`; 'histogram' or 'minmax'
     n_calibrate:int=1000,     # training images
     norm:str='frozen',        # batch norm of the float network: 'frozen' or 'batch'
     rev:int=1, device='cpu',  # rev 1: what follows a pooling is rounded while training, too
 )->Method:                    # for `fit`
     "Train with the quantised forward and the full-precision counterpart's gradient (AdCorDA, section 4)"
     choose(norm, ('frozen','batch'), 'norm'); instance('method', method, Call, 'a call such as call(adapt)')
-    inner, now = method(data, batch_size=batch_size, seed=seed, device=device), []
-    def watch(m):
-        watched = calibrate(prepared(m, backend=backend, observer=observer), data, n_calibrate)
+    inner,now = method(data, batch_size=batch_size, seed=seed, device=device), []
+    def watch(m): # in full precision, within a step as between epochs
+        with torch.autocast(torch.device(device).type, enabled=False):
+            watched = calibrate(prepared(m, backend=backend, observer=observer), data, n_calibrate)
         now[:] = [Simulation(m, watched, backend=backend)]
         return watched
     def step(model, batch, progress):
-        bare = getattr(model, '_orig_mod', model)                    # behind torch.compile
+        bare = getattr(model, '_orig_mod', model) # behind torch.compile
         if norm=='frozen': [m.eval() for m in _norms(bare).values()]
         now or watch(bare)
         return inner.step(StraightThrough(now[0].follow(bare), model), batch, progress)

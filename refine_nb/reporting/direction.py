@@ -122,7 +122,7 @@ def with_intervals(
     if re.search(r'[±\[]', said): return said # it has its own
     def values(text): return [float(v.replace(',', '')) for v in _NUMBER.findall(text)]
     alike = [values(o) for o in others if _NUMBER.sub('#', o) == _NUMBER.sub('#', said)]
-    if not alike or len(alike) < .9*len(others): return said # other rows, other words: no interval of one number
+    if not alike or len(alike) < .9*len(others): return said # other rows or words: of no one number
     columns = iter(np.transpose(alike))
     def one(match):
         text, drawn, signed = match[0], next(columns), match[0][0] in '+-'
@@ -143,6 +143,7 @@ def _alone(claim, table): # does one of its parts fail by itself? By Bonferroni,
     fails = sum(~np.array(p) for p in each if len(p)==k) # of each part
     return bool((fails >= (1-.025/k)*len(each)).any())
 
+# %% ../../nbs/reporting/82_direction.ipynb #999a9a90
 def weigh(
     claim:Claim,
     table:pd.DataFrame,          # tidy, of ours

@@ -24,6 +24,10 @@ _GIVES = (*STEP_GIVES, 'cos', 'cos_adv', 'steps_to_flip')
 def _slots(attack, objective, weight)->tuple[set,set]:
     "What the objective and the weight ask for"
     if weight is not None: instance('weight', weight, Callable, 'a function or a call')
+    if attack is not None: instance('attack', attack, Callable, 'a function or a call such as call(pgd)')
+    if getattr(attack, 'all_settings', {}).get('targeted') is True:
+        raise ValueError(f"{attack.name} with targeted=True goes towards the label, which is the true one: "
+                         'it would train on easier images. Leave it False')
     asks = asks_for(objective, (*_GIVES, 'w') if weight else _GIVES, 'objective')
     weighs = asks_for(weight, _GIVES, 'weight') if weight else set()
     if weight and 'w' not in asks:

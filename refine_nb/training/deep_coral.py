@@ -6,6 +6,7 @@
 __all__ = ['covariance', 'coral']
 
 # %% ../../nbs/training/20_deep_coral.ipynb #51042df0
+import torch
 from torch import Tensor
 
 # %% ../../nbs/training/20_deep_coral.ipynb #a6990952
@@ -26,7 +27,8 @@ def coral(
     f_t:Tensor, # [m,d], target features: the original set
 )->Tensor:      # scalar, >= 0; zero iff the covariances agree
     "Squared distance of the covariances over 4 d^2 (AdCorDA eq. 5)"
-    c_s,c_t = covariance(f_s),covariance(f_t)
+    with torch.autocast(f_s.device.type, enabled=False): # they are nearly equal: bf16 loses the rest
+        c_s,c_t = covariance(f_s),covariance(f_t)
     if c_s.shape!=c_t.shape:
         raise ValueError(f"both batches need the same features, got {f_s.shape[1]} and {f_t.shape[1]}")
     return (c_s-c_t).square().sum()/(4*f_s.shape[1]**2)

@@ -89,4 +89,5 @@ def regulated_training(
     def every_other(epoch):
         for i,(x,y,own) in enumerate(plain.batches(epoch)): yield x, y, own if i%2 else None
     step = regulated(attack, fade, total, mode=mode, folded=mode=='eval', see=see)
-    return replace(plain, step=step, batches=every_other if total=='alternating' else plain.batches)
+    return replace(plain, step=step, batches=every_other if total=='alternating' else plain.batches,
+                   about={**plain.about, 'fade': fade, 'total': total})

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from ..base import bar, choose, instance, number, seeded
 from ..vision import Data, batches, suiting, to_input
-from ..attacks import NotFinite
+from ..attacks import NotFinite, logits_of
 from .engines import Engine
 from .optimisers import set_rate
 from .snapshots import Snapshots, cloned, resume, run_identity
@@ -38,6 +38,12 @@ def _trainable(model, method, optimiser, epoch=0, epochs=1, kind=Callable, valid
     instance('validate', validate, Callable, 'a function of the model')
     instance('optimiser', optimiser, torch.optim.Optimizer, 'an optimiser of torch')
     number('epoch', epoch, 0, whole=True); number('epochs', epochs, 1, whole=True)
+    if not isinstance(model, nn.Module): return
+    own = {id(p) for p in model.parameters() if p.requires_grad}
+    if not own: raise ValueError('no parameter of the model asks for a gradient: call requires_grad_(True)')
+    if not own & {id(p) for g in optimiser.param_groups for p in g['params']}:
+        raise ValueError("the optimiser holds none of the model's parameters, and would train nothing: write "
+                         'sgd(model.parameters(), ...)')
 
 # %% ../../nbs/training/36_fitting.ipynb #6fde7ed8
 def fine_tune(
@@ -58,7 +64,9 @@ def fine_tune(
     def epoch_batches(epoch):
         return batches(data.train, batch_size, size=data.size, seed=seed, epoch=epoch,
                        augment=augment, device=device)
-    def step(model, batch, progress): return cross_entropy(model(batch[0]), batch[1]), {}
+    def step(model, batch, progress):
+        x,y = batch[:2]; last = int(y.max()) if y.device.type=='cpu' else -1 # on a GPU it would have to wait
+        return cross_entropy(logits_of(model, x, last), y), {}
     n = len(data.train)//batch_size
     about = {'data': data.fingerprint[:12], 'size': data.size, 'augment': augment, 'order': seed}
     return Method(epoch_batches, step, n, n*batch_size, about=about)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..base import Call, choose, instance
 from ..vision import fold_if_same, logits_and_cosines, refold
-from ..attacks import attacking, fixed_sizes
+from ..attacks import attacking, fixed_sizes, logits_of, same_shape
 
 # %% ../../nbs/training/38_step_parts.ipynb #985df3f7
 STEP_GIVES = ('z', 'z_adv', 'y', 'progress', 'z_again')
@@ -49,7 +49,10 @@ def _attacked(model, attack, x, y, mode:str, generator, copy=_itself, **now)->Te
     names = attack.accepts if isinstance(attack, Call) else inspect.signature(attack).parameters
     own = {'generator': generator} if 'generator' in names else {}
     with torch.autocast(x.device.type, enabled=False), attacking(model, mode):
-        return attack(copy(model, x) if mode=='eval' else _AsIs(model), x, y, **own, **now)
+        made = attack(copy(model, x) if mode=='eval' else _AsIs(model), x, y, **own, **now)
+    same_shape(made[0] if isinstance(made, tuple) else made, x, # of `counting`, with kappa
+               getattr(attack, 'name', getattr(attack, '__name__', 'the attack')))
+    return made
 
 # %% ../../nbs/training/38_step_parts.ipynb #fe3092b9
 class _Copy: # for one network in one setting: which stream of a dual norm works is folded in
@@ -115,7 +118,7 @@ def step_logits(
     x:Tensor, # [B,C,H,W], in [0,1]
 )->Tensor:    # [B,K], float32 or finer
     "Logits as a loss wants them"
-    z = model(x)
+    z = logits_of(model, x, -1) # its loss looks at the labels
     return z.to(torch.promote_types(z.dtype, torch.float32))
 
 # %% ../../nbs/training/38_step_parts.ipynb #0e4338a1
