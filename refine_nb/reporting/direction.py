@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from statistics import NormalDist
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,25 +60,30 @@ def _orders(n, times, rng): # n orders of 0..times-1, in which each second half 
     q = np.hstack([np.linalg.qr(z[:,i:i+half])[0] for i in range(0, n, half)])
     return np.concatenate([q, -q])[:times].argsort(0).argsort(0).T
 
-def _evenly(times, rng): # `times` sources of numbers in (0,1); the n-th of all are spread evenly
+def _evenly(times, rng, wide): # `times` sources of numbers in (0,1); the n-th of all are spread evenly
+    from scipy.special import ndtr, ndtri
     made = [] # request -> [n,times]
     def source(k):
         asked = count()
         def random(n):
-            if (i := next(asked)) == len(made): made.append((_orders(n, times, rng)+.5)/times)
+            if (i := next(asked)) == len(made):
+                made.append(ndtr(wide*ndtri((_orders(n, times, rng)+.5)/times)))
             return made[i][:,k]
         return SimpleNamespace(random=random)
     return map(source, range(times))
 
+# %% ../../nbs/reporting/82_direction.ipynb #0b783777
 def drawn(
     table:pd.DataFrame, # tidy
     times:int=40,
+    many:int=1, # statements that are looked at: so much wider, that 95 % is said of all (Bonferroni)
 )->list[pd.DataFrame]:
     "The tables that other images could have given, always the same"
-    times = number('times', times, 0, whole=True)
-    instance('table', table, pd.DataFrame, 'a table of pandas')
-    table = plain(table)
-    return [other_images(table, luck) for luck in _evenly(times, np.random.default_rng(1))]
+    times, many = number('times', times, 0, whole=True), number('many', many, 1, whole=True)
+    instance('table', table, pd.DataFrame, 'a table of pandas'); table = plain(table)
+    z = NormalDist().inv_cdf
+    return [other_images(table, luck)
+            for luck in _evenly(times, np.random.default_rng(1), z(1-.025/many)/z(.975))]
 
 # %% ../../nbs/reporting/82_direction.ipynb #ed3fda36
 def _read(claim, table):
@@ -139,9 +145,9 @@ def _parts(claim, table):
 def _alone(claim, table): # does one of its parts fail by itself? By Bonferroni, as they are many
     k = len(_parts(claim, table))
     if k == 1: return True # as the whole does
-    each = [_parts(claim, t) for t in drawn(table, 40*k)]
-    fails = sum(~np.array(p) for p in each if len(p)==k) # of each part
-    return bool((fails >= (1-.025/k)*len(each)).any())
+    each = [_parts(claim, t) for t in drawn(table, many=k)]
+    fails = sum((~np.array(p) for p in each if len(p)==k), np.zeros(k)) # of each part
+    return bool((fails >= .975*len(each)).any())
 
 # %% ../../nbs/reporting/82_direction.ipynb #999a9a90
 def weigh(
