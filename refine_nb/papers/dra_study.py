@@ -104,8 +104,9 @@ def found_study(
     "Whether robustness is free in our run, and what is left of it"
     pairs = table[(table.part=='paired') & (table.kind=='ours')]; levels = table[table.part=='levels']
     def at(kind, attack): return cell(levels, kind=kind, attack=attack)
-    strong = ', '.join(f"{label} {at('ours', a):.1f} % (control {at('control', a):.1f} %)" for a,label in
-                       dict(zip(levels.attack, levels.label)).items() if a.startswith('autoattack'))
+    strong = ', '.join(f"{label} {at('ours', a):.1f} % (control {at('control', a):.1f} %; n = {n:,.0f})"
+                       for a,(label,n) in dict(zip(levels.attack, zip(levels.label, levels.n))).items()
+                       if a.startswith('autoattack'))
     lower = [r.method for r in table[table.part=='paired'].itertuples() if r.holm < .05 and r.difference < 0]
     flags = table.get('flag', pd.Series('', table.index)).fillna('')
     bad = ', '.join(dict.fromkeys(f'{m} ({f})' for m,f in zip(table.method, flags) if f))
@@ -113,7 +114,7 @@ def found_study(
     pair = pairs.iloc[0]
     return (f"Tuned is {pair.difference:+.1f} points [{pair.low:+.1f}, "
             f"{pair.high:+.1f}] from the control on clean images "
-            f"(p = {pair.holm:.2g}); lower than the control are {', '.join(lower) or 'none'}. "
+            f"(p = {pair.holm:.2g}); lower than the control: {'; '.join(lower) or 'none'}. "
             "Under PGD in 20 steps of ε/20 it keeps "
             f"{', '.join(f'''{at('ours', f'pgd_eps{e}'):.1f}''' for e in (2, 5, 8))} % at 2, 5 and 8 of 255. "
             "What is left "
