@@ -66,7 +66,9 @@ RIGHT = Y > 0
 class Made:                            # stands for what it makes, anew for each call
     make: Callable
 NET, DIGIT = Made(net), Made(digit_net)
-OPT = Made(lambda: T.sgd([nn.Parameter(torch.ones(1))]))
+TAUGHT = [digit_net()]                 # the last one is what the optimiser is of
+PUPIL = Made(lambda: TAUGHT.append(digit_net()) or TAUGHT[-1])
+OPT = Made(lambda: T.sgd(TAUGHT[-1].parameters()))
 SEEN = dict(model=NET, x=X, y=Y)
 
 class Bright(nn.Module):               # right about X: the first pixels say which
@@ -131,9 +133,9 @@ def doors():
     d('training', T.engine, device='cpu'); d('training', T.set_rate, optimiser=OPT, factor=.5)
     d('training', T.fine_tune, data=DIGITS, batch_size=4, seed=0, augment='none')
     method = T.fine_tune(DIGITS, batch_size=4, seed=0)
-    d('training', T.fit, model=DIGIT, method=method, optimiser=OPT, epochs=1, seed=0,
+    d('training', T.fit, model=PUPIL, method=method, optimiser=OPT, epochs=1, seed=0,
       validate=lambda m: .5)
-    d('training', T.train_epoch, model=DIGIT, method=method, optimiser=OPT, epoch=0, epochs=1, seed=0)
+    d('training', T.train_epoch, model=PUPIL, method=method, optimiser=OPT, epoch=0, epochs=1, seed=0)
     d('training', T.attacker, attack=FAST, mode='eval'); d('training', T.counting, attack=A.pgd)
     d('training', T.mean_loss, loss=Z[:,0], y=Y)
     d('training', T.step_logits, model=NET, x=X)

@@ -395,7 +395,8 @@ def test_a_plan_keeps_that_a_training_diverged(peace, root, tmp_path, monkeypatc
     monkeypatch.setenv('TOY_LOG', str(tmp_path/'log'))
     monkeypatch.setenv('TOY_DO', 'nan:2:1')
     child, other = refined(), replace(RUN, seed=5, epochs=1)
-    specs = [Cell(child, split='valid', n_eval=7), Worst((Cell(RUN), Cell(RUN, SP))), Cell(other)]
+    away = SP.but(targeted=False)
+    specs = [Cell(child, split='valid', n_eval=7), Worst((Cell(RUN), Cell(RUN, away))), Cell(other)]
     with pytest.warns(UserWarning, match='diverged .the loss is nan at epoch 3, step 2 of 4.') as said:
         assert quiet(root).run(specs, executor=here()) == []
     assert len(said) == 1 and epochs(tmp_path/'log') == [0, 1, 2, 0]

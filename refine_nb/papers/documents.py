@@ -14,9 +14,9 @@ import pandas as pd
 
 from ..base import choose
 from ..reporting import ARTEFACTS, PAPERS, SCALES, Claim, published, quoted, scored, stored
-from . import (adcorda_tables, adcorda_text, dra_figures, dra_found, dra_text, mixture_study,
-                              mixture_tables, mixture_text, protocols_found, spat_claims, spat_figures_text,
-                              spat_study)
+from . import (adcorda_tables, adcorda_text, dra_figures, dra_found, dra_study, dra_text,
+                              mixture_study, mixture_tables, mixture_text, protocols_found, spat_claims,
+                              spat_figures_text, spat_study)
 from .ledgers import judged_claims
 
 # %% ../../nbs/papers/99_documents.ipynb #0435d783
@@ -64,7 +64,7 @@ def scoreboard()->pd.DataFrame: # a row a claim, as `scored` has it; the largest
 
 # %% ../../nbs/papers/99_documents.ipynb #d4d05ba8
 _ROOMS = (adcorda_tables, adcorda_text, spat_claims, spat_figures_text, spat_study, dra_figures, dra_found,
-          dra_text, mixture_tables, mixture_text, mixture_study, protocols_found)
+          dra_study, dra_text, mixture_tables, mixture_text, mixture_study, protocols_found)
 # artefact -> what we found, from its tidy table
 FOUND = {a: f for room in _ROOMS for a,f in room.FOUND.items()}
 # for a document
@@ -153,6 +153,6 @@ def found(
     rows:pd.DataFrame, # from `scoreboard`
 )->list[str]:          # Markdown, a sentence or two each
     "What was found: what the largest run of each document says, then what holds on print and on ours"
-    there = sorted((a for a in SPEAK if a in FOUND and stored(a)),
+    there = sorted((a for a in SPEAK if stored(a)),
                    key=lambda a: SCALES.index(stored(a)[0].preset))
     return [*map(finding, there), on_print(rows), *on_ours(rows)]

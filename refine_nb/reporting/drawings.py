@@ -38,6 +38,7 @@ def dot_panels(
 )->Figure:
     "A panel a column, a line a method: our value with its interval, the printed one as a hollow diamond"
     for c in (by, label, 'accuracy'): choose(c, table, 'column of the table')
+    instance('heads', heads, Mapping, 'a head for each panel')
     with figure_style():
         many, across = table[label].nunique(), number('across', across, 1, whole=True)
         fig, axes, across = _panels(len(heads), across, many)

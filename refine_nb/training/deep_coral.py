@@ -19,7 +19,8 @@ def covariance(
     if len(f)<2: raise ValueError(f"a covariance needs at least 2 examples, got {len(f)}")
     if not f.is_floating_point(): raise ValueError(f"features must be float, got {f.dtype}")
     f = f-f.mean(0)
-    return f.T@f/(len(f)-1)
+    with torch.autocast(f.device.type, enabled=False): # two are nearly equal: bf16 loses the rest
+        return f.T@f/(len(f)-1)
 
 # %% ../../nbs/training/20_deep_coral.ipynb #1606c77c
 def coral(
@@ -27,8 +28,7 @@ def coral(
     f_t:Tensor, # [m,d], target features: the original set
 )->Tensor:      # scalar, >= 0; zero iff the covariances agree
     "Squared distance of the covariances over 4 d^2 (AdCorDA eq. 5)"
-    with torch.autocast(f_s.device.type, enabled=False): # they are nearly equal: bf16 loses the rest
-        c_s,c_t = covariance(f_s),covariance(f_t)
+    c_s,c_t = covariance(f_s),covariance(f_t)
     if c_s.shape!=c_t.shape:
         raise ValueError(f"both batches need the same features, got {f_s.shape[1]} and {f_t.shape[1]}")
     return (c_s-c_t).square().sum()/(4*f_s.shape[1]**2)
