@@ -1,19 +1,24 @@
 """Networks, optimisers, attacks and files that do not go together: each is told, or right"""
+from dataclasses import replace
+
 import click
 import pytest
 import torch
 from torch import nn
 
 from refine_nb.attacks import dra, pgd, unit_l2
-from refine_nb.base import call
+from refine_nb.base import Cell, Recipe, call
 from refine_nb.command.own_networks import _free
 from refine_nb.command.pages import _demo_notes
 from refine_nb.training import (adversarial_training, coral, fading, fine_tune, fit, halves,
                                 regulated_training, sgd)
+from refine_nb.refinement import through_int8
 from refine_nb.vision import load_data
 
 DIGITS = load_data('digits', n_train=64)
 
+def digit_net(): # [B,1,8,8] -> [B,10]
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
 def net(K=10): return nn.Sequential(nn.Flatten(), nn.Linear(64, K))
 
 def trained(model, optimiser=None, method=None):
@@ -39,9 +44,26 @@ def test_a_wrong_network_is_told_by_the_first_step(model, says):
 
 def test_training_takes_no_attack_that_helps():
     make = lambda attack: adversarial_training(DIGITS, batch_size=16, seed=1, attack=attack, objective=halves)
-    with pytest.raises(ValueError, match='targeted=True goes towards the label'):
+    with pytest.raises(ValueError, match='targeted=True goes towards the labels'):
         make(call(pgd, targeted=True))
     with pytest.raises(ValueError, match='attack wants'): make('pgd')
+
+def test_a_number_is_asked_of_no_attack_that_helps():
+    base = Recipe(data=call(load_data, name='digits'), model=call(nn.Flatten), method=call(fine_tune),
+                  optimiser=call(sgd), epochs=1, batch_size=16)
+    for spec in (lambda a: Cell(base, a), lambda a: replace(base, robust=a)): # before anything is trained
+        assert spec(call(pgd))
+        with pytest.raises(ValueError, match='targeted=True goes towards the labels'):
+            spec(call(pgd, targeted=True))
+
+def test_int8_calibrates_alike_in_a_step_and_between_epochs():
+    model = digit_net().train()
+    method = through_int8(DIGITS, method=call(fine_tune), batch_size=16, seed=1, n_calibrate=50)
+    batch = next(method.batches(0))
+    def loss():
+        with torch.autocast('cpu', torch.bfloat16): return method.step(model, batch, 0.)[0]
+    within = loss(); method.deploy(model) # calibrates again, as validation does
+    assert torch.equal(within, loss())
 
 @pytest.mark.parametrize('kind', [torch.bfloat16, torch.float16])
 def test_dra_keeps_sixteen_bits(kind):

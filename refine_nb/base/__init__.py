@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['as_path', 'choose', 'instance', 'number', 'Call', 'RUNTIME', 'call', 'canonical', 'key', 'public_name', 'seeded',
            'Adversarials', 'Cell', 'Recipe', 'Robustness', 'Spec', 'Worst', 'against', 'all_specs', 'ancestors',
-           'nested', 'rewrite', 'clear', 'commit', 'device_name', 'locks_hold', 'run_wishes', 'time_budget', 'versions',
-           'whole', 'bar', 'where', 'contents']
+           'nested', 'rewrite', 'untargeted', 'clear', 'commit', 'device_name', 'locks_hold', 'run_wishes',
+           'time_budget', 'versions', 'whole', 'bar', 'where', 'contents']
 
 # %% ../../nbs/base/99_base.ipynb #d04bad45
 from .checking import as_path, choose, instance, number
 from .calls import Call, RUNTIME, call, canonical, key, public_name, seeded
 from .specs import (Adversarials, Cell, Recipe, Robustness, Spec, Worst, against,
-    all_specs, ancestors, nested, rewrite)
+    all_specs, ancestors, nested, rewrite, untargeted)
 from .environment import (clear, commit, device_name, locks_hold, run_wishes,
     time_budget, versions, whole)
 from .progress import bar, where
@@ -21,5 +21,6 @@ from .doors import contents
 # %% ../../nbs/base/99_base.ipynb #e37f19a4
 _all_ = ['as_path', 'choose', 'instance', 'number', 'Call', 'RUNTIME', 'call', 'canonical', 'key',
          'public_name', 'seeded', 'Adversarials', 'Cell', 'Recipe', 'Robustness', 'Spec', 'Worst',
-         'against', 'all_specs', 'ancestors', 'nested', 'rewrite', 'clear', 'commit', 'device_name',
-         'locks_hold', 'run_wishes', 'time_budget', 'versions', 'whole', 'bar', 'where', 'contents']
+         'against', 'all_specs', 'ancestors', 'nested', 'rewrite', 'untargeted', 'clear', 'commit',
+         'device_name', 'locks_hold', 'run_wishes', 'time_budget', 'versions', 'whole', 'bar', 'where',
+         'contents']

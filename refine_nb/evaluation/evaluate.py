@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..base import Call, bar, instance, number, seeded
+from ..base import Call, bar, instance, number, seeded, untargeted
 from ..vision import Split, clipped, to_input
 from ..attacks import attacking, logits_of, must_be_finite, same_shape
 
@@ -97,9 +97,7 @@ def classify(
     "The class that the model gives each image, after the attack where one is given"
     last = _last(split)
     if attack is None: return _classes(model, split.x, last, size, device, quiet)
-    if getattr(attack, 'all_settings', {}).get('targeted') is True:
-        raise ValueError(f"{attack.name} with targeted=True goes towards the label, which is the true one: "
-                         "that helps the network. Leave it False; images are corrected by `correct`")
+    untargeted(attack)
     found = [predict(model, x, device=device)
              for x in _attacked(model, split, attack, size, seed, device, quiet)]
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from ..base import instance, seeded
+from ..base import instance, seeded, untargeted
 from ..vision import Data
 from .fitting import Method, fine_tune
 from .step_parts import (STEP_GIVES, asks_for, attacker, counting, mean_loss, step_cosines,
@@ -25,9 +25,7 @@ def _slots(attack, objective, weight)->tuple[set,set]:
     "What the objective and the weight ask for"
     if weight is not None: instance('weight', weight, Callable, 'a function or a call')
     if attack is not None: instance('attack', attack, Callable, 'a function or a call such as call(pgd)')
-    if getattr(attack, 'all_settings', {}).get('targeted') is True:
-        raise ValueError(f"{attack.name} with targeted=True goes towards the label, which is the true one: "
-                         'it would train on easier images. Leave it False')
+    untargeted(attack)
     asks = asks_for(objective, (*_GIVES, 'w') if weight else _GIVES, 'objective')
     weighs = asks_for(weight, _GIVES, 'weight') if weight else set()
     if weight and 'w' not in asks:
