@@ -111,13 +111,13 @@ def sheet_of(
     return names.get('sheet')
 
 # %% ../../nbs/command/10_pages.ipynb #cdd7760d
-def _is_demo(values): return (values.get('preset') or os.environ.get('REFINE_PRESET') or 'demo') == 'demo'
+def _scale(values): return values.get('preset') or os.environ.get('REFINE_PRESET') or 'demo'
 def _demo_notes(asked): # that a demo has its own network and images, where others were named
     def named(values):
         return ', '.join(f'{k} {v}' for k,v in values.items()
                          if k in ('model','dataset') and not Path(str(v)).expanduser().exists())
     return [f'{a} runs as a demo, which has a small network and images of its own: {said} is for --preset '
-            'small.' for a,values in asked.items() if _is_demo(values) and (said := named(values))]
+            'small.' for a,values in asked.items() if _scale(values)=='demo' and (said := named(values))]
 
 # %% ../../nbs/command/10_pages.ipynb #5db135ef
 @click.command('plan')
@@ -153,7 +153,7 @@ def executed(
     import papermill
     from refine_nb.runs import home_folder
     folder = home_folder()/'executed'; folder.mkdir(exist_ok=True)
-    out = folder/f"{artefact}-{values.get('preset') or os.environ.get('REFINE_PRESET') or 'demo'}.ipynb"
+    out = folder/f'{artefact}-{_scale(values)}.ipynb'
     with open(out.with_suffix('.log'), 'w', encoding='utf-8') as log:
         try:
             papermill.execute_notebook(_page(artefact), out, parameters=values, kernel_name='python3',
@@ -181,7 +181,7 @@ def _run(artefacts, preset, given, as_json, budget, workers, on):
     for a,values in asked.items():
         out = executed(a, values)
         rows.append({'artefact': a, 'page': str(out), 'log': str(out.with_suffix('.log'))})
-    kept = ' '.join(a for a,v in asked.items() if not _is_demo(v))
+    kept = ' '.join(a for a,v in asked.items() if _scale(v)!='demo')
     report_rows(rows, as_json, ['Reports: refine show ' + kept]*bool(kept) + _demo_notes(asked))
 
 # %% ../../nbs/command/10_pages.ipynb #5c2257c5
