@@ -7,13 +7,11 @@ __all__ = ['RESNETS', 'CORRECTED', 'TAB1', 'TAB2', 'TAB3', 'TAB4', 'CLAIMS', 'FO
            'found_tab2', 'int8_gains', 'sizes', 'found_tab3', 'robust_table', 'by_budget', 'found_tab4']
 
 # %% ../../nbs/papers/20_adcorda_tables.ipynb #aaa07d14
-import math
-
 import pandas as pd
 
 from ..vision import classifier, load_data
 from ..refinement import CALIBRATION_BATCH, integers, mebibytes, quantise
-from ..reporting import STANDS_FOR, Claim, cell, named, stored
+from ..reporting import STANDS_FOR, Claim, cell, named, stored, unpaired
 
 # %% ../../nbs/papers/20_adcorda_tables.ipynb #7abcde51
 def printed_block(
@@ -87,9 +85,7 @@ TAB1 = (
 # %% ../../nbs/papers/20_adcorda_tables.ipynb #ada7a3ec
 def _in_short(at, base, refined, lead='The refined networks', of='the baseline'):
     control, gain = at.loc['Control'], at.accuracy[list(refined)] - at.accuracy[base]
-    best, apart = at.loc[gain.idxmax()], lambda a, b: math.hypot(a.accuracy-a.low, b.high-b.accuracy)
-    gap = best.accuracy-control.accuracy
-    low, high = gap-apart(best, control), gap+apart(control, best) # Newcombe 1998, method 10
+    best = at.loc[gain.idxmax()]; gap, low, high = unpaired(best, control)
     return (f"{lead} are {gain.min():+.2f} to {gain.max():+.2f} points from {of}, and as many ordinary "
             f"epochs bring {control.accuracy-at.accuracy[base]:+.2f}. The best of them on "
             f"these images ({named([best.name])[0]}) is {gap:+.2f} "

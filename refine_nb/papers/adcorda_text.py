@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from ..reporting import Claim, Missing, cell, named, published
+from ..reporting import Claim, Missing, cell, named, published, unpaired
 from .adcorda_study import _elsewhere, on_edition
 from .adcorda_tables import RESNETS, gains
 
@@ -107,9 +107,7 @@ def found_fig2(
     "What Figure 2 shows in our run"
     arm = lambda a: table[(table.panel=='a') & (table.attack==a)].set_index('epochs')
     control, ddn = arm('Control'), arm('DDN').loc[_lengths(table)]
-    def clear(a, b): # by more than the interval of the difference (Newcombe 1998, method 10)
-        return sum(a.accuracy[e]-b.accuracy[e]
-                   > math.hypot(a.accuracy[e]-a.low[e], b.high[e]-b.accuracy[e]) for e in ddn.index)
+    def clear(a, b): return sum(unpaired(a.loc[e], b.loc[e])[1] > 0 for e in ddn.index)
     over = lambda e, a: f"{_step(table, e, a, '-'):+.2f}"
     said = ', '.join(f"{over(e, 'DDN')} and {over(e, 'Control')} after {e}" for e in ddn.index)
     text = ("The gain of DDN over the baseline, and that of as many ordinary epochs, the control, in points: "

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..reporting import Claim, cell, enumerated, published
 from .mixture import METHODS, column
-from .mixture_tables import ROBUST, STRONGEST, both_tables, gain
+from .mixture_tables import ROBUST, STRONGEST, _above, both_tables, gain
 
 # %% ../../nbs/papers/50_mixture_text.ipynb #3697defa
 TEST_IMAGES = 10_000 # of CIFAR-10, behind every printed accuracy
@@ -39,7 +39,6 @@ def _apart(*which):
 def _listed(method, over, attacks=ROBUST):
     return lambda t: '; '.join(f'{column(a)}: {g:+.2f}'
                                for g,a in zip(_gains(t, method, over, attacks), attacks))
-def _above(values): return [v > 0 for v in values]
 def _best(t, attack): return max(METHODS, key=lambda m: cell(t, method=m, attack=attack))
 def _dual(t): return [g for m in METHODS if 'AdvProp' in m for g in _gains(t, m, 'Traditional')]
 

@@ -11,7 +11,7 @@ __all__ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none
            'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'enumerated', 'report_folder',
            'Stored', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce', 'announce_figure',
            'made_on', 'Sheet', 'Unfinished', 'leaves', 'nothing_found', 'ledger', 'our_tables', 'Weighed', 'drawn',
-           'keeps_most', 'other_images', 'plain', 'rows_behind', 'told', 'weigh', 'with_intervals', 'Board',
+           'keeps_most', 'other_images', 'plain', 'rows_behind', 'told', 'unpaired', 'weigh', 'with_intervals', 'Board',
            'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
 
 # %% ../../nbs/reporting/99_reporting.ipynb #f5d3f17a
@@ -31,7 +31,7 @@ from .sheet import Sheet, Unfinished, leaves
 from .openings import nothing_found
 from .all_claims import ledger, our_tables
 from .direction import (Weighed, drawn, keeps_most, other_images, plain,
-    rows_behind, told, weigh, with_intervals)
+    rows_behind, told, unpaired, weigh, with_intervals)
 from refine_nb.reporting.board import (Board, PRINT_MARKS, SCALES, SCORED, VERDICT_MARKS, ours_of,
     quoted, scored)
 
@@ -46,5 +46,5 @@ _all_ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none',
          'report_folder', 'Stored', 'run_record', 'save_report', 'save_table', 'stored',
          'Announcement', 'announce', 'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves',
          'nothing_found', 'ledger', 'our_tables', 'Weighed', 'drawn', 'keeps_most', 'other_images',
-         'plain', 'rows_behind', 'told', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES',
-         'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
+         'plain', 'rows_behind', 'told', 'unpaired', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS',
+         'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
