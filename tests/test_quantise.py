@@ -15,8 +15,9 @@ from refine_nb.base import Cell, Recipe, call, key
 from refine_nb.attacks import attacking, bih, salt_and_pepper
 from refine_nb.evaluation import predict, verdicts
 from refine_nb.refinement import (BACKENDS, Correction, Int8, Quantised, Simulation, StraightThrough, adapt,
-                                  calibrate, integers, prepared, quantise, restored, through_int8)
+                                  calibrate, integers, mebibytes, prepared, quantise, restored, through_int8)
 from refine_nb.runs import PRESETS, scaled
+from refine_nb.vision import cosine_head, dual_norms
 from refine_nb.papers.adcorda import baseline, control_int8, refined_int8
 from toys import Worker, images, net, quiet, recipe, teach, work
 
@@ -105,6 +106,10 @@ class Viewed(nn.Module):
 def behind(*parts):
     return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *parts, nn.Flatten(), nn.Linear(256, 10))
 
+class Turns(nn.Module): # its path hangs on its input
+    def __init__(self): super().__init__(); self.last = nn.Linear(64, 10)
+    def forward(self, x): return self.last(x.flatten(1) if x.sum() > 0 else -x.flatten(1))
+
 def bent(layer, by): by(layer); return layer
 def half(layer): prune.l1_unstructured(layer, 'weight', .5)
 
@@ -119,7 +124,11 @@ KINDS = {'prelu': lambda: behind(nn.PReLU()), 'prelu a channel': lambda: behind(
          'group norm': lambda: behind(nn.GroupNorm(2, 4), nn.ReLU()),
          'layer norm': lambda: behind(nn.LayerNorm([4, 8, 8])),
          'instance norm': lambda: behind(nn.InstanceNorm2d(4, affine=True)),
-         'transposed': lambda: behind(nn.ConvTranspose2d(4, 4, 3, padding=1)), 'wide': Wide, 'scaled': Scaled,
+         'transposed': lambda: behind(nn.ConvTranspose2d(4, 4, 3, padding=1)),
+         'eight transposed': lambda: nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(),
+             nn.ConvTranspose2d(8, 8, 2), nn.ReLU(), nn.Flatten(), nn.Linear(648, 10)),
+         'padded alike': lambda: behind(nn.Conv2d(4, 4, 3, padding='same', dilation=2)),
+         'cosine head': lambda: cosine_head(behind()), 'wide': Wide, 'scaled': Scaled,
          'viewed': Viewed,
          'weight norm': lambda: behind(bent(nn.Conv2d(4, 4, 3, padding=1), weight_norm)),
          'spectral norm': lambda: behind(bent(nn.Conv2d(4, 4, 3, padding=1), spectral_norm)),
@@ -234,7 +243,7 @@ def test_mistakes():
     with pytest.raises(ValueError,
                        match="cannot be traced for the backend 'onednn', so it cannot be quantised"):
         if 'onednn' not in HERE: pytest.skip('no such kernels here')
-        quantise(KINDS['transposed'](), data, backend='onednn', n_calibrate=100)
+        quantise(Turns(), data, backend='onednn', n_calibrate=100)
     with pytest.raises(ValueError, match="no int8 kernels here: choose one of "):
         quantise(model, data, backend='cuda')
     with pytest.raises(ValueError, match='must be at least 50, the images of a batch, got 20'):
@@ -245,6 +254,25 @@ def test_mistakes():
         Simulation(odd := nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10)),
                    calibrate(prepared(odd), data, 50))
 
+
+@pytest.mark.parametrize('odd,says', [({'padding': 1, 'padding_mode': 'circular'}, "1 pads by 'circular'"),
+                                      ({'padding': 'same', 'kernel_size': 2}, '1 pads more on one side')])
+def test_padding_that_no_kernel_has_is_told_by_its_layer(odd, says):
+    with pytest.raises(ValueError, match=says):
+        quantise(behind(nn.Conv2d(4, 4, **{'kernel_size': 3, **odd})), images(), n_calibrate=100)
+
+def test_training_through_int8_names_what_it_cannot_follow():
+    class Attends(nn.Module):
+        def __init__(self): super().__init__(); self.mix, self.last = nn.MultiheadAttention(8, 2), nn.Linear(64, 10)
+        def forward(self, x): return self.last(self.mix(x[:, 0], x[:, 0], x[:, 0])[0].flatten(1))
+    for odd, says in ((Attends(), 'cannot be traced, so it cannot be trained'),
+                      (dual_norms(net(num_classes=10)), 'train single_norms')):
+        watched = calibrate(prepared(odd), images(), 100)
+        with pytest.raises(ValueError, match=says): Simulation(odd, watched)
+
+def test_tied_weights_count_once_on_disk():
+    layer = nn.Linear(64, 64); one, two = nn.Sequential(layer), nn.Sequential(layer, layer)
+    assert mebibytes(one.state_dict()) == mebibytes(two.state_dict())
 
 def test_a_backend_of_another_machine(monkeypatch):
     monkeypatch.setattr(type(torch.backends.quantized), 'supported_engines', ['none', 'qnnpack'])

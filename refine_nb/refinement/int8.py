@@ -19,7 +19,7 @@ from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 from ..base import choose, instance, number
-from ..vision import Data, Normalise, copied, plain_weights, to_input
+from ..vision import CosineHead, Data, Normalise, copied, plain_weights, to_input
 
 # %% ../../nbs/refinement/20_int8.ipynb #29c75bc2
 def affine(
@@ -76,11 +76,26 @@ def kernels(
 # how the range of an activation is chosen
 OBSERVERS = {'histogram': HistogramObserver, 'minmax': MinMaxObserver}
 _TOP = dict(x86=127, fbgemm=127, onednn=255, qnnpack=255) # greatest integer of an activation
-# stay float: PyTorch's int8 PReLU bends positive numbers too, its instance norm is random
+# stay float: PyTorch's int8 PReLU bends positive numbers too, its instance norm is random, and so are its
+# transposed convolutions of eight channels
 _FLOAT = (nn.PReLU, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
-          nn.functional.instance_norm)
+          nn.functional.instance_norm, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 # %% ../../nbs/refinement/20_int8.ipynb #6d5d1af6
+def _padded(model): # kernels know numbers of zeros or of mirrored pixels: 'same' as those, or a sentence
+    for n,m in model.named_modules():
+        if not isinstance(m, nn.modules.conv._ConvNd): continue
+        if m.padding_mode not in ('zeros','reflect'):
+            raise ValueError(f"{n} pads by {m.padding_mode!r}, which no int8 kernel does: "
+                             "give it padding_mode 'zeros' or 'reflect'")
+        if not isinstance(m.padding, str): continue
+        both = [d*(k-1)*(m.padding=='same') for d,k in zip(m.dilation, m.kernel_size)]
+        if any(b%2 for b in both):
+            raise ValueError(f"{n} pads more on one side (padding='same', kernel {m.kernel_size}), which no "
+                             "int8 kernel does: choose an odd kernel")
+        m.padding = tuple(b//2 for b in both)
+    return model
+
 def _any_layout(graph): # the output of an integer kernel has its channels last: no `view` can flatten it
     for node in graph.graph.find_nodes(op='call_method', target='view'):
         if not isinstance(node.args[1], torch.dtype): node.target = 'reshape'
@@ -100,8 +115,8 @@ def prepared(
         config = get_default_qconfig_mapping(backend).set_global(
             QConfig(activation=look, weight=get_default_qconfig(backend).weight))
         for kind in _FLOAT: config.set_object_type(kind, None)
-        custom = PrepareCustomConfig().set_non_traceable_module_classes([Normalise])
-        whole = plain_weights(copied(instance('model', model, nn.Module, 'a module')).eval())
+        custom = PrepareCustomConfig().set_non_traceable_module_classes([Normalise, CosineHead])
+        whole = _padded(plain_weights(copied(instance('model', model, nn.Module, 'a module')).eval()))
         try: return _any_layout(prepare_fx(whole, config, (torch.empty(0),), prepare_custom_config=custom))
         except (torch.fx.proxy.TraceError, AssertionError, TypeError) as e:
             raise ValueError(f"{type(model).__name__} cannot be traced for the backend {backend!r}, "

@@ -88,7 +88,10 @@ def restored(
 def mebibytes(
     tensors:dict[str,Tensor], # e.g. of `integers` or of `state_dict()`
 )->float:                     # MiB, 2**20 bytes
-    "Size on disk, as a safetensors file"
+    "Size on disk, as a safetensors file; the weights of tied layers count once"
     instance('tensors', tensors, Mapping, 'a mapping name -> tensor')
-    for k,v in tensors.items(): instance(k, v, Tensor, 'a tensor')
-    return len(save({k: v.contiguous() for k,v in tensors.items()}))/2**20
+    once = {}
+    for k,v in tensors.items():
+        instance(k, v, Tensor, 'a tensor')
+        once.setdefault((v.data_ptr(), v.shape, v.stride(), v.dtype) if v.numel() else k, (k, v))
+    return len(save({k: v.contiguous().clone() for k,v in once.values()}))/2**20

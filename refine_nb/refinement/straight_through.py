@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..base import Call, Recipe, Spec, choose, instance
-from ..vision import Data, copied, foldable
+from ..vision import Data, DualNorm, copied, foldable
 from ..training import Method
 from .int8 import BACKENDS, CALIBRATION_BATCH, OBSERVERS, Int8, calibrate, prepared
 
@@ -77,6 +77,14 @@ def _folded(model:nn.Module, norms:dict[str,str],
                                        b.eps, b.weight, b.bias)
 
 # %% ../../nbs/refinement/30_straight_through.ipynb #20c8c8fe
+def _pairs(model:nn.Module)->dict[str,str]: # convolution -> its batch norm, or a sentence
+    if any(isinstance(m, DualNorm) for m in model.modules()):
+        raise ValueError("one of two batch norms cannot be fused: train single_norms(model) through int8")
+    try: return dict(foldable(model))
+    except (torch.fx.proxy.TraceError, AssertionError, TypeError, ValueError) as e:
+        raise ValueError(f"{type(model).__name__} cannot be traced, so it cannot be trained through int8 "
+                         f"({e}): write it with convolutions and linear layers") from e
+
 def _simulable(model:nn.Module, norms:dict[str,str])->None: # or a sentence
     if lone := [n for n in _norms(model) if n not in norms.values()]:
         raise ValueError(f"batch norm {lone[0]} does not follow a convolution, so it cannot be fused")
@@ -102,7 +110,7 @@ class Simulation:
         *, backend:str='x86',
     ):
         self.graph = copied(watched).requires_grad_(False)
-        self.norms, self.each = dict(foldable(model)), backend!='qnnpack'
+        self.norms, self.each = _pairs(model), backend!='qnnpack'
         self.others = _others(model)
         for n,m in list(self.graph.named_modules(remove_duplicate=False)): # a pooling shares its two
             if isinstance(m, ObserverBase): self.graph.set_submodule(n, _Round(m))
@@ -120,6 +128,23 @@ class Simulation:
     def __call__(self, x:Tensor)->Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False): return self.graph(x)
 
+# %% ../../nbs/refinement/30_straight_through.ipynb #a048a759
+class _Ranges: # of activations; those of an epoch are of the weights that it starts from, whoever asks first
+    def __init__(self, data, n, device, **how):
+        self.data, self.n, self.kind, self.how = data, n, torch.device(device).type, how
+        self.simulation, self.stepped = None, False
+    def watch(self, m): # in full precision, within a step as between epochs
+        with torch.autocast(self.kind, enabled=False):
+            watched = calibrate(prepared(m, **self.how), self.data, self.n)
+        self.simulation, self.stepped = Simulation(m, watched, backend=self.how['backend']), False
+        return watched
+    def start(self): # of an epoch: unless they were calibrated since the last step
+        if self.stepped: self.simulation = None
+    def now(self, m):
+        if self.simulation is None: self.watch(m)
+        self.stepped = True
+        return self.simulation
+
 # %% ../../nbs/refinement/30_straight_through.ipynb #845d15f2
 def through_int8(
     data:Data,                # also calibrates
@@ -133,19 +158,16 @@ def through_int8(
 )->Method:                    # for `fit`
     "Train with the quantised forward and the full-precision counterpart's gradient (AdCorDA, section 4)"
     choose(norm, ('frozen','batch'), 'norm'); instance('method', method, Call, 'a call such as call(adapt)')
-    inner,now = method(data, batch_size=batch_size, seed=seed, device=device), []
-    def watch(m): # in full precision, within a step as between epochs
-        with torch.autocast(torch.device(device).type, enabled=False):
-            watched = calibrate(prepared(m, backend=backend, observer=observer), data, n_calibrate)
-        now[:] = [Simulation(m, watched, backend=backend)]
-        return watched
+    inner = method(data, batch_size=batch_size, seed=seed, device=device)
+    ranges = _Ranges(data, n_calibrate, device, backend=backend, observer=observer)
+    def epoch_batches(epoch): ranges.start(); return inner.batches(epoch)
     def step(model, batch, progress):
         bare = getattr(model, '_orig_mod', model) # behind torch.compile
         if norm=='frozen': [m.eval() for m in _norms(bare).values()]
-        now or watch(bare)
-        return inner.step(StraightThrough(now[0].follow(bare), model), batch, progress)
+        return inner.step(StraightThrough(ranges.now(bare).follow(bare), model), batch, progress)
     about = dict(inner.about, backend=backend, observer=observer, n_calibrate=n_calibrate, norm=norm)
-    return replace(inner, step=step, about=about, deploy=lambda m: Int8(watch(m), backend=backend))
+    return replace(inner, batches=epoch_batches, step=step, about=about,
+                   deploy=lambda m: Int8(ranges.watch(m), backend=backend))
 
 # %% ../../nbs/refinement/30_straight_through.ipynb #a678bf71
 @dataclass(frozen=True)
