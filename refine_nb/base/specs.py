@@ -10,6 +10,7 @@ __all__ = ['Spec', 'untargeted', 'Recipe', 'Adversarials', 'Cell', 'Robustness',
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from numbers import Integral, Real
 
 from .calls import Call
@@ -48,8 +49,14 @@ def untargeted(
     attack, # a `Call`, a function or None
 )->None:
     "A sentence where an attack goes towards the labels: true ones, so that it would help the network"
-    if getattr(attack, 'all_settings', {}).get('targeted') is True:
-        raise ValueError(f"{attack.name} with targeted=True goes towards the labels, the true ones: it would "
+    said = dict(getattr(attack, 'all_settings', {})); named = attack
+    if isinstance(attack, partial):
+        named = attack.func; said = {**getattr(named, 'all_settings', {}), **attack.keywords}
+    for inner in said.values(): # an attack that another one is given
+        if isinstance(inner, (Call, partial)): untargeted(inner)
+    if said.get('targeted') is True:
+        name = getattr(named, 'name', getattr(named, '__name__', type(named).__name__))
+        raise ValueError(f"{name} with targeted=True goes towards the labels, the true ones: it would "
                          "help the network. Leave it False; what corrects images is `correct`")
 
 # %% ../../nbs/base/10_specs.ipynb #bb0ce9c2

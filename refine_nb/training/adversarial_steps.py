@@ -35,6 +35,8 @@ def _slots(attack, objective, weight)->tuple[set,set]:
                          "attack: give one, such as call(pgd)")
     return asks, weighs
 
+def _as_they_are(model, x, y): return x
+
 def _each(w, y): # [B], what a weight gives, or a sentence
     if getattr(w, 'shape', None)==y.shape: return w
     raise ValueError(f"a weight must return one number per example {list(y.shape)}, "
@@ -61,7 +63,8 @@ def adversarial(
     "The step of adversarial training, from an attack, an objective and a weight"
     asks,weighs = _slots(attack, objective, weight); needs = asks|weighs
     counts = 'steps_to_flip' in needs
-    attacked = attacker(counting(attack) if counts else attack, mode, folded)
+    made_by = counting(attack) if counts else attack or _as_they_are
+    attacked = attacker(made_by, mode, folded)
     def step(model, batch, progress):
         x,y,generator = batch; images,given = {'': x},{'y': y, 'progress': progress}
         if needs & {*_ATTACKED}:

@@ -18,11 +18,11 @@ def boosted_ce(
     y:Tensor,     # [B], labels in 0..K-1
     *,
     floor:float=1e-4, # added to 1-q, >= 0: the code's 1.0001; the paper has none
-)->Tensor:        # [B], > -2 floor
+)->Tensor:        # [B], > -floor-1e-12; finite, also for a certain mistake
     "Cross-entropy minus log(1 - the likeliest wrong class) (MART, eq. 6; `mart.py`)"
     _check(y, z_adv=z_adv); floor = number('floor', floor, 0)
     wrong = z_adv.softmax(1).scatter(1, y[:,None], -1.).amax(1)
-    return ce(z_adv, y) - (1+floor+1e-12-wrong).log()
+    return ce(z_adv, y) - (1+floor+1e-12-wrong).clamp_min(1e-12).log()
 
 # %% ../../nbs/training/04_boosted.ipynb #0f21ef39
 def mart(

@@ -12,13 +12,13 @@ from torch import Tensor
 # %% ../../nbs/training/20_deep_coral.ipynb #a6990952
 def covariance(
     f:Tensor, # [n,d], float; n >= 2 examples of d features
-)->Tensor:    # [d,d], symmetric
+)->Tensor:    # [d,d], symmetric, float32 or finer
     "Covariance of the columns, with n-1 (Deep CORAL, eqs. 2-3)"
     if not isinstance(f, Tensor): raise ValueError(f"features must be a tensor, got {type(f).__name__}")
     if f.ndim!=2: raise ValueError(f"features must be [n,d], got {list(f.shape)}: flatten each example first")
     if len(f)<2: raise ValueError(f"a covariance needs at least 2 examples, got {len(f)}")
     if not f.is_floating_point(): raise ValueError(f"features must be float, got {f.dtype}")
-    f = f-f.mean(0)
+    f = f.to(torch.promote_types(f.dtype, torch.float32)); f = f-f.mean(0)
     with torch.autocast(f.device.type, enabled=False): # two are nearly equal: bf16 loses the rest
         return f.T@f/(len(f)-1)
 

@@ -6,7 +6,7 @@
 __all__ = ['DEFENCES', 'defence']
 
 # %% ../../nbs/training/42_defences.ipynb #220c5a4a
-from ..base import Call, call, choose
+from ..base import Call, call, choose, number
 from ..attacks import ce, gaussian, kl_pgd, pgd
 from .adversarial_steps import adversarial_training
 from .boosted import mart
@@ -35,12 +35,13 @@ def defence(
     *,
     eps:float=8/255,        # L-inf budget of the training attack
     step_size:float=2/255,  # of each step
-    steps:int=10,           # at least 1
+    steps:int=10,           # at least 1; of GAIRAT 2
     mode:str='eval', augment:str='crop_flip', # as for `adversarial_training`
     **settings,             # of attack, objective or weight: each goes to every part that has it
 )->Call:                    # of `adversarial_training`, for a `Recipe`
     "A published method of adversarial training, at its authors' constants"
     parts = [p for p in _PARTS[choose(name, DEFENCES, 'defence')] if p]
+    if name=='gairat': number('steps', steps, 2, whole=True)
     settings |= dict(eps=eps, step_size=step_size, steps=steps)
     for k in settings: choose(k, sorted({n for p in parts for n in p.all_settings}), f'setting of {name}')
     own = [p.but(**{k: v for k,v in settings.items() if k in p.all_settings}) for p in parts]

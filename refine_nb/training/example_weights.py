@@ -17,6 +17,7 @@ def _waiting(progress, burn_in): # still in the share that is trained plainly?
     return number('progress', progress, 0, 1) < number('burn_in', burn_in, 0, 1)
 
 def _normalised(w, what): # mean 1 over the batch
+    if not len(w): return w
     total = w.sum()
     if total.device.type=='cpu' and not total>0: # elsewhere it would wait; nan comes out and is told
         raise ValueError(f"all weights of {what} are {'zero' if total==0 else 'not numbers'}, and a batch of "

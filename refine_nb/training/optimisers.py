@@ -7,6 +7,7 @@ __all__ = ['sgd', 'piecewise', 'cosine', 'linear', 'set_rate']
 
 # %% ../../nbs/training/32_optimisers.ipynb #0bc2e4b5
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -14,7 +15,7 @@ from ..base import instance, number
 
 # %% ../../nbs/training/32_optimisers.ipynb #a55f7c15
 def sgd(
-    params,                   # what `model.parameters()` gives
+    params:Iterable,          # what `model.parameters()` gives, or groups of it
     *,
     lr:float=1e-4,            # learning rate, > 0
     momentum:float=.9,        # in [0,1)
@@ -23,6 +24,9 @@ def sgd(
     "SGD with momentum; defaults of AdCorDA's fine-tuning (section 4)"
     number('lr', lr, above=0); number('weight_decay', weight_decay, 0)
     number('momentum', momentum, 0, below=1)
+    if isinstance(params, (torch.nn.Module, torch.Tensor)) or not isinstance(params, Iterable):
+        raise ValueError(f"params wants parameters, got {type(params).__name__}: write model.parameters()")
+    if not (params := list(params)): raise ValueError("params wants parameters, got none: there is no weight")
     return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 # %% ../../nbs/training/32_optimisers.ipynb #a204bcc3
@@ -38,7 +42,7 @@ def piecewise(
     at:tuple[float,...]=(.5,.75), # shares of the run at which the rate drops, increasing, in (0,1)
     factor:float=.1, # of each drop, > 0
     warmup:float=0., # share of the run, in [0,1)
-)->float:            # > 0
+)->float:            # > 0; 0 where a warm-up starts
     "The rate drops by a factor at some points (robust_overfitting: .5, .75; TRADES' code, 76 epochs: 74/76)"
     if not isinstance(at, (tuple,list)) or list(at)!=sorted({number('at', a, above=0, below=1) for a in at}):
         raise ValueError(f"at wants increasing shares of the run in (0,1), got {at}")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..base import Call, choose, instance
+from ..base import Call, choose, instance, untargeted
 from ..vision import fold_if_same, logits_and_cosines, refold
 from ..attacks import attacking, fixed_sizes, logits_of, same_shape
 
@@ -75,19 +75,20 @@ def _copying(folded:bool, mode:str): # what `_attacked` wants
 
 # %% ../../nbs/training/38_step_parts.ipynb #f00fa172
 def attacker(
-    attack:Callable|None, # (model, x, y) -> x_adv, perhaps with a generator
-    mode:str='eval',      # of the model while it is attacked: 'eval', 'train' or 'train_untouched'
-    folded:bool=False,    # attack a folded copy: where it is always the same network, in mode 'eval'
+    attack:Callable,  # (model, x, y) -> x_adv, perhaps with a generator
+    mode:str='eval',  # of the model while it is attacked: 'eval', 'train' or 'train_untouched'
+    folded:bool=False, # attack a folded copy: where it is always the same network, in mode 'eval'
 )->Callable: # (model, x, y, generator, settings of this step) -> x_adv [B,...], in full precision
     "An attack as a training step calls it"
+    instance('attack', attack, Callable, 'a function or a call such as call(pgd)'); untargeted(attack)
     choose(mode, ('eval','train','train_untouched'), 'mode'); copy = _copying(folded, mode)
     def attacked(model, x, y, generator, **now):
         return _attacked(model, attack, x, y, mode, generator, copy, **now)
     return attacked
 
-# %% ../../nbs/training/38_step_parts.ipynb #506e5363
+# %% ../../nbs/training/38_step_parts.ipynb #6d8bc601
 class _Watched(_AsIs): # counts per image at how many gradients it is classified correctly
-    def __init__(self, model, y): super().__init__(model); self.y,self.kappa = y,None
+    def __init__(self, model, y): super().__init__(model); self.y,self.kappa,self.asked = y,None,0
     def forward(self, x):
         z = self.lent(x)
         if z.requires_grad:
@@ -96,12 +97,25 @@ class _Watched(_AsIs): # counts per image at how many gradients it is classified
                                  f"{len(z)} of {len(self.y)} images: no early_stop, and restarts=1")
             right = (z.detach().argmax(1)==self.y).long()
             self.kappa = right if self.kappa is None else self.kappa+right
+            self.asked += 1
         return z
 
+def _once(attack)->dict: # its settings, with those of an attack inside; or a sentence
+    said = {}
+    for v in getattr(attack, 'all_settings', getattr(attack, 'keywords', {})).values():
+        if isinstance(v, Callable): said |= _once(v)
+    said |= getattr(attack, 'all_settings', getattr(attack, 'keywords', {}))
+    if said.get('restarts', 1)!=1 or said.get('early_stop'):
+        raise ValueError("steps_to_flip wants an attack that steps with the whole batch, once: "
+                         "no early_stop, and restarts=1")
+    return said
+
+# %% ../../nbs/training/38_step_parts.ipynb #506e5363
 def counting(
-    attack:Callable, # (model, x, y) -> x_adv, perhaps with a generator
+    attack:Callable, # (model, x, y) -> x_adv, perhaps with a generator; one gradient a step, no restarts
 )->Callable:         # (model, x, y, generator) -> x_adv [B,...], kappa [B] in 0..steps
     "An attack that also says at how many of its steps an image was still right (GAIRAT, `GA_PGD`)"
+    steps = _once(attack).get('steps'); untargeted(attack)
     def counted(model, x, y, generator=None):
         names = attack.accepts if isinstance(attack, Call) else inspect.signature(attack).parameters
         watched = _Watched(model, y)
@@ -109,6 +123,9 @@ def counting(
         if watched.kappa is None:
             raise ValueError("steps_to_flip wants an attack that takes gradient steps, such as call(pgd): "
                              "this one took none")
+        if isinstance(steps, int) and watched.asked > steps:
+            raise ValueError(f"steps_to_flip wants an attack with one gradient a step, such as call(pgd), got "
+                             f"{watched.asked} in {steps} steps")
         return x_adv, watched.kappa
     return counted
 
