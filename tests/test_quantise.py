@@ -263,7 +263,8 @@ def test_padding_that_no_kernel_has_is_told_by_its_layer(odd, says):
 
 def test_training_through_int8_names_what_it_cannot_follow():
     class Attends(nn.Module):
-        def __init__(self): super().__init__(); self.mix, self.last = nn.MultiheadAttention(8, 2), nn.Linear(64, 10)
+        def __init__(self):
+            super().__init__(); self.mix, self.last = nn.MultiheadAttention(8, 2), nn.Linear(64, 10)
         def forward(self, x): return self.last(self.mix(x[:, 0], x[:, 0], x[:, 0])[0].flatten(1))
     for odd, says in ((Attends(), 'cannot be traced, so it cannot be trained'),
                       (dual_norms(net(num_classes=10)), 'train single_norms')):

@@ -9,8 +9,9 @@ from refine_nb.base import call, untargeted
 from refine_nb.attacks import dra, pgd
 from refine_nb.evaluation import verdicts
 from refine_nb.refinement import straight_through, through_int8
-from refine_nb.training import (Snapshots, adversarial_training, advprop_step, attacker, boosted_ce, coral, counting,
-                                covariance, fine_tune, fit, gairat, halves, mail, regulated, sgd)
+from refine_nb.training import (Method, Snapshots, adversarial_training, advprop_step, attacker, boosted_ce,
+                                cloned, coral, cosine, counting, covariance, fine_tune, fit, gairat, halves,
+                                mail, regulated, sgd, train_epoch)
 from refine_nb.vision import load_data, scaled_attack, smooth_attack
 
 DIGITS = load_data('digits', n_train=64)
@@ -74,7 +75,8 @@ def test_an_attacker_wants_an_attack():
     for made in (attacker, advprop_step):
         with pytest.raises(ValueError, match='attack wants a function or a call'): made(None)
 
-@pytest.mark.parametrize('attack', [call(pgd, restarts=2), call(pgd, early_stop=True), partial(pgd, restarts=3),
+@pytest.mark.parametrize('attack', [call(pgd, restarts=2), call(pgd, early_stop=True),
+                                    partial(pgd, restarts=3),
                                     call(smooth_attack, attack=call(pgd, restarts=2))], ids=str)
 def test_steps_to_flip_are_of_one_run(attack):
     with pytest.raises(ValueError, match='no early_stop, and restarts=1'): counting(attack)
@@ -87,7 +89,8 @@ def test_steps_to_flip_are_no_more_than_the_steps():
 # ---- losses and weights ------------------------------------------------------------------------------------
 
 def test_a_certain_mistake_among_two_has_a_finite_boosted_loss():
-    z = torch.tensor([[-30., 0.], [0., 0.], [100., 0.]], requires_grad=True); y = torch.zeros(3, dtype=torch.long)
+    z = torch.tensor([[-30., 0.], [0., 0.], [100., 0.]], requires_grad=True)
+    y = torch.zeros(3, dtype=torch.long)
     loss = boosted_ce(z, y, floor=0.)
     assert loss.isfinite().all() and (loss > -1e-12).all()
     assert torch.autograd.grad(loss.sum(), z)[0].isfinite().all()
@@ -106,3 +109,71 @@ def test_covariances_of_sixteen_bits_are_of_full_precision(kind):
                                          (None, 'got NoneType'), (torch.ones(2), 'got Tensor')])
 def test_an_optimiser_wants_parameters(params, says):
     with pytest.raises(ValueError, match=says): sgd(params)
+
+# ---- the border of `fit` -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('how,says', [({'snapshots': 'there'}, 'snapshots wants a Snapshots'),
+    ({'engine': 'cpu'}, "engine wants an Engine, such as engine"),
+    ({'schedule': .1}, 'schedule wants a function'), ({'robust': .1}, 'robust wants a function'),
+    ({'validate': lambda m: None}, 'valid_accuracy wants .*got None'),
+    ({'method': Method(lambda e: [], len, 0, 0)}, 'n_steps of the method wants a whole number >= 1'),
+    ({'method': Method(lambda e: [], len, 4, 4)}, 'the method gave no batch in epoch 1')])
+def test_what_fit_is_given_is_looked_at(how, says):
+    with pytest.raises(ValueError, match=says): trained(net(), **how)
+
+def test_lbfgs_and_an_epoch_beyond_the_last_are_refused():
+    model = net()
+    with pytest.raises(ValueError, match='LBFGS asks for the loss anew within a step'):
+        trained(model, optimiser=torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(ValueError, match=r'epoch wants a whole number in \[0, 1\], got 2'):
+        train_epoch(model, plain(), sgd(model.parameters()), epoch=2, epochs=2, seed=1, quiet=True)
+
+@pytest.mark.parametrize('every', [None, '0', -1])
+def test_snapshots_are_so_many_seconds_apart(every):
+    with pytest.raises(ValueError, match='every wants a finite number >= 0'): Snapshots('there', every=every)
+
+def test_a_batch_of_one_is_told_by_its_norm():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    with pytest.raises(ValueError, match='a batch of one image has one: choose batch_size >= 2'):
+        trained(model, plain(1))
+
+def test_an_accuracy_and_a_rate_may_be_tensors(tmp_path):
+    def run(s, lr): # twice: the second goes on from the first
+        model = net(); opt = torch.optim.Adam(model.parameters(), lr=lr)
+        return trained(model, optimiser=opt, schedule=cosine, snapshots=s,
+                       validate=lambda m: torch.tensor(.5))
+    for _ in range(2):
+        row, = run(Snapshots(tmp_path, every=0), torch.tensor(.01))['history']
+        assert row['valid_accuracy'] == .5 and type(row['valid_accuracy']) is type(row['lr']) is float
+
+class Besides(nn.Module): # keeps what is no tensor
+    def __init__(self): super().__init__(); self.net, self.kept = net(), {'a': [1]}
+    def forward(self, x): return self.net(x)
+    def get_extra_state(self): return self.kept
+    def set_extra_state(self, kept): self.kept = kept
+
+def test_a_network_with_a_state_of_its_own_goes_on(tmp_path):
+    model = Besides(); kept = cloned(model.state_dict()); model.kept['a'].append(2)
+    assert kept['_extra_state'] == {'a': [1]}
+    for epochs in (2, 2): log = trained(Besides(), epochs=epochs, snapshots=Snapshots(tmp_path, every=0))
+    assert len(log['history']) == 2
+
+def test_a_group_of_parameters_may_have_keys_of_its_own(tmp_path):
+    def run(name):
+        model = net()
+        opt = torch.optim.SGD([{'params': model[0].parameters()},
+                               {'params': model[4].parameters(), 'name': name}], lr=.01)
+        return trained(model, optimiser=opt, snapshots=Snapshots(tmp_path, every=0))
+    run('head'); run('head')
+    with pytest.raises(ValueError, match=r"made with name \[None, 'head'\], now \[None, 'foot'\]"):
+        run('foot')
+
+def test_other_frozen_weights_are_another_run_where_a_snapshot_says_so(tmp_path):
+    def run():
+        model = net(); model[0].requires_grad_(False)
+        return trained(model, snapshots=Snapshots(tmp_path, every=0))
+    trained(net(), snapshots=Snapshots(tmp_path, every=0))
+    with pytest.raises(ValueError, match=r"made with frozen \[\], now \['0.weight', '0.bias'\]"): run()
+    s = Snapshots(tmp_path, every=0); old = s.load()
+    del old['run']['frozen']; s.save(old) # of an older version
+    assert run()

@@ -19,7 +19,7 @@ from ..vision import Data, batches, suiting, to_input
 from ..attacks import NotFinite, logits_of
 from .engines import Engine
 from .optimisers import set_rate
-from .snapshots import Snapshots, cloned, resume, run_identity
+from .snapshots import Snapshots, _plain, cloned, resume, run_identity
 
 # %% ../../nbs/training/36_fitting.ipynb #fa70cc35
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def _trainable(model, method, optimiser, epoch=0, epochs=1, kind=Callable, valid
     instance('model', model, kind, 'a module'); instance('method', method, Method, 'a Method')
     instance('validate', validate, Callable, 'a function of the model')
     instance('optimiser', optimiser, torch.optim.Optimizer, 'an optimiser of torch')
-    number('epoch', epoch, 0, whole=True); number('epochs', epochs, 1, whole=True)
+    number('epochs', epochs, 1, whole=True); number('epoch', epoch, 0, epochs-1, whole=True)
+    number('n_steps of the method', method.n_steps, 1, whole=True)
     if not isinstance(model, nn.Module): return
     own = {id(p) for p in model.parameters() if p.requires_grad}
     if not own: raise ValueError('no parameter of the model asks for a gradient: call requires_grad_(True)')
@@ -78,6 +79,7 @@ class Diverged(RuntimeError):
         super().__init__(f'{why}{kept}'); self.why, self.history = why, list(history)
 
 def _finite(losses:list[Tensor], epoch:int, n:int)->float: # mean of the losses of an epoch of n steps
+    if not losses: raise ValueError(f"the method gave no batch in epoch {epoch+1}: look at its `batches`")
     losses = torch.stack(losses).float().cpu(); bad = (~losses.isfinite()).nonzero()
     if len(bad):
         raise Diverged(f"the loss is {losses[bad[0]].item()} at epoch {epoch+1}, "
@@ -94,8 +96,20 @@ def _attacked_in_time(losses:list[Tensor], epoch:int, n:int): # an attack may me
     except NotFinite as e:
         if losses: _finite(losses, epoch, n)
         raise Diverged(f"{e}, at epoch {epoch+1}, step {len(losses)+1} of {n}") from None
+    except ValueError as e:
+        if 'more than 1 value per channel' not in str(e): raise
+        raise ValueError("a batch norm in training wants more than one value of each channel, and a batch "
+                         f"of one image has one: choose batch_size >= 2 ({e})") from e
 
 # %% ../../nbs/training/36_fitting.ipynb #cba3d4b1
+def _border(optimiser, engine, schedule, robust=None)->None: # or a sentence
+    if isinstance(optimiser, torch.optim.LBFGS):
+        raise ValueError("LBFGS asks for the loss anew within a step, and here it is computed once: "
+                         "choose another optimiser, such as sgd")
+    instance('engine', engine, Engine, "an Engine, such as engine('cpu')")
+    for name,v in (('schedule', schedule), ('robust', robust)):
+        if v is not None: instance(name, v, Callable, 'a function or a call')
+
 def _as_weights(batch:tuple, model)->tuple: # images in the network's own precision: float64, say
     return tuple(to_input(t, model=model) if isinstance(t, Tensor) and t.ndim==4 else t for t in batch)
 
@@ -128,7 +142,7 @@ def train_epoch(
     quiet:bool=False,      # no bar
 )->dict: # mean loss and logs of the epoch, last learning rate, images per second
     "One pass of `method` over its batches; `Diverged` for a loss that is not finite"
-    _trainable(model, method, optimiser, epoch, epochs); model.train()
+    _trainable(model, method, optimiser, epoch, epochs); _border(optimiser, engine, schedule); model.train()
     start,n,losses,logs = time.monotonic(),method.n_steps,[],{}
     progress = bar(total=method.n_images, desc=f'epoch {epoch+1}/{epochs}', unit='img', quiet=quiet)
     with _drawing(seed, epoch), progress, suiting(model):
@@ -140,7 +154,7 @@ def train_epoch(
             for k,v in extra.items(): logs.setdefault(k, []).append(v)
             progress.update(method.n_images//n)
     loss = _finite(losses, epoch, n); _sound(model, epoch)
-    return {'loss': loss, **_means(logs), 'lr': optimiser.param_groups[0]['lr'],
+    return {'loss': loss, **_means(logs), 'lr': _plain(optimiser.param_groups[0]['lr']),
             'images_per_second': method.n_images/(time.monotonic()-start)}
 
 # %% ../../nbs/training/36_fitting.ipynb #e0ade277
@@ -151,9 +165,10 @@ def _ended(e, state, snapshots)->Diverged: # which also says what is kept
     return Diverged(why, f"; {kept}. A smaller learning rate usually helps", state['history'])
 
 def _seen(model, validate, robust)->dict:
-    seen = {'valid_accuracy': validate(model), **({'robust_valid_accuracy': robust(model)} if robust else {})}
+    seen = {'valid_accuracy': _plain(validate(model)),
+            **({'robust_valid_accuracy': _plain(robust(model))} if robust else {})}
     for k,v in seen.items():
-        if not math.isnan(v): number(k, v, 0, 1)
+        if not (isinstance(v, float) and math.isnan(v)): number(k, v, 0, 1)
     return seen
 
 def _better(now:float, best:float)->bool: # where there is none (-1) or no number (nan) the later epoch stays
@@ -185,7 +200,10 @@ def _handed_back(state:dict, model, select, epochs)->dict:
             'other': both if state['best_epoch']!=epochs else {}}
 
 # %% ../../nbs/training/36_fitting.ipynb #338654f5
+def _frozen(model): return [n for n,p in model.named_parameters() if not p.requires_grad]
+
 def _run(method, optimiser, engine, *, epochs, seed, clip, **settings)->dict: # what `resume` compares
+    _border(optimiser, engine, settings.get('schedule'), settings.get('robust'))
     number('epochs', epochs, 0, whole=True); number('seed', seed, whole=True)
     if clip is not None: number('clip', clip, above=0)
     settings |= {'precision': engine.precision, 'compiled': engine.compiled, **method.about}
@@ -210,7 +228,7 @@ def fit(
     both = dict(epochs=epochs, seed=seed, schedule=schedule, clip=clip, robust=robust)
     about = dict(by=_judge(select, robust), validate=validate, method=method, optimiser=optimiser,
                  engine=engine, quiet=quiet, **both)
-    run = _run(method, optimiser, engine, select=select, **both)
+    run = _run(method, optimiser, engine, select=select, frozen=_frozen(model), **both)
     state = resume(snapshots, model, optimiser, run, epochs=epochs, device=engine.device)
     runner = engine.runner(model)
     while state['epoch'] < epochs:

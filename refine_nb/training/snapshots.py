@@ -7,14 +7,15 @@ __all__ = ['Snapshots', 'cloned', 'run_identity', 'resume']
 
 # %% ../../nbs/training/34_snapshots.ipynb #946fb763
 import hashlib, io, time, warnings
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from torch import nn
+from torch import Tensor, nn
 
-from ..base import Call, canonical, device_name, public_name, whole
+from ..base import Call, canonical, device_name, instance, number, public_name, whole
 
 # %% ../../nbs/training/34_snapshots.ipynb #651157e3
 def _digest(raw)->str: return hashlib.sha256(raw).hexdigest()[:16]
@@ -23,7 +24,8 @@ class Snapshots:
     "The newest whole training state in a folder"
     def __init__(self, folder, every:float=20., # seconds between snapshots; 0 writes after every epoch
         owner:str|None=None): # whose they are, such as the key of a recipe: no one else is given them
-        self.folder, self.every, self.last, self.epoch = Path(folder), every, time.monotonic(), 0
+        self.folder, self.every = Path(folder), number('every', every, 0) # seconds
+        self.last, self.epoch = time.monotonic(), 0
         self.owner = owner
     def save(
         self,
@@ -65,12 +67,14 @@ def load(
 
 # %% ../../nbs/training/34_snapshots.ipynb #5ea6389d
 def cloned(
-    state:dict, # tensors by name, such as `model.state_dict()`
+    state:dict, # tensors by name, such as `model.state_dict()`, and what modules keep besides
 )->dict:        # on the same device
     "Copies that no later step changes"
-    return {k: v.detach().clone() for k,v in state.items()}
+    return {k: v.detach().clone() if isinstance(v, Tensor) else deepcopy(v) for k,v in state.items()}
 
 # %% ../../nbs/training/34_snapshots.ipynb #a3020bf2
+def _plain(v): return v.item() if isinstance(v, Tensor) and v.numel()==1 else v # a rate may be a tensor
+
 def _said(value): # as plain values, the same in another process
     if isinstance(value, (Call, partial)):
         fn, settings = ((public_name(value.fn), value.all_settings) if isinstance(value, Call)
@@ -85,14 +89,16 @@ def run_identity(
 )->dict:     # plain values by name
     "What a run must have in common with the one that it goes on from"
     groups, rates = optimiser.param_groups, ('params', 'lr', 'initial_lr')
-    return {'lr': [g.get('initial_lr', g['lr']) for g in groups], 'optimiser': type(optimiser).__name__,
-            **{k: [_said(g[k]) for g in groups] for k in groups[0] if k not in rates},
+    more = dict.fromkeys(k for g in groups for k in g if k not in rates) # a group may have keys of its own
+    lr = [_plain(g.get('initial_lr', g['lr'])) for g in groups]
+    return {'lr': lr, 'optimiser': type(optimiser).__name__,
+            **{k: [_said(g.get(k)) for g in groups] for k in more},
             **{k.replace('_', ' '): _said(v) for k,v in parts.items()}}
 
 # %% ../../nbs/training/34_snapshots.ipynb #92e04ab5
 def _compare(was:dict, run:dict, snapshots)->None:
     if other := [f'{k} {was.get(k, "not said")}, now {run.get(k, "not said")}' for k in {**run, **was}
-                 if was.get(k)!=run.get(k)]: # what is None is not said
+                 if was.get(k)!=run.get(k) and (k in was or k!='frozen')]: # what is None is not said
         raise ValueError(f"the snapshot of epoch {snapshots.epoch} was made with {'; '.join(other)}: "
                          f"go on with what it was made with, or remove {snapshots.folder} to begin anew")
 
@@ -122,6 +128,7 @@ def resume(
     device='cpu',
 )->dict: # epoch (that are done), history, best (weights), best_epoch, best_accuracy, seconds, device, run
     "The state from which training goes on: the stored one, or that of a new run"
+    if snapshots is not None: instance('snapshots', snapshots, Snapshots, 'a Snapshots(folder)')
     state = snapshots.load(device) if snapshots else None
     if state is None:
         return {'epoch': 0, 'history': [], 'best_epoch': 0, 'best_accuracy': -1.,

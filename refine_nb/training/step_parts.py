@@ -124,8 +124,8 @@ def counting(
             raise ValueError("steps_to_flip wants an attack that takes gradient steps, such as call(pgd): "
                              "this one took none")
         if isinstance(steps, int) and watched.asked > steps:
-            raise ValueError(f"steps_to_flip wants an attack with one gradient a step, such as call(pgd), got "
-                             f"{watched.asked} in {steps} steps")
+            raise ValueError("steps_to_flip wants an attack with one gradient a step, such as call(pgd), "
+                             f"got {watched.asked} in {steps} steps")
         return x_adv, watched.kappa
     return counted
 
