@@ -12,7 +12,8 @@ from refine_nb.refinement import straight_through, through_int8
 from refine_nb.training import (Method, Snapshots, adversarial_training, advprop_step, attacker, boosted_ce,
                                 cloned, coral, cosine, counting, covariance, fine_tune, fit, gairat, halves,
                                 mail, regulated, sgd, train_epoch)
-from refine_nb.vision import load_data, scaled_attack, smooth_attack
+from refine_nb.vision import (CosineHead, SmoothReLU, Split, clipped, cosine_head, data_of, divided,
+                              embeddings, fold, load_data, logits_and_cosines, refold, scaled_attack, smooth_attack)
 
 DIGITS = load_data('digits', n_train=64)
 
@@ -177,3 +178,69 @@ def test_other_frozen_weights_are_another_run_where_a_snapshot_says_so(tmp_path)
     s = Snapshots(tmp_path, every=0); old = s.load()
     del old['run']['frozen']; s.save(old) # of an older version
     assert run()
+
+# ---- networks ----------------------------------------------------------------------------------------------
+
+class Odd(nn.Module): # the layer registered last is a hidden one
+    def __init__(self): super().__init__(); self.last, self.hidden = nn.Linear(32, 10), nn.Linear(64, 32)
+    def forward(self, x): return self.last(self.hidden(x.flatten(1)).relu())
+
+class Behind(nn.Module): # something follows the layer registered last
+    def __init__(self): super().__init__(); self.last = nn.Linear(64, 10)
+    def forward(self, x): return self.last(x.flatten(1)).log_softmax(1)
+
+@pytest.mark.parametrize('made', [Odd, Behind])
+def test_a_last_layer_is_what_the_network_returns(made):
+    for ask in (lambda: embeddings(made(), X), lambda: logits_and_cosines(cosine_head(made()), X)):
+        with pytest.raises(ValueError, match=f'{made.__name__} does not return what its last linear'): ask()
+
+def test_cosines_are_those_of_a_network_that_is_right_and_nothing_is_left_behind():
+    model = cosine_head(net(), scale=5.).eval(); z, cos = logits_and_cosines(model, X)
+    assert torch.equal(z, model(X)) and torch.allclose(z, 5*cos) and not model[4]._forward_hooks
+    assert torch.equal(embeddings(net().eval(), X), net().eval()[:4](X))
+    with pytest.raises(ValueError, match='scale wants a finite number > 0'): CosineHead(net()[4], scale=0.)
+
+class Cooled(nn.Module): # by a buffer that no state dict has
+    def __init__(self):
+        super().__init__(); self.net = net(); self.register_buffer('t', torch.ones(1), persistent=False)
+    def forward(self, x): return self.net(x)*self.t
+
+def test_a_folded_copy_follows_buffers_that_no_state_dict_has():
+    model = Cooled().eval(); fast = fold(model); model.t = model.t*2
+    assert not torch.allclose(fast(X), model(X))
+    assert torch.allclose(refold(fast, model)(X), model(X), atol=1e-5)
+
+def test_a_slope_is_no_text():
+    with pytest.raises(ValueError, match="alpha must be a finite number > 0, got '10'"): SmoothReLU('10')
+
+# ---- images ------------------------------------------------------------------------------------------------
+
+PIXELS, LABELS = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40)%4
+
+def test_a_pair_may_be_a_list():
+    assert data_of([PIXELS, LABELS]).fingerprint == data_of((PIXELS, LABELS)).fingerprint
+
+@pytest.mark.parametrize('kind', [torch.float32, torch.int64])
+def test_images_up_to_255_are_told_how_to_be_given(kind):
+    with pytest.raises(ValueError, match=f'{kind}.: give them as uint8, or divide them by 255'):
+        data_of((PIXELS.to(kind), LABELS))
+
+@pytest.mark.parametrize('shape,says', [((5, 3, 8, 8), 'make them alike$'), ((5, 1, 9, 9), 'or give a size')])
+def test_images_to_test_on_are_like_the_others(shape, says):
+    test = torch.zeros(shape, dtype=torch.uint8), LABELS[:5]
+    with pytest.raises(ValueError, match=says): data_of((PIXELS, LABELS), test)
+    if shape[1] == 1: assert data_of((PIXELS, LABELS), test, size=8).shape == (1, 8, 8)
+
+def test_data_has_settings_of_its_own():
+    with pytest.raises(ValueError, match="unknown setting of data_of 'root'"):
+        data_of((PIXELS, LABELS), root='x')
+
+def test_few_images_beside_a_validation_part_of_their_own_are_not_split():
+    parts = {'train': Split(PIXELS[:4], LABELS[:4]), 'valid': Split(PIXELS[4:20], LABELS[4:20]),
+             'test': Split(PIXELS[20:], LABELS[20:])}
+    d = divided('own', parts, tuple('abcd'))
+    assert sorted(d.train.y.tolist()) == [0, 1, 2, 3] and torch.equal(d.valid.x, parts['valid'].x)
+
+def test_pixels_that_are_no_numbers_are_told_as_such():
+    with pytest.raises(ValueError, match=r'must lie in \[0,1\], got nan: look at where they come from'):
+        clipped(torch.tensor([[.5, torch.nan]]))

@@ -9,6 +9,7 @@ __all__ = ['KINDS', 'straight_relu', 'SmoothReLU', 'smooth', 'smoothing', 'smoot
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +55,8 @@ class SmoothReLU(nn.Module):
     ):
         super().__init__()
         choose(kind, KINDS, 'kind of smooth ReLU')
-        if isinstance(alpha, bool) or not 0<alpha<float('inf'):
-            raise ValueError(f"alpha must be a finite number > 0, got {alpha}: Xie et al. use 10")
+        if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0<alpha<float('inf'):
+            raise ValueError(f"alpha must be a finite number > 0, got {alpha!r}: Xie et al. use 10")
         self.alpha,self.kind,self.on = float(alpha),kind,on
     def forward(self, x): return KINDS[self.kind](x, self.alpha) if self.on else F.relu(x)
     def extra_repr(self): return f"alpha={self.alpha:g}, kind={self.kind!r}, on={self.on}"

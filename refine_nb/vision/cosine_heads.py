@@ -28,9 +28,9 @@ class CosineHead(nn.Module):
         bias:bool=True,              # keep the bias, added to the cosines
     ):
         super().__init__()
-        choose(projection, ('released','differentiable'), 'projection')
         self.weight,self.bias = layer.weight,layer.bias if bias else None
-        self.scale,self.projection,self.both = scale,projection,False
+        self.scale = scale if scale is None else number('scale', scale, above=0)
+        self.projection,self.both = choose(projection, ('released','differentiable'), 'projection'),False
     def directions(self):
         unit = F.normalize(self.weight, dim=1)
         if self.projection=='differentiable': return unit
@@ -49,7 +49,7 @@ class CosineHead(nn.Module):
 def last_layer(
     model:nn.Module, # a classifier
 )->tuple[str,nn.Module]: # its name in the model, and the `nn.Linear` or `CosineHead` itself
-    "The linear layer that a classifier ends in; `ValueError` where it ends in another"
+    "The linear layer registered last, where a classifier ends as a rule; `ValueError` for another one"
     name,m = [(n,m) for n,m in model.named_modules() if not list(m.children())][-1]
     if not isinstance(m, (nn.Linear, CosineHead)) or not name:
         raise ValueError(f"{type(model).__name__} must end in a linear layer inside of it, "
@@ -58,21 +58,31 @@ def last_layer(
     return name, m
 
 # %% ../../nbs/vision/38_cosine_heads.ipynb #415071c8
+def _not_the_end(model, layer):
+    name = {m: n for n,m in model.named_modules()}.get(layer, '')
+    return ValueError(f"{type(model).__name__} does not return what its last linear layer ({name}) gives: "
+                      "register the layer of the logits last, and return them as they are")
+
+def _passed(model, layer, x)->tuple[Tensor,Tensor]: # what goes into the layer, and what comes out of both
+    seen = []
+    hook = layer.register_forward_hook(lambda m, given, z: seen.append((given[0], z)))
+    try: out = model(x)
+    finally: hook.remove()
+    if seen and (out is (z := seen[-1][1]) or isinstance(out, Tensor) and out.shape==z.shape
+                 and torch.equal(out.to(z), z)): return seen[-1][0],out
+    raise _not_the_end(model, layer)
+
 @torch.no_grad()
 def embeddings(
-    model:nn.Module, # ends in a linear layer; its mode stays as it is
+    model:nn.Module, # returns what its last linear layer gives; its mode stays as it is
     x:Tensor,        # [B,C,H,W], images in [0,1]
 )->Tensor:           # [B,d], a constant
     "What goes into the last layer (thesis, section 3.3.1, $z_x$)"
-    seen = []
-    hook = last_layer(model)[1].register_forward_pre_hook(lambda m, given: seen.append(given[0]))
-    try: model(x)
-    finally: hook.remove()
-    return seen[0]
+    return _passed(model, last_layer(model)[1], x)[0]
 
 # %% ../../nbs/vision/38_cosine_heads.ipynb #ec295c5d
 def cosine_head(
-    model:nn.Module,           # ends in a linear layer; not changed
+    model:nn.Module,           # returns what the linear layer gives that is registered last; not changed
     *,
     scale:float|None=1.,       # what others see, > 0; None: plain logits, whose cosines can be asked for
     projection:str='released', # of the weight: 'released' or 'differentiable'
@@ -119,8 +129,14 @@ def logits_and_cosines(
 )->tuple[Tensor,Tensor]: # logits as others see them, and cosines, both [B,K], from one forward
     "What others see, and the cosines behind it: with the bias, or without where plain logits are shown"
     head = _head(model); head.both = True
-    try: return model(x).chunk(2, 1)
+    packed = any(hasattr(m, '_orig_mod') for m in model.modules()) # a hook would compile it anew
+    try: z = model(x) if packed else _passed(model, head, x)[1]
+    except RuntimeError as e: # what follows the head may not take both
+        if 'shapes cannot be multiplied' not in str(e): raise
+        raise _not_the_end(model, head) from e
     finally: head.both = False
+    if z.shape[1:]!=(2*len(head.weight),): raise _not_the_end(model, head)
+    return z.chunk(2, 1)
 
 # %% ../../nbs/vision/38_cosine_heads.ipynb #8ca7791c
 def scaled_attack(

@@ -74,22 +74,26 @@ def fold_if_same(
     return model, "the folded model answers otherwise: the model is used as it is, which takes longer"
 
 # %% ../../nbs/vision/25_folding.ipynb #03527d95
+def _tensors(m): # by name; buffers too that no state dict has
+    return {k: t for k,t in (m.state_dict() | dict(m.named_buffers())).items() if isinstance(t, Tensor)}
+
 @torch.no_grad()
 def refold(
     folded:nn.Module, # from `fold(model)`: changed in place
-    model:nn.Module,  # the same network, its weights and statistics as they are now
+    model:nn.Module,  # the same network, its weights and buffers as they are now
 )->nn.Module:         # `folded`
     "Bring a folded copy up to date with its model, without tracing it again"
-    pairs,now = getattr(folded, 'folded_pairs', None),model.state_dict()
+    pairs,now = getattr(folded, 'folded_pairs', None),_tensors(model)
     if pairs is None:
         raise ValueError(f"{type(folded).__name__} was not made by fold: call fold(model) first")
     convs,biases = {conv for conv,_ in pairs},{f'{conv}.bias' for conv,_ in pairs}
-    off = [k for k,t in folded.state_dict().items()
-           if k not in biases and (k not in now or now[k].shape!=t.shape)]
+    own = set(folded.state_dict())
+    off = [k for k,t in _tensors(folded).items() if k not in biases
+           and (now[k].shape!=t.shape if k in now else k in own)]
     if off := off+[norm for _,norm in pairs if f'{norm}.running_mean' not in now]:
         raise ValueError(f"the model is not the network that was folded: {off[0]} does not fit")
-    for k,t in folded.state_dict().items():
-        if k.rpartition('.')[0] not in convs: t.copy_(now[k])
+    for k,t in _tensors(folded).items():
+        if k.rpartition('.')[0] not in convs and k in now: t.copy_(now[k])
     for conv,norm in pairs:
         c,n,new = model.get_submodule(conv),model.get_submodule(norm),folded.get_submodule(conv)
         weight,bias = fuse_conv_bn_weights(c.weight, c.bias, n.running_mean, n.running_var,

@@ -90,6 +90,7 @@ def clipped(
     low,high = (v.item() for v in x.detach().aminmax())
     if low>=0 and high<=1: return x
     if low>=-SLIP and high<=1+SLIP: return x.clamp(0, 1)
+    if low!=low: raise ValueError("images must lie in [0,1], got nan: look at where they come from")
     raise ValueError(f"images must lie in [0,1], got {low:.7g}..{high:.7g}: normalise inside the model")
 
 # %% ../../nbs/vision/00_images.ipynb #e522848b

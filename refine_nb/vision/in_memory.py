@@ -10,7 +10,8 @@ from collections.abc import Sized
 import numpy as np
 import torch
 from PIL import Image
-from .images import Data, Split, clipped
+from ..base import choose
+from .images import Data, SLIP, Split, clipped
 from .splitting import divided, held_out
 
 # %% ../../nbs/vision/12_in_memory.ipynb #97265bc5
@@ -34,15 +35,30 @@ def _stack(source): # a `Dataset` as images and labels
         raise ValueError(f"the images have {len(found)} shapes, such as {two}: let the data set resize them")
     return torch.stack(images), torch.tensor([int(y) for _,y,*_ in items])
 
-# %% ../../nbs/vision/12_in_memory.ipynb #41519210
+# %% ../../nbs/vision/12_in_memory.ipynb #e36cc4a3
+def _floats(x): # images that are not of 8 bits
+    f = x.float()
+    if f.numel() and f.amin()>=0 and 1+SLIP<f.amax()<=255:
+        raise ValueError(f"images must lie in [0,1], got {f.amin():g}..{f.amax():g} ({x.dtype}): "
+                         "give them as uint8, or divide them by 255")
+    return clipped(f)
+
 def _split_of(source): # tensors or a `Dataset` -> Split
-    x,y = source if isinstance(source, tuple) and len(source)==2 else _stack(source)
+    pair = isinstance(source, tuple) or isinstance(source, list) and isinstance((*source, 0)[0], torch.Tensor)
+    x,y = source if pair and len(source)==2 else _stack(source)
     s = Split(x, y.long() if isinstance(y, torch.Tensor) and not y.is_floating_point() else y)
-    if s.x.dtype!=torch.uint8: s = Split(clipped(s.x.float()), s.y)
+    if s.x.dtype!=torch.uint8: s = Split(_floats(s.x), s.y)
     if len(s) and s.y.min()<0:
         raise ValueError(f"labels must be >= 0, got {s.y.min()}: classes are counted from 0")
     return s
 
+def _alike(train, test, size): # or a sentence
+    a,b = (list(s.x.shape[1:]) for s in (train, test))
+    if len(test) and (a[0]!=b[0] or size is None and a!=b):
+        raise ValueError(f"images to test on are {b}, those to train with {a}: make them alike"
+                         f"{', or give a size' if a[0]==b[0] else ''}")
+
+# %% ../../nbs/vision/12_in_memory.ipynb #41519210
 def data_of(
     train, test=None,   # (images [N,C,H,W], labels [N]) or a `Dataset`; no test part: a fifth is set aside
     *, name:str='own',  # what it is called
@@ -50,8 +66,10 @@ def data_of(
     **settings,         # size, split_seed, valid and n_train, as for `load_data`
 )->Data:                # three parts, on the CPU
     "Your tensors, or any `Dataset`, as a data set: split, with its fingerprint"
+    for k in settings: choose(k, ('size','split_seed','valid','n_train'), 'setting of data_of')
     first = _split_of(train)
     parts = {'train': first, 'test': _split_of(test)} if test is not None else held_out(first)
+    _alike(first, parts['test'], settings.get('size'))
     K = 1+max((int(s.y.max()) for s in parts.values() if len(s)), default=-1)
     names = tuple(map(str, classes or getattr(train, 'classes', None) or range(K)))
     if len(parts['train'].y.unique()) < 2:

@@ -12,6 +12,10 @@ from ..base import number, seeded
 from .images import Data, Split, fingerprint
 
 # %% ../../nbs/vision/07_splitting.ipynb #605a20cc
+def _shuffled(n, seed): # positions 0..n-1
+    n = number('n', n, 1, whole=True)
+    return torch.randperm(n, generator=seeded('split', number('seed', seed, whole=True)))
+
 def split_indices(
     n:int,           # images to split
     valid:float=0.1, # fraction that validates, in (0,1)
@@ -19,8 +23,7 @@ def split_indices(
 )->tuple[Tensor,Tensor]: # int64 indices of the training and of the validation part
     "Split `n` images at random into train and valid (AdCorDA, section 4)"
     valid = number('valid', valid, above=0, below=1); n = number('n', n, 1, whole=True)
-    seed = number('seed', seed, whole=True)
-    i,k = torch.randperm(n, generator=seeded('split', seed)), round(n*valid)
+    i,k = _shuffled(n, seed), round(n*valid)
     if not 0<k<n: raise ValueError(f"valid={valid} of {n} images leaves one part empty")
     return i[k:], i[:k]
 
@@ -58,8 +61,9 @@ def divided(
     if n_train is not None: n_train = number('n_train', n_train, whole=True)
     if classes is not None: parts,names = _of_classes(parts, names, classes)
     pool = parts['train']
-    i,j = split_indices(len(pool), valid, split_seed)
-    if 'valid' in parts: i,j = torch.cat([j,i]), j[:0]
+    if 'valid' in parts:
+        number('valid', valid, above=0, below=1); i = _shuffled(len(pool), split_seed); j = i[:0]
+    else: i,j = split_indices(len(pool), valid, split_seed)
     if classes and n_train: n_train = min(n_train, len(i))
     if n_train is not None and not 0<n_train<=len(i):
         raise ValueError(f"n_train must be in 1..{len(i)}, the training images of {name}, got {n_train}")
