@@ -194,6 +194,10 @@ def test_a_last_layer_is_what_the_network_returns(made):
     for ask in (lambda: embeddings(made(), X), lambda: logits_and_cosines(cosine_head(made()), X)):
         with pytest.raises(ValueError, match=f'{made.__name__} does not return what its last linear'): ask()
 
+def test_images_of_another_size_are_not_taken_for_a_wrong_end():
+    with pytest.raises(RuntimeError, match='shapes cannot be multiplied'):
+        logits_and_cosines(cosine_head(net()), X[:, :, :7])
+
 def test_cosines_are_those_of_a_network_that_is_right_and_nothing_is_left_behind():
     model = cosine_head(net(), scale=5.).eval(); z, cos = logits_and_cosines(model, X)
     assert torch.equal(z, model(X)) and torch.allclose(z, 5*cos) and not model[4]._forward_hooks

@@ -67,6 +67,9 @@ def _passed(model, layer, x)->tuple[Tensor,Tensor]: # what goes into the layer, 
     seen = []
     hook = layer.register_forward_hook(lambda m, given, z: seen.append((given[0], z)))
     try: out = model(x)
+    except RuntimeError as e: # what follows the layer may not take what a head shows
+        if not seen or 'shapes cannot be multiplied' not in str(e): raise
+        raise _not_the_end(model, layer) from e
     finally: hook.remove()
     if seen and (out is (z := seen[-1][1]) or isinstance(out, Tensor) and out.shape==z.shape
                  and torch.equal(out.to(z), z)): return seen[-1][0],out
@@ -131,9 +134,6 @@ def logits_and_cosines(
     head = _head(model); head.both = True
     packed = any(hasattr(m, '_orig_mod') for m in model.modules()) # a hook would compile it anew
     try: z = model(x) if packed else _passed(model, head, x)[1]
-    except RuntimeError as e: # what follows the head may not take both
-        if 'shapes cannot be multiplied' not in str(e): raise
-        raise _not_the_end(model, head) from e
     finally: head.both = False
     if z.shape[1:]!=(2*len(head.weight),): raise _not_the_end(model, head)
     return z.chunk(2, 1)
