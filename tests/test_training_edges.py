@@ -13,7 +13,8 @@ from refine_nb.training import (Method, Snapshots, adversarial_training, advprop
                                 cloned, coral, cosine, counting, covariance, fine_tune, fit, gairat, halves,
                                 mail, regulated, sgd, train_epoch)
 from refine_nb.vision import (CosineHead, SmoothReLU, Split, clipped, cosine_head, data_of, divided,
-                              embeddings, fold, load_data, logits_and_cosines, refold, scaled_attack, smooth_attack)
+                              embeddings, fold, load_data, logits_and_cosines, refold, scaled_attack,
+                              smooth_attack)
 
 DIGITS = load_data('digits', n_train=64)
 
@@ -135,7 +136,7 @@ def test_snapshots_are_so_many_seconds_apart(every):
 
 def test_a_batch_of_one_is_told_by_its_norm():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
-    with pytest.raises(ValueError, match='a batch of one image has one: choose batch_size >= 2'):
+    with pytest.raises(ValueError, match='wants two values a channel, got one: batch_size >= 2'):
         trained(model, plain(1))
 
 def test_an_accuracy_and_a_rate_may_be_tensors(tmp_path):

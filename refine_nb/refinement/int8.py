@@ -81,7 +81,7 @@ _TOP = dict(x86=127, fbgemm=127, onednn=255, qnnpack=255) # greatest integer of 
 _FLOAT = (nn.PReLU, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
           nn.functional.instance_norm, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-# %% ../../nbs/refinement/20_int8.ipynb #6d5d1af6
+# %% ../../nbs/refinement/20_int8.ipynb #514ff2e7
 def _padded(model): # kernels know numbers of zeros or of mirrored pixels: 'same' as those, or a sentence
     for n,m in model.named_modules():
         if not isinstance(m, nn.modules.conv._ConvNd): continue
@@ -96,6 +96,7 @@ def _padded(model): # kernels know numbers of zeros or of mirrored pixels: 'same
         m.padding = tuple(b//2 for b in both)
     return model
 
+# %% ../../nbs/refinement/20_int8.ipynb #6d5d1af6
 def _any_layout(graph): # the output of an integer kernel has its channels last: no `view` can flatten it
     for node in graph.graph.find_nodes(op='call_method', target='view'):
         if not isinstance(node.args[1], torch.dtype): node.target = 'reshape'

@@ -80,10 +80,9 @@ class Diverged(RuntimeError):
 
 def _finite(losses:list[Tensor], epoch:int, n:int)->float: # mean of the losses of an epoch of n steps
     if not losses: raise ValueError(f"the method gave no batch in epoch {epoch+1}: look at its `batches`")
-    losses = torch.stack(losses).float().cpu(); bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        raise Diverged(f"the loss is {losses[bad[0]].item()} at epoch {epoch+1}, "
-                       f"step {bad[0].item()+1} of {n}")
+    losses = torch.stack(losses).float().cpu()
+    for k in (~losses.isfinite()).nonzero().flatten().tolist():
+        raise Diverged(f"the loss is {losses[k].item()} at epoch {epoch+1}, step {k+1} of {n}")
     return losses.mean().item()
 
 def _sound(model:nn.Module, epoch:int)->None: # the last step can spoil weights that no loss has seen
@@ -98,17 +97,14 @@ def _attacked_in_time(losses:list[Tensor], epoch:int, n:int): # an attack may me
         raise Diverged(f"{e}, at epoch {epoch+1}, step {len(losses)+1} of {n}") from None
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e): raise
-        raise ValueError("a batch norm in training wants more than one value of each channel, and a batch "
-                         f"of one image has one: choose batch_size >= 2 ({e})") from e
+        raise ValueError("a batch norm in training wants two values a channel, got one: batch_size >= 2") from e
 
 # %% ../../nbs/training/36_fitting.ipynb #cba3d4b1
 def _border(optimiser, engine, schedule, robust=None)->None: # or a sentence
     if isinstance(optimiser, torch.optim.LBFGS):
-        raise ValueError("LBFGS asks for the loss anew within a step, and here it is computed once: "
-                         "choose another optimiser, such as sgd")
+        raise ValueError("LBFGS asks for the loss anew within a step: choose another one, such as sgd")
     instance('engine', engine, Engine, "an Engine, such as engine('cpu')")
-    for name,v in (('schedule', schedule), ('robust', robust)):
-        if v is not None: instance(name, v, Callable, 'a function or a call')
+    for k,v in {'schedule': schedule, 'robust': robust}.items(): instance(k, v, Callable|None, 'a function')
 
 def _as_weights(batch:tuple, model)->tuple: # images in the network's own precision: float64, say
     return tuple(to_input(t, model=model) if isinstance(t, Tensor) and t.ndim==4 else t for t in batch)

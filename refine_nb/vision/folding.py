@@ -86,8 +86,7 @@ def refold(
     pairs,now = getattr(folded, 'folded_pairs', None),_tensors(model)
     if pairs is None:
         raise ValueError(f"{type(folded).__name__} was not made by fold: call fold(model) first")
-    convs,biases = {conv for conv,_ in pairs},{f'{conv}.bias' for conv,_ in pairs}
-    own = set(folded.state_dict())
+    convs,biases,own = {conv for conv,_ in pairs},{f'{conv}.bias' for conv,_ in pairs},{*folded.state_dict()}
     off = [k for k,t in _tensors(folded).items() if k not in biases
            and (now[k].shape!=t.shape if k in now else k in own)]
     if off := off+[norm for _,norm in pairs if f'{norm}.running_mean' not in now]:
