@@ -66,7 +66,8 @@ TOWARDS = {'call': call(pgd, targeted=True), 'partial': partial(pgd, targeted=Tr
            'partial of a call': partial(call(pgd), targeted=True)}
 @pytest.mark.parametrize('attack', TOWARDS.values(), ids=TOWARDS)
 @pytest.mark.parametrize('made', [attacker, advprop_step, counting, untargeted,
-    lambda a: adversarial_training(DIGITS, batch_size=16, seed=1, attack=a, objective=halves)])
+    lambda a: adversarial_training(DIGITS, batch_size=16, seed=1, attack=a, objective=halves)],
+    ids=['attacker', 'advprop_step', 'counting', 'untargeted', 'adversarial_training'])
 def test_no_step_takes_an_attack_that_helps(attack, made):
     with pytest.raises(ValueError, match='pgd with targeted=True goes towards the labels'): made(attack)
 
@@ -79,7 +80,8 @@ def test_an_attacker_wants_an_attack():
 
 @pytest.mark.parametrize('attack', [call(pgd, restarts=2), call(pgd, early_stop=True),
                                     partial(pgd, restarts=3),
-                                    call(smooth_attack, attack=call(pgd, restarts=2))], ids=str)
+                                    call(smooth_attack, attack=call(pgd, restarts=2))],
+                         ids=['restarts', 'early', 'partial', 'inside'])
 def test_steps_to_flip_are_of_one_run(attack):
     with pytest.raises(ValueError, match='no early_stop, and restarts=1'): counting(attack)
 
