@@ -23,6 +23,9 @@ def _authors_class():
 
 def _authors_attack(model, p, device, n_targets):
     "Their standard version, with our seed and, where they differ, our settings"
+    if other := {str(t.dtype) for t in model.parameters()} - {'torch.float32'}:
+        raise ValueError(f"the authors' code attacks in float32, the network is {', '.join(sorted(other))}: "
+                         "give model.float(), or leave out reference")
     a = _authors_class()(model, norm=p.norm.capitalize(), eps=p.eps, seed=p.seed,
                          version='standard', device=device)
     a.verbose = False; a.fab.n_target_classes = a.apgd_targeted.n_target_classes = n_targets

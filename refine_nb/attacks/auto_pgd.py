@@ -17,7 +17,7 @@ from .climbing import _climb, _consider, _learn, apgd_checkpoints
 from .lending import _switches, attacking, check_attack, must_be_finite
 from .moves import _each, linf
 from .objectives import ce, dlr, dlr_t
-from .queue import _clean, _layout, _starts, _targets, pursue
+from .queue import _clean, _layout, _order, _starts, _targets, pursue
 
 # %% ../../nbs/attacks/45_auto_pgd.ipynb #357d3f93
 _LOSSES = {'ce':lambda z, y, aim: ce(z, y), 'dlr':lambda z, y, aim: dlr(z, y), 'dlr_t':dlr_t}
@@ -125,8 +125,8 @@ def apgd_best(
     last,restarts,n_targets,given = _asked(x, y, eps, steps, objective, n_targets, restarts, rho)
     if len(x)==0: return x.detach().clone(),x.new_zeros(0)
     with _lent(model, x, y, last, objective, n_targets) as (x,y,z,targets):
-        order = z.scatter(1, y.cpu()[:,None], torch.inf).argsort(1) # the true class is no target
         begun,all_of,best = _starts(x, given['eps'], start, generator),torch.arange(len(x)),None
+        order = _order(z, y)
         for job in range(restarts*targets):
             aim = order[:,-2-job//restarts].to(y.device)
             found,loss = _highest(model, x, y, aim, begun(all_of, 0*all_of+job), **given)
@@ -141,7 +141,7 @@ def _apgd(model, x, y, early_stop, start, generator, **asked):
     if given['eps']==0 or len(x)==0: return x.detach().clone()
     with _lent(model, x, y, last, given['objective'], n_targets) as (x,y,z,targets):
         x_adv,broken,begun = x.clone(),z.argmax(1)!=y.cpu(),_starts(x, given['eps'], start, generator)
-        attack = _aimed(model, z.argsort(1), begun, restarts, early_stop=early_stop, **given)
+        attack = _aimed(model, _order(z, y), begun, restarts, early_stop=early_stop, **given)
         pursue(attack, x, y, broken, x_adv, jobs=restarts*targets, batch_size=len(x))
     return x_adv
 

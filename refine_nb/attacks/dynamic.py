@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..base import choose, number
 from .lending import _budget, _steps, _tensors
 from .loop import iterate
-from .moves import _each
+from .moves import _unit_l1
 from .objectives import ce
 
 # %% ../../nbs/attacks/35_dynamic.ipynb #4d179396
@@ -33,8 +33,7 @@ def unit_l1(
     "The gradient over its L1 norm, per example, 0 where it is 0 (DRA, Algorithm 1, line 3)"
     _chosen(norm=norm)
     def direction(grad, memory=None):
-        size = getattr(grad.flatten(1).abs(), norm)(1).clamp_min(torch.finfo(grad.dtype).tiny)
-        return grad/_each(size, grad), memory
+        return _unit_l1(grad, norm), memory
     return direction
 
 # %% ../../nbs/attacks/35_dynamic.ipynb #082fae3c

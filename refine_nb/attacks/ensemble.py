@@ -23,7 +23,7 @@ from .lending import _switches, attacking, check_attack
 from .moves import _each, l2, linf
 from .padding import fixed_sizes
 from .protocol import STANDARD, Result, _Protocol, _doubts, _label, _only_square
-from .queue import (_box, _clean, _clip, _hash, _layout, _names, _where, _wrong,
+from .queue import (_box, _clean, _clip, _hash, _layout, _names, _order, _where, _wrong,
                                      boundary_start, pursue)
 from .random_search import _lead, square
 
@@ -91,12 +91,12 @@ def _watched(attack, model, run):
     return watched
 
 # %% ../../nbs/attacks/70_ensemble.ipynb #ff376c90
-def _attack_of(p, model, run, z, names, head, folded):
+def _attack_of(p, model, run, z, y, names, head, folded):
     "A component's name -> its attack on rows. `z`: clean logits [N,K]; `head`: a batch to fold by"
     if p.reference:
         theirs = _authors_attack(model, p, _where(model), min(p.n_targets, z.shape[1]-1))
         return lambda name: _theirs(p, name, model, theirs, run.flags)
-    order = z.argsort(1)
+    order = _order(z, y)
     @cache # so it is said once
     def faster():
         try: fast,why = fold_if_same(model, head)
@@ -118,7 +118,7 @@ def _evaluate(p, model, x, y, last, training, batch_size, folded, state, save, q
     head = [t[:batch_size].to(_where(model)) for t in (x,y)]; flags = [*_doubts(model, *head, z, p)]
     if training: flags.append("the model was in training mode: it is attacked in evaluation mode")
     run.flags = dict.fromkeys([*flags,*run.flags])
-    attack_of = _attack_of(p, model, run, z, names, head[0], folded)
+    attack_of = _attack_of(p, model, run, z, y, names, head[0], folded)
     n_targets = min(p.n_targets, z.shape[1]-1)
     for name in bar(p.components[run.component:], desc=_label(p), unit='attack', quiet=quiet):
         jobs = 1 if p.reference or name in ('apgd-ce','square') else n_targets

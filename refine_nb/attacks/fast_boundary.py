@@ -13,7 +13,7 @@ from ..base import choose, number
 from .auto_pgd import _lent
 from .lending import _switches, check_attack, must_be_finite
 from .moves import _each, _single, linf
-from .queue import _layout, pursue
+from .queue import _layout, _order, pursue
 
 # %% ../../nbs/attacks/50_fast_boundary.ipynb #51bff07b
 def plane_step(
@@ -132,7 +132,7 @@ def fab_t(
     _switches(early_stop=early_stop); choose(best, (None,True,False), 'best')
     if len(x)==0 or (given['eps']==0 and not best): return x.detach().clone()
     with _lent(model, x, y, last, 'ce', n_targets) as (x,y,z,targets):
-        order,x_adv,broken = z.argsort(1),x.clone(),z.argmax(1)!=y.cpu()
+        order,x_adv,broken = _order(z, y),x.clone(),z.argmax(1)!=y.cpu()
         if best: return _nearest(model, x, y, order, ~broken, targets, given)
         def attack(x, y, e, job):
             aim = order[e,-2-job].to(y.device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import choose, number
-from .lending import _budget, _steps, attacking
+from .lending import _budget, _steps, attacking, must_be_finite
 from .loop import iterate, worst
 from .moves import gaussian, l2, linf, momentum, signed, uniform, unit_l2, zero
 from .objectives import ce, kl, margin
@@ -63,7 +63,10 @@ _balls = dict(linf=dict(project=linf, direction=signed), l2=dict(project=l2, dir
 # %% ../../nbs/attacks/20_gradient.ipynb #7dc9e9c0
 @torch.no_grad()
 def _standing(model, x_adv, y, targeted): # bool [B]: not yet where the attack wants it
-    with attacking(model): return (model(x_adv).argmax(1)==y) != targeted if len(x_adv) else y.bool()
+    if not len(x_adv): return y.bool()
+    with attacking(model): z = model(x_adv)
+    must_be_finite(z.isfinite().all())
+    return (z.argmax(1)==y) != targeted
 
 def _worst_of(run, restarts, model, x, y, *, objective, targeted, early_stop):
     "The worst result of each example under some runs of an attack: `run(x, y)` -> x_adv [B,...]"
@@ -92,12 +95,15 @@ def pgd(
     observe:Callable|None=None, # sees each step, of the last start; see `iterate`
 )->Tensor:                     # [B,C,H,W], detached, in [0,1]
     "Projected gradient descent (Madry et al. 2018)"
-    ball = _balls[choose(norm, _balls, 'norm')]
+    ball = _balls[choose(norm, _balls, 'norm')]; restarts = number('restarts', restarts, 1, whole=True)
+    if observe and early_stop and restarts>1:
+        raise ValueError("observe sees no batch as a whole where a later start has only what still stands: "
+                         "leave out observe, early_stop or restarts")
     step_size = _budget(eps)/4 if step_size is None else step_size
     kind = dict(objective=objective, targeted=targeted, early_stop=early_stop)
     run = partial(iterate, model, eps=eps, step_size=step_size, steps=steps, start=start,
                   clamp_start=clamp_start, generator=generator, observe=observe, **kind, **ball)
-    return _worst_of(run, number('restarts', restarts, 1, whole=True), model, x, y, **kind)
+    return _worst_of(run, restarts, model, x, y, **kind)
 
 # %% ../../nbs/attacks/20_gradient.ipynb #4c1a0cf6
 def mim(

@@ -6,6 +6,7 @@
 __all__ = ['attacking', 'check_attack', 'same_shape', 'logits_of', 'NotFinite', 'must_be_finite']
 
 # %% ../../nbs/attacks/10_lending.ipynb #2608e4f3
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -36,12 +37,13 @@ def attacking(
     # 'eval'; or as it stands, running statistics moving ('train') or put back ('train_untouched')
     mode:str='eval',
 )->Iterator[nn.Module]: # the same model, no parameter asks for a gradient
-    "Lend `model` to an attack and give it back as it was, also on an error; only 'train' lets buffers move"
+    "Lend `model` to an attack and give it back as it was, also on an error; 'train' moves running statistics"
     choose(mode, ('eval','train','train_untouched'), 'mode')
     _module(model)
     training = [(m,m.training) for m in model.modules()]
     grads = [(p,p.requires_grad) for p in model.parameters()]
-    buffers = [(b,b.clone()) for b in model.buffers()] if mode=='train_untouched' else []
+    buffers = [(m,k,b,b.clone()) for m in model.modules() for k,b in m.named_buffers(recurse=False)
+               ] if mode=='train_untouched' else []
     try:
         if mode=='eval': _to_eval(model)
         for p,_ in grads: p.requires_grad_(False)
@@ -49,7 +51,7 @@ def attacking(
     finally:
         for m,flag in training: m.training = flag
         for p,flag in grads: p.requires_grad_(flag)
-        for b,was in buffers: b.copy_(was)
+        for m,k,b,was in buffers: b.copy_(was); m._buffers[k] = b # a module may have put another there
 
 # %% ../../nbs/attacks/10_lending.ipynb #7d2530f4
 def _tensors(x, y):
@@ -72,6 +74,11 @@ def _switches(**given):
     "A sentence where one of them is neither True nor False"
     for name,v in given.items(): choose(v, (True,False), name)
 
+def _functions(**given):
+    "A sentence where one of them cannot be called"
+    for name,part in given.items():
+        if not callable(part): raise ValueError(f"{name} wants a function, got {part!r:.60}")
+
 # %% ../../nbs/attacks/10_lending.ipynb #00a838d1
 def _last_label(x, y):
     "The largest label, -1 where there is none; or a sentence that says what is wrong with images or labels"
@@ -83,6 +90,8 @@ def _last_label(x, y):
     if len(x)==0: return -1
     if x.device!=y.device: raise ValueError(f"images are on {x.device} and labels on {y.device}: move one")
     low,high,first,last = torch.stack([t.double() for t in (x.amin(),x.amax(),y.amin(),y.amax())]).tolist()
+    if math.isnan(low+high):
+        raise ValueError("images must lie in [0,1], got nan: look at where they come from")
     if not (low>=-SLIP and high<=1+SLIP):
         raise ValueError(f"images must lie in [0,1], got {low:.9g}..{high:.9g}: normalise inside the model")
     if first<0: raise ValueError(f"labels must be >= 0, got {first:.0f}")
@@ -107,8 +116,7 @@ def check_attack(
     _tensors(x, y); _steps(steps)
     eps = _budget(eps, 1) if _is(project, linf) else _budget(eps)
     number('step_size', step_size, *([] if eps else [0]), above=0 if eps else None)
-    for name,part in (('project',project),('objective',objective),('start',start)):
-        if not callable(part): raise ValueError(f"{name} wants a function, got {part!r:.60}")
+    _functions(project=project, objective=objective, start=start)
     if _is(objective, kl) and _is(start, zero):
         raise ValueError("the KL has no gradient at the image itself: use start=gaussian")
     return _last_label(x, y)

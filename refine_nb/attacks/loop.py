@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Call
-from .lending import _is, _switches, attacking, check_attack, logits_of, must_be_finite
+from .lending import (_functions, _is, _switches, attacking, check_attack, logits_of,
+                                      must_be_finite, same_shape)
 from .moves import _each, _single, l2, linf, signed, zero
 from .objectives import ce
 
@@ -40,8 +41,8 @@ def _value(objective, **given):
     return loss
 
 # %% ../../nbs/attacks/15_loop.ipynb #57bab4b1
-def _gradient(model, objective, x_adv, y, z, last):
-    "Gradient [B,...], logits [B,K] and whether all was finite (a tensor: nobody waits for it)"
+def _gradient(model, objective, x_adv, y, z, last, signs):
+    "Gradient [B,...], logits [B,K], whether all was finite (nobody waits for it); inf is, where `signs` do"
     x_adv = x_adv.detach().requires_grad_()
     z_adv = logits_of(model, x_adv, last)
     if not z_adv.requires_grad:
@@ -50,7 +51,8 @@ def _gradient(model, objective, x_adv, y, z, last):
     if not loss.requires_grad:
         raise ValueError("the objective has no gradient: it must not detach, round or rank z_adv")
     grad, = torch.autograd.grad(loss.sum(), x_adv)
-    return grad, z_adv.detach(), loss.detach().isfinite().all() & ~grad.isnan().any()
+    sound = ~grad.isnan().any() if signs else grad.isfinite().all()
+    return grad, z_adv.detach(), loss.detach().isfinite().all() & sound
 
 # %% ../../nbs/attacks/15_loop.ipynb #20000eed
 def _climb(model, x_adv, x, y, z, *, last, eps, step_size, steps, objective, direction, project,
@@ -59,7 +61,7 @@ def _climb(model, x_adv, x, y, z, *, last, eps, step_size, steps, objective, dir
     memory,sound,rate = None,True,-step_size if targeted else step_size
     if early_stop: out,at = x_adv.clone(),torch.arange(len(x), device=x.device)
     for i in range(steps):
-        grad,z_adv,finite = _gradient(model, objective, x_adv, y, z, last)
+        grad,z_adv,finite = _gradient(model, objective, x_adv, y, z, last, _is(direction, signed))
         sound = finite & sound
         if observe: observe(i, z_adv, y, at if early_stop else slice(None))
         if early_stop:
@@ -96,8 +98,7 @@ def iterate(
     objective:Callable=ce,     # what to climb: asks for any of z_adv, y, z
     direction:Callable=signed, # gradient -> step
     project:Callable=linf,     # back to the allowed images
-    start:Callable=zero,       # the first iterate
-    clamp_start:bool=True,     # project the start before the first gradient
+    start:Callable=zero, clamp_start:bool=True, # the first iterate; project it before the first gradient
     targeted:bool=False, early_stop:bool=False, # descend: `y` is where to go; leave an example that is there
     generator:torch.Generator|None=None, # of the random start
     observe:Callable|None=None, # sees each step: (step, logits [b,K], y [b], rows [b] of the batch)
@@ -105,6 +106,7 @@ def iterate(
     "Start, then repeat objective, direction, projection: the one attack loop"
     last = check_attack(x, y, eps, step_size, steps, project, objective, start)
     _switches(targeted=targeted, clamp_start=clamp_start, early_stop=early_stop)
+    _functions(direction=direction, observe=observe or ce)
     both = dict(last=last, eps=float(eps), objective=objective, project=project)
     with attacking(model), torch.inference_mode(False), torch.enable_grad():
         if eps==0 or len(x)==0: return x.detach().clamp(0, 1)
@@ -115,7 +117,7 @@ def iterate(
 # %% ../../nbs/attacks/15_loop.ipynb #f07d9763
 class StepsToFlip:
     "An `observe` that counts the iterates that were still right: kappa of Zhang et al. 2021, algorithm 1"
-    def __init__(self): self.kappa = None # int64 [B] after an attack, in 0..steps
+    def __init__(self): self.kappa = None # int64 [B] after an attack that steps (eps > 0), in 0..steps
     def __call__(self, step, z_adv, y, rows):
         if step==0: self.kappa = torch.zeros_like(y)
         self.kappa[rows] += z_adv.argmax(1)==y
@@ -135,7 +137,9 @@ def worst(
     "Per example the stronger of two attacked images"
     with attacking(model):
         z,sign = model(x) if 'z' in _asks(objective) else None,-1 if targeted else 1
-        def rank(z_adv): return (z_adv.argmax(1)==y)==targeted, sign*_value(objective, z_adv=z_adv, y=y, z=z)
-        (done,a),(done_other,b) = rank(model(x_adv)),rank(model(other))
+        def rank(images):
+            z_adv = model(same_shape(images, x, 'an attack')); must_be_finite(z_adv.isfinite().all())
+            return (z_adv.argmax(1)==y)==targeted, sign*_value(objective, z_adv=z_adv, y=y, z=z)
+        (done,a),(done_other,b) = rank(x_adv),rank(other)
     better = (done_other & ~done) | ((done==done_other) & (b>a))
     return torch.where(_each(better, x), other, x_adv)

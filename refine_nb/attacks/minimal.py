@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..base import number
 from .lending import (_last_label, _steps, _switches, _tensors, attacking, logits_of,
                                       must_be_finite)
-from .moves import _single
+from .moves import _place, _single
 
 # %% ../../nbs/attacks/30_minimal.ipynb #b5ba76a2
 def _given(x, y, steps, **switches):
@@ -34,25 +34,30 @@ def _first_answer(model, x, last):
 def _seeded(generator, device):
     "Inside, the global generators follow `generator`; outside nothing has changed. None: leave them alone"
     if generator is None: yield; return
-    seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    seed = torch.randint(2**62, (), generator=generator, device=_place(generator, device)).item()
     with torch.random.fork_rng(devices=[device] if device.type=='cuda' else []):
         torch.random.default_generator.manual_seed(seed)
         if device.type=='cuda': torch.cuda.default_generators[device.index].manual_seed(seed)
         yield
 
 # %% ../../nbs/attacks/30_minimal.ipynb #97a0af75
-class _OwnKind(nn.Module): # shown float32, asked in the kind of its weights
+class _Watched(nn.Module): # shown at least float32, asked in the kind of its weights; was all finite?
     def __init__(self, model, dtype):
-        super().__init__(); self.model,self.dtype,self.training = model,dtype,False
-    def forward(self, x): return self.model(x.to(self.dtype)).float()
+        super().__init__(); self.model,self.dtype,self.training,self.sound = model,dtype,False,True
+    def forward(self, x):
+        z = self.model(x.to(self.dtype)).to(x.dtype); self._see(z)
+        if x.requires_grad: x.register_hook(self._see)
+        return z
+    def _see(self, t): self.sound = t.detach().isfinite().all() & self.sound
 
 def _run_ddn(model, x, y, targeted, **settings):
     "foolbox's DDN on a lent model, towards the answer `y` or away from it"
     import foolbox # here, as an import of the package shall be quick
     goal = (foolbox.criteria.TargetedMisclassification if targeted else foolbox.criteria.Misclassification)(y)
     attack = foolbox.attacks.DDNAttack(**settings)
-    wide = _single(x); lent = model if wide is x else _OwnKind(model, x.dtype)
-    return attack.run(foolbox.PyTorchModel(lent, bounds=(0,1), device=x.device), wide, goal).to(x.dtype)
+    lent = _Watched(model, x.dtype)
+    found = attack.run(foolbox.PyTorchModel(lent, bounds=(0,1), device=x.device), _single(x), goal)
+    must_be_finite(lent.sound); return found.to(x.dtype)
 
 # %% ../../nbs/attacks/30_minimal.ipynb #5be0f152
 def ddn(
@@ -60,7 +65,7 @@ def ddn(
     x:Tensor,               # [B,C,H,W], float in [0,1]
     y:Tensor,               # [B], labels, or targets
     *,
-    steps:int=100,          # gradient steps, >= 1
+    steps:int=100,          # gradient steps, >= 1; the image after the last is not judged, so 1 finds nothing
     init_epsilon:float=1.,  # first length of the change, in L2, > 0
     gamma:float=.05,        # part by which the length changes, in (0,1)
     targeted:bool=False,    # the goal is the answer `y`; else any other
@@ -74,7 +79,7 @@ def ddn(
         if not z.requires_grad:
             raise ValueError(
                 "the logits do not depend on the images: the model must not detach or use no_grad")
-        todo = (z.argmax(1)==y)!=targeted
+        todo = (z.argmax(1)==y)!=targeted; del z # its graph
         if not todo.any(): return x
         x[todo] = _run_ddn(model, x[todo], y[todo], targeted, steps=int(steps), init_epsilon=first,
                            gamma=gamma)
@@ -90,9 +95,8 @@ def _noisy(x, p, u):
 def _uniform(x, across_channels, generator):
     "Draws [B,1 or C,H,W] in [0,1)"
     shape = (len(x), 1 if across_channels else x.shape[1], *x.shape[2:])
-    device = x.device if generator is None else generator.device
     kind = torch.promote_types(x.dtype, torch.float32) # a share of 1/1000 is no number of 16 bits
-    return torch.rand(shape, generator=generator, device=device, dtype=kind).to(x.device)
+    return torch.rand(shape, generator=generator, device=_place(generator, x.device), dtype=kind).to(x.device)
 
 # %% ../../nbs/attacks/30_minimal.ipynb #8c3ba080
 def _narrow(hit, p, low, high, size, left):
@@ -117,13 +121,13 @@ def salt_and_pepper(
         x,y,last = _given(x, y, steps, targeted=targeted, across_channels=across_channels)
         reached = lambda z, y: (z.argmax(1)==y)==targeted
         there = reached(_first_answer(model, x, last), y)
-        best,norm = x.clone(),torch.where(there, 0., torch.inf).to(_single(x).dtype)
+        best,norm,sound = x.clone(),torch.where(there, 0., torch.inf).to(_single(x).dtype),True
         low,high,p = torch.zeros_like(norm),torch.ones_like(norm),torch.full_like(norm, 1/steps); size = p
         for left in range(steps, 0, -1):
             x_adv = _noisy(x, p, _uniform(x, across_channels, generator))
             length = (_single(x_adv)-_single(x)).flatten(1).square().sum(1).sqrt()
             hit = length<norm; at = hit.nonzero()[:,0]
-            if len(at): hit[at] = reached(model(x_adv[at]), y[at])
+            if len(at): z = model(x_adv[at]); hit[at],sound = reached(z, y[at]),z.isfinite().all() & sound
             best,norm = torch.where(hit.reshape(-1,1,1,1), x_adv, best),torch.where(hit, length, norm)
             p,low,high,size = _narrow(hit, p, low, high, size, left)
-        return best
+        must_be_finite(sound); return best

@@ -29,6 +29,10 @@ def _near_one(t): # each example by a power of two, which is exact: else squares
     power = torch.frexp(t.flatten(1).abs().amax(1) if t.numel() else t.flatten(1).sum(1)).exponent
     return torch.ldexp(t, -_each(power, t).clamp(-126, 126))
 
+def _unit_l1(grad, norm='sum'): # 'sum' or 'mean' of the absolute values becomes 1
+    grad = _near_one(_single(grad)); size = getattr(grad.flatten(1).abs(), norm)(1)
+    return grad/_each(size.clamp_min(torch.finfo(grad.dtype).tiny), grad)
+
 def unit_l2(
     grad:Tensor,             # [B,...], gradient of the objective
     memory:Tensor|None=None, # unused
@@ -44,8 +48,7 @@ def momentum(
     "Sign of a decaying sum of L1-normalised gradients (Dong et al. 2018, eqs. 6-7)"
     decay = number('decay', decay, 0)
     def direction(grad, memory=None):
-        grad = _single(grad); norm = grad.flatten(1).abs().sum(1).clamp_min(torch.finfo(grad.dtype).tiny)
-        grad = grad/_each(norm, grad)
+        grad = _unit_l1(grad)
         memory = grad if memory is None else decay*memory+grad
         return memory.sign(), memory
     return direction
@@ -93,9 +96,13 @@ def zero(
     return x
 
 # %% ../../nbs/attacks/05_moves.ipynb #32d600e1
+def _place(generator, device): # where it draws; `device` where there is none
+    if isinstance(generator, torch.Generator|None): return generator.device if generator else device
+    raise ValueError(f"generator must be a torch.Generator or None, got {generator!r:.60}: "
+                     "write torch.Generator().manual_seed(3)")
+
 def _draw(sample, x, generator):
-    device = x.device if generator is None else generator.device
-    noise = sample(x.shape, generator=generator, device=device, dtype=x.dtype)
+    noise = sample(x.shape, generator=generator, device=_place(generator, x.device), dtype=x.dtype)
     return torch.empty_like(x).copy_(noise, non_blocking=True)
 
 def uniform(
@@ -128,10 +135,9 @@ def random_signs(
     *,
     eps:float,      # size of the change of each pixel, in [0,1]
     generator=None,
-)->Tensor:          # [B,C,H,W], in [0,1]
+)->Tensor:          # [B,C,H,W], detached, in [0,1], within eps of x
     "Noise of the size of an attack: each pixel up or down by eps"
-    eps = number('eps', eps, 0, 1)
+    eps = number('eps', eps, 0, 1); x = x.detach()
     if not x.is_floating_point(): raise ValueError(f"images must be float in [0,1], got {x.dtype}")
-    signs = torch.empty_like(x).copy_(torch.randint(2, x.shape, generator=generator,
-                                                    device=generator.device if generator else x.device))*2-1
-    return (x+eps*signs).clamp(0, 1)
+    signs = torch.randint(2, x.shape, generator=generator, device=_place(generator, x.device))
+    return torch.empty_like(x).copy_(linf(x+eps*(signs*2-1).to(_single(x)), x, eps))

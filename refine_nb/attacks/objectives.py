@@ -42,6 +42,9 @@ def _highest(z, n, loss): # the n highest logits [B,n]
     if z.shape[1]>=n: return z.topk(n, dim=1).values
     raise ValueError(f"{loss} wants at least {n} classes, the model has {z.shape[1]}: use ce")
 
+# the authors' floor, so that three equal logits give no nan; in float16 it would be 0
+def _floor(z): return max(1e-12, torch.finfo(z.dtype).tiny)
+
 def dlr(
     z_adv:Tensor, # [B,K], logits at the iterate, K >= 3
     y:Tensor,     # [B], labels in 0..K-1
@@ -50,7 +53,7 @@ def dlr(
     top = _highest(z_adv, 3, 'dlr')
     true = z_adv.gather(1, y[:,None])[:,0]
     other = z_adv.scatter(1, y[:,None], -torch.inf).amax(1)
-    return -(true-other)/(top[:,0]-top[:,2]+1e-12)  # the authors' floor: three equal logits give no nan
+    return -(true-other)/(top[:,0]-top[:,2]+_floor(top))
 
 # %% ../../nbs/attacks/00_objectives.ipynb #b91574b1
 def dlr_t(
@@ -61,4 +64,4 @@ def dlr_t(
     "Targeted difference of logits ratio (Croce & Hein 2020, eq. 7)"
     top = _highest(z_adv, 4, 'dlr_t')
     true,there = (z_adv.gather(1, k[:,None])[:,0] for k in (y,aim))
-    return -(true-there)/(top[:,0]-.5*(top[:,2]+top[:,3])+1e-12)
+    return -(true-there)/(top[:,0]-.5*(top[:,2]+top[:,3])+_floor(top))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base import number
 from .lending import logits_of, must_be_finite
-from .moves import _each, linf
+from .moves import _each, _place, linf
 
 # %% ../../nbs/attacks/40_queue.ipynb #f4851529
 def _mixed(h):
@@ -44,11 +44,7 @@ def _uniform(names, queries, lanes):
 
 # %% ../../nbs/attacks/40_queue.ipynb #6e5f0d81
 def _seed_of(generator): # None: the global one
-    if not isinstance(generator, torch.Generator|None):
-        raise ValueError(f"generator must be a torch.Generator or None, got {generator!r:.60}: "
-                         "write torch.Generator().manual_seed(3)")
-    return int(torch.randint(2**62, (), generator=generator,
-                             device='cpu' if generator is None else generator.device))
+    return int(torch.randint(2**62, (), generator=generator, device=_place(generator, 'cpu')))
 
 # %% ../../nbs/attacks/40_queue.ipynb #ce6ee460
 def _box(x, eps):
@@ -123,6 +119,9 @@ def _targets(objective, n_targets, K):
     return min(n_targets, K-1)
 
 # %% ../../nbs/attacks/40_queue.ipynb #6db5c2f6
+def _order(z, y): # classes [N,K] by their clean logits; the true one last, also in a tie: it is no target
+    return z.scatter(1, y.cpu()[:,None], torch.inf).argsort(1)
+
 @torch.no_grad()
 def _wrong(model, x, y): # bool [B]; logits that are not finite decide nothing
     z = model(x); must_be_finite(z.isfinite().all())
