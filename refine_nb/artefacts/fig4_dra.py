@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ..base import Cell, call
 from ..attacks import dra
-from ..reporting import MARK, figure_style, figure_title, measured
+from ..reporting import MARK, figure_style, figure_title, flagged, measured
 from ..papers.dra import vanilla
 from ..papers.dra_figures import success
 
@@ -56,13 +56,13 @@ def picture(
 )->Figure:
     "Attack success against p: a panel a definition, a colour a network, dashed for eps = 2"
     inks = dict(zip(ours.model.unique(), ('#0072B2', '#D55E00', '#009E73', '#CC79A7')))
-    shares = {p: POINTS[p] for p in ours.p.unique()}
+    shares, bad = {p: POINTS[p] for p in ours.p.unique()}, flagged(ours, 'model')
     with figure_style():
         fig, axes = plt.subplots(1, 2, figsize=(7, 2.6), sharey=True)
         for ax,what in zip(axes, ('of all','of those right')):
             for (m, e),t in ours.groupby(['model','eps'], sort=False):
                 ax.plot([shares[p] for p in t.p], t[what], 'o-' if e==1 else 's--', ms=3, color=inks[m],
-                        label=f"{m.replace('resnet', 'ResNet-')}, eps = {e}")
+                        label=f"{m.replace('resnet', 'ResNet-')}, eps = {e}{f' {MARK}'*(m in bad)}")
             ax.axvline(1/3, color='.7', lw=.8); ax.grid(axis='y')
             ax.set(xlabel='share p that keeps its change',
                    title=f"success {what}{' images' if what=='of all' else ' when clean'}")

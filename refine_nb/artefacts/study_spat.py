@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..reporting import figure_style, figure_title, marked, measured, method_style
+from ..reporting import MARK, figure_style, figure_title, flagged, marked, measured, method_style
 from ..runs import Audited
 from ..papers.spat_study import LONG, NAMED, SAME, audit_table, leads, on_worst
 
@@ -53,13 +53,13 @@ def picture(
 )->Figure:
     "What each network keeps under each attack, and below SPAT's lead over TRADES, paired"
     acc, lead = ours[ours.part=='accuracy'], ours[(ours.part=='lead') & (ours.method=='SPAT')]
-    names = list(acc.attack.unique()); ends = lambda t, v: [v-t.low, t.high-v]
+    names, bad = list(acc.attack.unique()), flagged(acc); ends = lambda t, v: [v-t.low, t.high-v]
     with figure_style():
         fig, (top, low) = plt.subplots(2, 1, figsize=(6.5, 4.4), sharex=True, height_ratios=(3, 2))
         for i,(k,t) in enumerate(acc.groupby('method', sort=False)):
             at = [names.index(a)+.08*(i-1.5) for a in t.attack]
-            top.errorbar(at, t.accuracy, yerr=ends(t, t.accuracy), lw=1, elinewidth=.8, ms=4, label=LONG[k],
-                         **method_style(k))
+            top.errorbar(at, t.accuracy, yerr=ends(t, t.accuracy), lw=1, elinewidth=.8, ms=4,
+                         label=LONG[k]+f' {MARK}'*(k in bad), **method_style(k))
         low.errorbar(range(len(lead)), lead.lead, yerr=ends(lead, lead.lead), capsize=2, ms=4, ls='',
                      **method_style('SPAT'))
         low.axhline(0, color='.3', lw=.8)

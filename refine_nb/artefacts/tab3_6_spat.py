@@ -62,5 +62,6 @@ def picture(
             _axis(ax, p, part.value.unique())
         axes[0].set_ylabel(f'accuracy (%), n = {ours.n.min():,}')
         figure_title(fig, title)
-        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
+        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
+                   handlelength=3.5)
     return fig

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ..base import Cell, call
 from ..vision import corrupted
-from ..reporting import figure_style, figure_title, marked, measured, method_style
+from ..reporting import MARK, figure_style, figure_title, flagged, marked, measured, method_style
 from ..papers.dra_tables import family, in_words
 from .tab3_dra import networks
 
@@ -63,13 +63,14 @@ def picture(
     printed:pd.DataFrame|None=None, # drawn where ours are at its scale
 )->Figure:
     "A line a corruption: both networks with intervals, the printed values as hollow diamonds"
-    names = list(ours.corruption.unique())
+    names, bad = list(ours.corruption.unique()), flagged(ours, 'kind')
     with figure_style():
         fig, ax = plt.subplots(figsize=(5, 1+.3*len(names)))
         for d,(k,t) in zip((-.12, .12), ours.groupby('kind', sort=False)):
             y = [names.index(c)+d for c in t.corruption]; look = method_style(family(k))
             ax.hlines(y, t.low, t.high, color=look['color'], lw=1.4)
-            ax.plot(t.accuracy, y, ls='', ms=4.5, mec='.2', mew=.4, **look, label=t.method.iloc[0])
+            name = t.method.iloc[0]+f' {MARK}'*(k in bad)
+            ax.plot(t.accuracy, y, ls='', ms=4.5, mec='.2', mew=.4, **look, label=name)
             if printed is not None:
                 p = printed[printed.kind==k]
                 ax.plot(p.accuracy, [names.index(c)+d for c in p.corruption], 'D', ms=4,

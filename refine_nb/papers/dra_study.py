@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from ..base import Cell, Recipe, Robustness, call, key
 from ..attacks import pgd, random_signs
 from ..evaluation import mcnemar, unpack
-from ..reporting import cell, figure_style, figure_title, plot_curves
+from ..reporting import MARK, cell, figure_style, figure_title, flagged, plot_curves
 from .dra import EQUAL, control, ours as tuned, trades_trained
 from .adcorda_study import holm
 from .dra_tables import across, in_words
@@ -86,13 +86,15 @@ def picture_study(
         eps = [0. if a=='clean' else float(a.partition('eps')[2])/255 for a in rows.attack]
         return (rows[['accuracy','low','high']]/100).assign(eps=eps, n=rows.n).sort_values('eps')
     walk = levels[levels.attack.str.startswith('pgd20') | (levels.attack=='clean')]
+    mark = lambda m: m+f' {MARK}'*(m in flagged(levels))
     with figure_style():
         fig, (a, b) = plt.subplots(1, 2, figsize=(8, 2.8), width_ratios=(1, 1.2))
         a.errorbar(t.difference, t.index, xerr=[t.difference-t.low, t.high-t.difference],
                    fmt='o', color='.2', ms=4)
         a.axvline(0, color='.6', lw=.8); a.grid(axis='x'); a.invert_yaxis()
-        a.set(yticks=t.index, yticklabels=t.method, xlabel='points from the control, clean, 95 % interval')
-        plot_curves({m: curve(rows) for m,rows in walk.groupby('method', sort=False)}, ax=b)
+        a.set(yticks=t.index, yticklabels=t.method.map(mark),
+              xlabel='points from the control, clean, 95 % interval')
+        plot_curves({mark(m): curve(rows) for m,rows in walk.groupby('method', sort=False)}, ax=b)
         b.set(ylabel='accuracy (%)', title='under PGD by ε/10')
         b.legend(loc='center left', bbox_to_anchor=(1, .5)); figure_title(fig, title)
     return fig

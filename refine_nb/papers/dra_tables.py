@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from ..base import Call, Cell, Recipe, Robustness, call, choose
 from ..attacks import pgd
 from ..runs import Brief
-from ..reporting import figure_style, figure_title, marked, measured, method_style, published
+from ..reporting import (MARK, figure_style, figure_title, flagged, marked, measured, method_style,
+                                 published)
 from .dra import BUDGETS, MODELS, SHARES, printed_pgd
 
 # %% ../../nbs/papers/90_dra_tables.ipynb #83cdabd6
@@ -171,7 +172,7 @@ def panels(
 )->Figure:
     "A panel a column, a line a network: our value with its interval, the printed one as a hollow diamond"
     heads, names = headings(ours), list(ours.method.unique())
-    flags = set(ours.method[ours.get('flag', pd.Series('', ours.index)).fillna('') != ''])
+    bad = flagged(ours)
     with figure_style():
         size = (10, 1.2+.2*ours.method.nunique())
         fig, axes = plt.subplots(1, len(heads), figsize=size, sharex=True, sharey=True)
@@ -180,7 +181,7 @@ def panels(
             _panel(ax, ours[ours.attack==name], known, names)
             broken = head.replace('; ', '\n').replace(', ', '\n', 1).replace(': ', ':\n').replace(' (', '\n(')
             ax.set_title(broken, fontsize=7)
-        axes[0].set_yticklabels([m+' †'*(m in flags) for m in names])
+        axes[0].set_yticklabels([m+f' {MARK}'*(m in bad) for m in names])
         note = '' if printed is None else '; hollow diamonds are printed'
         figure_title(fig, f'{title}: ours with 95 % intervals{note}')
     return fig

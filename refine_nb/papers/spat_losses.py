@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base import Cell
-from ..reporting import figure_style, figure_title, method_colour
+from ..reporting import MARK, figure_style, figure_title, flagged, method_colour
 from .spat import ablation, judged
 
 # %% ../../nbs/papers/75_spat_losses.ipynb #34727feb
@@ -53,6 +53,8 @@ def pair_picture(
                 ax.plot(seen.accuracy, where, ls='', marker='D', mfc='none', mec='.25')
             ax.set(xlabel=f'accuracy (%), {t.label.iloc[0]}', xlim=(0, 100), ylim=(len(pairs)-.5, -.5))
             ax.grid(axis='x')
-        axes[0].set(yticks=range(len(pairs)), yticklabels=[words[k] for k in pairs])
+        bad = flagged(ours, ['accuracy_loss','robustness_loss'])
+        names = [words[k]+f' {MARK}'*(k in bad) for k in pairs]
+        axes[0].set(yticks=range(len(pairs)), yticklabels=names)
         figure_title(fig, title)
     return fig

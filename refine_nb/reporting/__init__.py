@@ -7,12 +7,12 @@ __all__ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none
            'method_colour', 'method_style', 'named', 'save_figure', 'shared_legend', 'dot_panels', 'plot_confusion',
            'plot_curves', 'Claim', 'Missing', 'STANDS_FOR', 'as_named', 'cell', 'judge', 'on_its_own', 'MARK',
            'difference', 'facing', 'mean_std', 'measured', 'over_seeds', 'percent', 'published', 'show_conflicts',
-           'show_table', 'side_by_side', 'with_interval', 'HEADERS', 'health', 'marked', 'said_once', 'worded',
-           'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'enumerated', 'report_folder',
-           'Stored', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce', 'announce_figure',
-           'made_on', 'Sheet', 'Unfinished', 'leaves', 'nothing_found', 'ledger', 'our_tables', 'Weighed', 'drawn',
-           'keeps_most', 'other_images', 'plain', 'rows_behind', 'told', 'unpaired', 'weigh', 'with_intervals', 'Board',
-           'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
+           'show_table', 'side_by_side', 'with_interval', 'HEADERS', 'flagged', 'health', 'marked', 'said_once',
+           'worded', 'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'enumerated',
+           'report_folder', 'Stored', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
+           'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'nothing_found', 'ledger', 'our_tables',
+           'Weighed', 'drawn', 'keeps_most', 'other_images', 'plain', 'rows_behind', 'told', 'unpaired', 'weigh',
+           'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
 
 # %% ../../nbs/reporting/99_reporting.ipynb #f5d3f17a
 from .asked import between, one_whole, parameters, whole_numbers, whole_or_none
@@ -22,7 +22,7 @@ from .drawings import dot_panels, plot_confusion, plot_curves
 from .claims import Claim, Missing, STANDS_FOR, as_named, cell, judge, on_its_own
 from .tables import (MARK, difference, facing, mean_std, measured, over_seeds,
     percent, published, show_conflicts, show_table, side_by_side, with_interval)
-from .readable import HEADERS, health, marked, said_once, worded
+from .readable import HEADERS, flagged, health, marked, said_once, worded
 from refine_nb.reporting.listing import (ACROSS, ARTEFACTS, Artefact, NEEDS, PAPERS, Paper, catalogue,
     enumerated, report_folder)
 from .reports import Stored, run_record, save_report, save_table, stored
@@ -41,9 +41,9 @@ _all_ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none',
          'shared_legend', 'dot_panels', 'plot_confusion', 'plot_curves', 'Claim', 'Missing',
          'STANDS_FOR', 'as_named', 'cell', 'judge', 'on_its_own', 'MARK', 'difference', 'facing',
          'mean_std', 'measured', 'over_seeds', 'percent', 'published', 'show_conflicts', 'show_table',
-         'side_by_side', 'with_interval', 'HEADERS', 'health', 'marked', 'said_once', 'worded',
-         'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'enumerated',
-         'report_folder', 'Stored', 'run_record', 'save_report', 'save_table', 'stored',
+         'side_by_side', 'with_interval', 'HEADERS', 'flagged', 'health', 'marked', 'said_once',
+         'worded', 'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue',
+         'enumerated', 'report_folder', 'Stored', 'run_record', 'save_report', 'save_table', 'stored',
          'Announcement', 'announce', 'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves',
          'nothing_found', 'ledger', 'our_tables', 'Weighed', 'drawn', 'keeps_most', 'other_images',
          'plain', 'rows_behind', 'told', 'unpaired', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS',

@@ -55,6 +55,7 @@ def dot_panels(
 # %% ../../nbs/reporting/15_drawings.ipynb #00edada7
 def _line_style(name, i): # of the i-th line
     ink = [c for c in _INK if c != 'yellow'][i % (len(_INK)-1)] # yellow is too faint for a line
+    name = name.removesuffix(' †')
     return method_style(name) if name in _STYLES else dict(color=_INK[ink], marker='osD^'[i % 4])
 
 def plot_curves(
