@@ -113,12 +113,17 @@ class Weighed:
     numbers: str # what was read, with intervals; or what is lacking
     share: float # of the tables that other images could have given, in which it holds
 
-# %% ../../nbs/reporting/82_direction.ipynb #457fa2d4
-def _ends(value, drawn, signed): # of the 95 % range: of an accuracy, or around a difference
-    if not signed: return np.percentile(drawn, (2.5, 97.5), method='hazen')
+# %% ../../nbs/reporting/82_direction.ipynb #d4f0a1b2
+def _ends(text, drawn): # of the 95 % range: of an accuracy or a count, or around a difference
+    value = float(text.replace(',', ''))
+    if text[0] not in '+-':
+        low, a, middle, b, high = np.percentile(drawn, (2.5, 25, 50, 75, 97.5), method='hazen')
+        off = value-middle if '.' in text and not a<=value<=b else 0. # the extreme of several
+        return np.clip((low+off, high+off), *((0, 100) if 0<=drawn.min()<=drawn.max()<=100 else (None, None)))
     off = drawn-np.median(drawn)
     return value + 1.96*np.array([-1, 1])*[math.sqrt(2*np.mean(np.clip(s*off, 0, None)**2)) for s in (-1, 1)]
 
+# %% ../../nbs/reporting/82_direction.ipynb #457fa2d4
 _NUMBER = re.compile(r'(?<![\w.+-])[+-]?\d[\d,]*(?:\.\d+)?(?![\w]*[a-df-zA-Z])')
 
 def with_intervals(
@@ -134,7 +139,7 @@ def with_intervals(
     def one(match):
         text, drawn, signed = match[0], next(columns), match[0][0] in '+-'
         form = f"{{:{'+'*signed},.{len(text.partition('.')[2])}f}}"
-        low, high = map(form.format, _ends(float(text.replace(',', '')), drawn, signed))
+        low, high = map(form.format, _ends(text, drawn))
         return text if low==high else f'{text} [{low}, {high}]'
     return _NUMBER.sub(one, said)
 
