@@ -454,9 +454,9 @@ def test_what_another_made_again_stays(peace, kept, file, harm):
 def test_leftovers_of_the_killed_are_cleared(peace, kept):
     "Who opens a store next removes what a kill left beside finished results, and nothing else"
     unfinished = kept/'running'/key(replace(RUN, seed=9))
-    for p in (kept/'running'/key(RUN), unfinished, kept/'recipe'/f'.{key(RUN)}.abcdefgh',
-              kept/'.store.json.abcdefgh', kept/'.hidden'):
-        p.mkdir(parents=True); (p/'x').write_text('')
+    for p in (kept/'running'/key(RUN), unfinished, kept/'recipe'/f'.{key(RUN)}.refine-abcdefgh',
+              kept/'.store.json.refine-abcdefgh', kept/'.hidden'):
+        p.mkdir(parents=True); (p/'lock').write_text('')
     quiet(kept)
     assert [p.name for p in (kept/'running').iterdir()] == [unfinished.name]
     assert {p.name for p in kept.glob('.*')} == {'.hidden'} and not list(kept.glob('recipe/.*'))

@@ -124,18 +124,22 @@ def clear(
     name:str='*',    # of the file or folder that was written; '*' is all
 )->None:
     "Remove what writers that were killed left in a folder; what they were about to replace is put back"
-    for half in Path(folder).glob(f'.{name}.????????'):
+    for half in Path(folder).glob(f'.{name}{_HALF}'+'[a-z0-9_]'*8):
         if not half.is_dir() or half.is_symlink(): continue
+        if not (half/'lock').exists(): # its writer is about to lock it, or was killed before
+            with suppress(OSError): half.rmdir() # where it is empty
+            continue
         if not locks_hold(half.parent) and time.time()-half.stat().st_mtime < _A_DAY: continue
         try:
             with filelock.FileLock(half/'lock', timeout=0):
                 _put_back(half); shutil.rmtree(half, ignore_errors=True)
         except (OSError, filelock.Timeout): pass # a writer is alive, or we may only read
 
+_HALF = '.refine-' # in the name of a writer's folder, which no other program gives
 _A_DAY = 86400. # seconds: where no lock tells a writer that lives, one that is older is taken for dead
 
 def _put_back(half:Path): # where the system could not swap two folders, and the kill came between
-    path = half.parent/half.name[1:-9]
+    path = half.parent/half.name[1:-len(_HALF)-8]
     for old in half.glob('old*'):
         if not path.exists(): os.replace(old, path)
 
@@ -144,7 +148,7 @@ def _put_back(half:Path): # where the system could not swap two folders, and the
 def _beside(path:Path): # a folder beside `path` that is locked as long as we live
     held = False
     while not held: # once more where another one cleared it in the moment before it was locked
-        half = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
+        half = Path(tempfile.mkdtemp(prefix=f'.{path.name}{_HALF}', dir=path.parent))
         lock = filelock.FileLock(half/'lock')
         with suppress(FileNotFoundError, FileExistsError): lock.acquire(); held = (half/'lock').exists()
     try: yield half

@@ -39,8 +39,13 @@ class Store:
 
 _engine = engine # the constructor's argument hides the function's name
 
+def _folders(): # of a store: one for each kind of spec, and some for what is no result
+    def kinds(cls): return {cls.__name__.lower()}.union(*map(kinds, cls.__subclasses__()))
+    return kinds(Spec) | {'damaged', 'executed', 'locks', 'running', 'speeds', 'weights'}
+
 def _tidy(root): # away with what killed processes left beside results that are there
-    for folder in (root, *(p for p in root.iterdir() if p.is_dir())): clear(folder)
+    clear(root, 'store.json')
+    for name in _folders(): clear(root/name)
     for run in root.glob('running/*'):
         clear(run)
         if any(root.glob(f'*/{run.name}/record.json')): shutil.rmtree(run, ignore_errors=True)
