@@ -6,7 +6,7 @@
 __all__ = ['entries', 'parents', 'unneeded']
 
 # %% ../../nbs/command/20_stores.ipynb #ccb12b2d
-import json, shutil
+import json, os, shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -22,7 +22,12 @@ def entries()->dict[str,Path]: # key -> folder
     return {p.parent.name: p.parent for p in sorted(home_folder().glob('*/*/record.json'))
             if p.parent.parent.name not in ('damaged', 'running', 'executed') and p.parent.name[0] != '.'}
 
-def _record(folder): return json.loads((folder/'record.json').read_text(encoding='utf-8'))
+def _record(folder): # checked; `Damaged` where it is not what was written
+    from refine_nb.runs import Damaged, read_entry
+    try: return read_entry(folder, folder.name).record
+    except (Damaged, AttributeError) as e: # or pruned just now
+        raise Damaged(f"the stored {folder.parent.name} {folder.name} is damaged ({e}): it is made again "
+                      "when it is asked for, or remove its folder") from None
 
 def _whole_key(begun):
     found = [k for k in entries() if k.startswith(begun)]
@@ -55,18 +60,35 @@ def _in_words(v): # a canonical value
     return f'{name}({inner})'
 
 # %% ../../nbs/command/20_stores.ipynb #14d75dd5
-def _reported(): # key -> reports that name it
+def _records(): # of the reports, as files; and the folder in which they lie
     from refine_nb.reporting import report_folder
-    root = report_folder('tab1_adcorda', 'demo').parents[1]; found = {}
-    for run in sorted(root.rglob('run.json')):
-        try: parts = json.loads(run.read_text(encoding='utf-8')).get('made') or []
-        except (OSError, ValueError): continue
+    root = report_folder('tab1_adcorda', 'demo').parents[1]
+    def hidden(p): return any(part[0] == '.' for part in p.relative_to(root).parts) # half written
+    return [p for p in sorted(root.rglob('run.json')) if not hidden(p)], root
+
+def _reported(): # key -> reports that name it
+    (runs,root), found = _records(), {}
+    for run in runs:
+        try: parts = dict(json.loads(run.read_text(encoding='utf-8'))).get('made') or []
+        except (OSError, ValueError, TypeError, RecursionError) as e:
+            raise ValueError(f"the report {run} cannot be read ({type(e).__name__}), so it is not known what "
+                             "it needs: restore it, or remove its folder") from None
         for p in parts:
             if isinstance(p, dict) and 'key' in p:
                 found.setdefault(p['key'], []).append(str(run.parent.relative_to(root)))
     return found
 
 # %% ../../nbs/command/20_stores.ipynb #6b569c11
+def _used_by(name, there): # what was made from a result, in words; and which could not be asked
+    from refine_nb.runs import Damaged
+    used, notes = [], []
+    for k,folder in there.items():
+        try:
+            other = _record(folder)
+            if name in parents(other['spec']): used.append(f"{other['kind']} {k}")
+        except Damaged as e: notes.append(f'Not asked whether it was made from this one: {e}.')
+    return used, notes
+
 @click.command('explain')
 @click.argument('key')
 @click.option('--json', 'as_json', is_flag=True, help='The same as JSON.')
@@ -83,11 +105,11 @@ def _explain(key, as_json):
               ', '.join(f'{a} {b}' for a,b in v.items())} for k,v in r['made'].items()]
     rows += [{'what': 'made from', 'value': f"{s['spec']} {k}{'' if k in there else ' (not in this store)'}"}
              for k,s in parents(spec).items()]
-    for k,folder in there.items():
-        other = _record(folder)
-        if name in parents(other['spec']): rows.append({'what': 'used by', 'value': f"{other['kind']} {k}"})
-    rows += [{'what': 'in report', 'value': p} for p in _reported().get(name, [])]
-    report_rows(rows, as_json)
+    used, notes = _used_by(name, there)
+    rows += [{'what': 'used by', 'value': u} for u in used]
+    try: rows += [{'what': 'in report', 'value': p} for p in _reported().get(name, [])]
+    except ValueError as e: notes.append(f'Not looked up in reports: {e}.')
+    report_rows(rows, as_json, notes)
 
 # %% ../../nbs/command/20_stores.ipynb #2b7fe882
 def _data_rows():
@@ -165,17 +187,32 @@ def unneeded()->list[str]: # keys
     return [k for k in there if k not in wanted]
 
 # %% ../../nbs/command/20_stores.ipynb #79347c5b
+def _removed(folder)->bool: # of a result, at once; False where another process is about it
+    import filelock
+    from refine_nb.base.environment import _beside
+    from refine_nb.runs.store import _lock
+    try:
+        with _lock(folder.parents[1], folder.name).acquire(timeout=0), _beside(folder) as away:
+            os.replace(folder, away/'gone')
+    except (filelock.Timeout, FileNotFoundError): return False
+    return True
+
 @_store.command('prune')
 @click.option('--yes', is_flag=True, help='Remove them. Without it they are only counted.')
 @click.option('--json', 'as_json', is_flag=True, help='The same as JSON.')
 def _prune(yes, as_json):
     """What no report here needs: counted, and with --yes removed."""
-    there = entries(); gone = unneeded()
-    n = sum(_bytes(there[k]) for k in gone)
-    for k in gone if yes else (): shutil.rmtree(there[k])
-    said = f"{len(gone)} of {len(there)} results, {_mib(n)} MiB, are needed by no report" + (
-        ': removed.' if yes else '. With --yes they are removed.' if gone else '.')
+    (runs,where), there, gone = _records(), entries(), unneeded()
+    if yes and not runs:
+        raise ValueError(f"nothing is removed: there is no report in {where} that says what is needed; "
+                         "set REFINE_REPORTS to the folder of your reports")
+    n, kept = sum(_bytes(there[k]) for k in gone), [k for k in gone if yes and not _removed(there[k])]
+    said = (f"{len(gone)} of {len(there)} results, {_mib(n)} MiB, are needed by none of the {len(runs)} reports "
+            f"in {where}" + (f": {len(gone)-len(kept)} removed{_busy(kept)}." if yes else
+                             '. With --yes they are removed.' if gone and runs else '.'))
     report_rows([{'kind': there[k].parent.name, 'key': k} for k in gone] if as_json else [], as_json, [said])
+
+def _busy(kept): return f", {len(kept)} left to other processes that are about them" if kept else ''
 
 # %% ../../nbs/command/20_stores.ipynb #4733ee89
 @_store.command('verify')
@@ -183,11 +220,14 @@ def _prune(yes, as_json):
 def _verify(as_json):
     """Read every result and compare its checksums; fails where one is damaged."""
     from refine_nb.runs import Damaged, read_entry
-    bad, there = [], entries()
+    bad, bare, there = [], 0, entries()
     for k,p in there.items():
-        try: read_entry(p, k).tensors()
+        try:
+            if (entry := read_entry(p, k)) and entry.whole: entry.tensors()
+            else: bare += 1
         except Damaged as e: bad.append({'kind': p.parent.name, 'key': k, 'why': str(e)})
-    report_rows(bad, as_json, [f"{len(there)-len(bad)} of {len(there)} results are whole."
+    report_rows(bad, as_json, [f"{len(there)-len(bad)-bare} of {len(there)} results are whole."
+                          + (f" {bare} came as numbers alone, without their tensors." if bare else '')
                           + (" A damaged one is made again when it is asked for." if bad else '')])
     if bad: raise click.exceptions.Exit(1)
 
