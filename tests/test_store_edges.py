@@ -1,14 +1,16 @@
 "What a store, its commands and its keys do at their edges: foreign files, damage, equal values"
-import json, os, shutil
-from pathlib import Path
+import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from refine_nb.base import Cell, Recipe, call, clear, key, whole
 from refine_nb.vision import classifier, load_data
+from refine_nb.attacks import kl, pgd
 from refine_nb.training import fine_tune, sgd
-from refine_nb.runs import Store, export_results, import_results
+from refine_nb.runs import Given, Store, export_results, import_results
 from test_command import error, refine
 
 BASE = Recipe(data=call(load_data, name='digits'), model=call(classifier, name='resnet18'),
@@ -60,9 +62,10 @@ def test_prune_stops_at_a_report_that_cannot_be_read(kept, tmp_path):
     assert 'Not looked up in reports' in refine('explain', key(BASE)).output
 
 def test_prune_removes_nothing_where_there_is_no_report(kept, tmp_path):
-    assert f'2 of 2 results' in (said := refine('store', 'prune').output) and str(tmp_path/'reports') in said
+    assert '2 of 2 results' in (said := refine('store', 'prune').output) and str(tmp_path/'reports') in said
     assert 'With --yes' not in said
-    assert f"nothing is removed: there is no report in {tmp_path/'reports'}" in error('store', 'prune', '--yes')
+    said = error('store', 'prune', '--yes')
+    assert f"nothing is removed: there is no report in {tmp_path/'reports'}" in said
     assert kept.find(BASE) and kept.find(Cell(BASE))
 
 def test_prune_leaves_what_another_process_holds(kept, tmp_path):
@@ -78,7 +81,8 @@ def test_one_damaged_record_spoils_no_other_answer(kept, tmp_path):
     r = refine('explain', key(BASE))
     assert r.exit_code == 0 and 'fine_tune' in r.output and f'cell {key(Cell(BASE))} is damaged' in r.output
     reported(tmp_path, json.dumps({'made': [{'key': key(Cell(BASE))}]}))
-    assert f'cell {key(Cell(BASE))} is damaged (record.json cannot be read' in error('store', 'prune', '--yes')
+    said = error('store', 'prune', '--yes')
+    assert f'cell {key(Cell(BASE))} is damaged (record.json cannot be read' in said
     assert kept.find(BASE)
 
 def test_numbers_alone_are_no_damage(kept, tmp_path, monkeypatch):
@@ -87,3 +91,38 @@ def test_numbers_alone_are_no_damage(kept, tmp_path, monkeypatch):
     import_results(Store(quiet=True), tmp_path/'n.tar')
     r = refine('store', 'verify')
     assert r.exit_code == 0 and '1 of 2 results are whole. 1 came as numbers alone' in r.output
+
+
+# ---- equal values, one key --------------------------------------------------------------------------
+
+def asks(n:int|None=None, rate:float|None=None, at:tuple[float,...]|None=None, on=None): pass
+
+@pytest.mark.parametrize('one,other', [(dict(n=100), dict(n=100.)), (dict(rate=1), dict(rate=1.)),
+                                       (dict(at=(1, .5)), dict(at=(1., .5)))])
+def test_equal_settings_have_one_key(one, other):
+    one, other = (call(asks, **s) for s in (one, other))
+    assert one == other and key(one) == key(other) and repr(one) == repr(other)
+
+def test_equal_cells_have_one_key():
+    one, other = (Cell(replace(BASE, data=call(load_data, name='digits', n_train=n))) for n in (100, 100.))
+    assert one == other and key(one) == key(other)
+    one, other = (call(pgd, step_size=s) for s in (1, 1.)); assert key(one) == key(other)
+    with pytest.raises(ValueError, match=r'pgd: step_size wants a number, got True \(bool\)'):
+        call(pgd, step_size=True)
+
+def test_the_seed_of_given_weights_is_a_whole_number():
+    of = (call(load_data, name='digits'), call(classifier, name='resnet18'))
+    assert key(Given(*of, 1)) == key(Given(*of, 1.)) != key(Given(*of))
+    for bad in (True, 'a', -1, 1.5, None):
+        with pytest.raises(ValueError, match='seed wants a whole number >= 0'): Given(*of, bad)
+
+@pytest.mark.parametrize('bad', [partial(kl), torch.ones(2), object(), {1, 2}, int])
+def test_what_has_no_key_is_refused_where_it_is_given(bad):
+    with pytest.raises(ValueError, match='pgd: objective wants a number, string, boolean, None, tup'):
+        call(pgd, objective=bad)
+
+def test_what_cannot_be_imported_again_is_no_call():
+    with pytest.raises(ValueError, match='can be imported by name, got Linear.forward of torch.nn.modules'):
+        call(torch.nn.Linear.forward)
+    def inner(): pass
+    with pytest.raises(ValueError, match='can be imported by name'): call(inner)

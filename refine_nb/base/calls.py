@@ -9,7 +9,8 @@ __all__ = ['RUNTIME', 'Call', 'public_name', 'call', 'canonical', 'key', 'seeded
 import hashlib, importlib, inspect, json, math
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Callable
+from types import UnionType
+from typing import Any, Callable, Union, get_args, get_origin
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,12 +26,18 @@ def _function(dotted:str)->Callable: # the function that a dotted name stands fo
     module, _, name = dotted.rpartition('.')
     return getattr(importlib.import_module(module), name)
 
+def _kind(said)->type|None: # int or float, where an annotation asks for numbers of one kind
+    parts = get_args(said) if isinstance(said, UnionType) or get_origin(said) is Union else (said,)
+    parts = [q for p in parts for q in (get_args(p) if get_origin(p) is tuple else (p,))]
+    return next(iter(found)) if len(found := {p for p in parts if p in (int, float)}) == 1 else None
+
 class _Signature:
     "What `call` asks of a function"
     def __init__(self, fn):
         all_ = [p for p in inspect.signature(fn).parameters.values()
                 if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self.names = frozenset(p.name for p in all_)
+        self.kinds = {p.name: _kind(p.annotation) for p in all_ if p.default in (None, p.empty)}
         self.settings = {p.name: p.default for p in all_ if p.name not in RUNTIME} # or `Parameter.empty`
         self.inputs = {p.name for p in all_ if p.default is p.empty}
         self.passed = set() # settings that its border has let through
@@ -52,18 +59,23 @@ def _signature(fn:Callable)->_Signature:
 _KIND = {bool:'boolean', int:'number', float:'number', str:'string'}
 
 def _plain(name:str, value):
-    "Numbers of NumPy as Python's own, lists as tuples, functions as calls; nan and inf are no settings"
+    "Numbers of NumPy as Python's own, lists as tuples, functions as calls; what has no key is no setting"
     if inspect.isfunction(value): return call(value)
     if isinstance(value, (list, tuple)): return tuple(_plain(name, v) for v in value)
     if hasattr(value, 'dtype') and getattr(value, 'ndim', None) == 0: value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} wants a finite value, got {value!r}")
+    plain = value is None or isinstance(value, (bool, int, float, str, dict)) or is_dataclass(value)
+    if not plain or isinstance(value, type):
+        raise ValueError(f"{name} wants a number, string, boolean, None, tuple, function, call or spec, "
+                         f"got {value!r:.60} ({type(value).__name__})")
     return value
 
 # %% ../../nbs/base/05_calls.ipynb #9d8f493c
-def _coerce(name:str, value, default):
+def _coerce(name:str, value, default, kind:type|None=None): # `kind` where the default has none
     "Bring a setting to the type of its default, so that `1` and `1.0` are one value"
     value = _plain(name, value)
+    if kind: value = _of_kind(name, value, kind)
     if isinstance(default, bool): ok = isinstance(value, bool)
     elif isinstance(default, (int, float)):
         ok = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
@@ -76,6 +88,12 @@ def _coerce(name:str, value, default):
     if isinstance(default, float) and type(value) is int: return float(value)
     if type(default) is int and isinstance(value, float): return int(value)
     return value
+
+def _of_kind(name, value, kind): # and what is no number, as it is
+    if isinstance(value, tuple): return tuple(_of_kind(name, v, kind) for v in value)
+    if isinstance(value, bool): raise ValueError(f"{name} wants a number, got {value} (bool)")
+    if isinstance(value, int) and kind is float: return float(value)
+    return int(value) if isinstance(value, float) and kind is int and value.is_integer() else value
 
 # %% ../../nbs/base/05_calls.ipynb #ca31d3dc
 @dataclass(frozen=True)
@@ -156,17 +174,22 @@ def call(
     if isinstance(fn, Call) or not callable(fn) or not hasattr(fn, '__qualname__'):
         hint = ': change a call with .but(...)' if isinstance(fn, Call) else ''
         raise ValueError(f"call wants a function, got {fn!r:.60} ({type(fn).__name__}){hint}")
-    if fn.__module__ == '__main__' or '<' in fn.__qualname__:
-        raise ValueError(f"call wants a function that can be imported by name, "
-                         f"got {fn.__qualname__} of {fn.__module__}: export it to a module first")
-    dotted = f"{fn.__module__}.{fn.__qualname__}"
-    known = _signature(_function(dotted)).settings
+    dotted = _importable(fn); known = (asks := _signature(_function(dotted))).settings
     for k in settings:
         if k in RUNTIME: raise ValueError(f"{k} is given when {fn.__name__} runs, it is not a setting")
         choose(k, known, f"setting of {fn.__name__}")
-    made = {k: _coerce(f"{fn.__name__}: {k}", v, known[k]) for k,v in sorted(settings.items())}
+    made = {k: _coerce(f"{fn.__name__}: {k}", v, known[k], asks.kinds.get(k))
+            for k,v in sorted(settings.items())}
     _try(fn, made)
     return Call(dotted, tuple(made.items()))
+
+def _importable(fn)->str: # the dotted name under which a function is found again
+    dotted = f"{fn.__module__}.{fn.__qualname__}"
+    try:
+        if fn.__module__ != '__main__' and callable(_function(dotted)): return dotted
+    except (ImportError, AttributeError): pass
+    raise ValueError(f"call wants a function that can be imported by name, "
+                     f"got {fn.__qualname__} of {fn.__module__}: export it to a module first")
 
 # %% ../../nbs/base/05_calls.ipynb #05f0e0a9
 def canonical(

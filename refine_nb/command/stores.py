@@ -89,6 +89,7 @@ def _used_by(name, there): # what was made from a result, in words; and which co
         except Damaged as e: notes.append(f'Not asked whether it was made from this one: {e}.')
     return used, notes
 
+# %% ../../nbs/command/20_stores.ipynb #05992593
 @click.command('explain')
 @click.argument('key')
 @click.option('--json', 'as_json', is_flag=True, help='The same as JSON.')
@@ -197,6 +198,7 @@ def _removed(folder)->bool: # of a result, at once; False where another process 
     except (filelock.Timeout, FileNotFoundError): return False
     return True
 
+# %% ../../nbs/command/20_stores.ipynb #1a0c2f95
 @_store.command('prune')
 @click.option('--yes', is_flag=True, help='Remove them. Without it they are only counted.')
 @click.option('--json', 'as_json', is_flag=True, help='The same as JSON.')
@@ -207,8 +209,8 @@ def _prune(yes, as_json):
         raise ValueError(f"nothing is removed: there is no report in {where} that says what is needed; "
                          "set REFINE_REPORTS to the folder of your reports")
     n, kept = sum(_bytes(there[k]) for k in gone), [k for k in gone if yes and not _removed(there[k])]
-    said = (f"{len(gone)} of {len(there)} results, {_mib(n)} MiB, are needed by none of the {len(runs)} reports "
-            f"in {where}" + (f": {len(gone)-len(kept)} removed{_busy(kept)}." if yes else
+    said = (f"{len(gone)} of {len(there)} results, {_mib(n)} MiB, are needed by none of the {len(runs)} "
+            f"reports in {where}" + (f": {len(gone)-len(kept)} removed{_busy(kept)}." if yes else
                              '. With --yes they are removed.' if gone and runs else '.'))
     report_rows([{'kind': there[k].parent.name, 'key': k} for k in gone] if as_json else [], as_json, [said])
 

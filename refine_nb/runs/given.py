@@ -8,7 +8,7 @@ __all__ = ['Given']
 # %% ../../nbs/runs/12_given.ipynb #68681479
 from dataclasses import dataclass
 
-from ..base import Call, Spec
+from ..base import Call, Spec, number
 from ..vision import n_parameters
 from .makers import make
 
@@ -25,6 +25,7 @@ class Given(Spec):
         for f in ('data', 'model'):
             if not isinstance(v := getattr(self, f), Call):
                 raise ValueError(f"{f} wants a Call, got {v!r}: write call(function, setting=value)")
+        object.__setattr__(self, 'seed', number('seed', self.seed, 0, whole=True))
 
 # %% ../../nbs/runs/12_given.ipynb #fbae2147
 @make.register

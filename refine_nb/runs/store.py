@@ -39,6 +39,7 @@ class Store:
 
 _engine = engine # the constructor's argument hides the function's name
 
+# %% ../../nbs/runs/20_store.ipynb #95b27f38
 def _folders(): # of a store: one for each kind of spec, and some for what is no result
     def kinds(cls): return {cls.__name__.lower()}.union(*map(kinds, cls.__subclasses__()))
     return kinds(Spec) | {'damaged', 'executed', 'locks', 'running', 'speeds', 'weights'}
