@@ -6,7 +6,7 @@
 __all__ = ['entries', 'parents', 'unneeded']
 
 # %% ../../nbs/command/20_stores.ipynb #ccb12b2d
-import json, os, shutil
+import json, shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -188,15 +188,7 @@ def unneeded()->list[str]: # keys
     return [k for k in there if k not in wanted]
 
 # %% ../../nbs/command/20_stores.ipynb #79347c5b
-def _removed(folder)->bool: # of a result, at once; False where another process is about it
-    import filelock
-    from refine_nb.base.environment import _beside
-    from refine_nb.runs.store import _lock
-    try:
-        with _lock(folder.parents[1], folder.name).acquire(timeout=0), _beside(folder) as away:
-            os.replace(folder, away/'gone')
-    except (filelock.Timeout, FileNotFoundError): return False
-    return True
+def _busy(kept): return f", {len(kept)} left to other processes that are about them" if kept else ''
 
 # %% ../../nbs/command/20_stores.ipynb #1a0c2f95
 @_store.command('prune')
@@ -204,17 +196,16 @@ def _removed(folder)->bool: # of a result, at once; False where another process 
 @click.option('--json', 'as_json', is_flag=True, help='The same as JSON.')
 def _prune(yes, as_json):
     """What no report here needs: counted, and with --yes removed."""
+    from refine_nb.runs import remove_entry
     (runs,where), there, gone = _records(), entries(), unneeded()
     if yes and not runs:
         raise ValueError(f"nothing is removed: there is no report in {where} that says what is needed; "
                          "set REFINE_REPORTS to the folder of your reports")
-    n, kept = sum(_bytes(there[k]) for k in gone), [k for k in gone if yes and not _removed(there[k])]
+    n, kept = sum(_bytes(there[k]) for k in gone), [k for k in gone if yes and not remove_entry(there[k])]
     said = (f"{len(gone)} of {len(there)} results, {_mib(n)} MiB, are needed by none of the {len(runs)} "
             f"reports in {where}" + (f": {len(gone)-len(kept)} removed{_busy(kept)}." if yes else
                              '. With --yes they are removed.' if gone and runs else '.'))
     report_rows([{'kind': there[k].parent.name, 'key': k} for k in gone] if as_json else [], as_json, [said])
-
-def _busy(kept): return f", {len(kept)} left to other processes that are about them" if kept else ''
 
 # %% ../../nbs/command/20_stores.ipynb #4733ee89
 @_store.command('verify')

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Damaged', 'Entry', 'FORMAT', 'NUMBERS_ONLY', 'home_folder', 'provenance', 'read_entry', 'reading', 'timeless',
            'write_entry', 'writing', 'Stopped', 'Until', 'terminated', 'make', 'Given', 'Audited', 'stored_audit',
-           'Store', 'passed', 'unfilled', 'weights_of', 'Task', 'by_want', 'tasks', 'weights_of_ways', 'Brief',
-           'PRESETS', 'Preset', 'at_preset', 'preset', 'presets', 'rooted', 'scaled', 'ROBUST_SHARE', 'SIZES',
+           'Store', 'passed', 'remove_entry', 'unfilled', 'weights_of', 'Task', 'by_want', 'tasks', 'weights_of_ways',
+           'Brief', 'PRESETS', 'Preset', 'at_preset', 'preset', 'presets', 'rooted', 'scaled', 'ROBUST_SHARE', 'SIZES',
            'WRONG_SHARE', 'cost', 'duration', 'images', 'price', 'priceable', 'sizes_of', 'speed', 'speed_of', 'fits',
            'priced', 'whats_left', 'Setting', 'attempt', 'here', 'tried', 'serve', 'workers', 'on_cluster', 'ray',
            'Unmade', 'BadArchive', 'export_results', 'import_results', 'makespan', 'scaling']
@@ -18,7 +18,7 @@ from .stopping import Stopped, Until, terminated
 from .makers import make
 from .given import Given
 from .audited import Audited, stored_audit
-from .store import Store, passed
+from .store import Store, passed, remove_entry
 from .values import unfilled, weights_of
 from .divided import Task, by_want, tasks, weights_of_ways
 from .scales import Brief, PRESETS, Preset, at_preset, preset, presets, rooted, scaled
@@ -35,9 +35,10 @@ from .simulated import makespan, scaling
 # %% ../../nbs/runs/99_runs.ipynb #ba161b5b
 _all_ = ['Damaged', 'Entry', 'FORMAT', 'NUMBERS_ONLY', 'home_folder', 'provenance', 'read_entry',
          'reading', 'timeless', 'write_entry', 'writing', 'Stopped', 'Until', 'terminated', 'make',
-         'Given', 'Audited', 'stored_audit', 'Store', 'passed', 'unfilled', 'weights_of', 'Task',
-         'by_want', 'tasks', 'weights_of_ways', 'Brief', 'PRESETS', 'Preset', 'at_preset', 'preset',
-         'presets', 'rooted', 'scaled', 'ROBUST_SHARE', 'SIZES', 'WRONG_SHARE', 'cost', 'duration',
-         'images', 'price', 'priceable', 'sizes_of', 'speed', 'speed_of', 'fits', 'priced',
-         'whats_left', 'Setting', 'attempt', 'here', 'tried', 'serve', 'workers', 'on_cluster', 'ray',
-         'Unmade', 'BadArchive', 'export_results', 'import_results', 'makespan', 'scaling']
+         'Given', 'Audited', 'stored_audit', 'Store', 'passed', 'remove_entry', 'unfilled',
+         'weights_of', 'Task', 'by_want', 'tasks', 'weights_of_ways', 'Brief', 'PRESETS', 'Preset',
+         'at_preset', 'preset', 'presets', 'rooted', 'scaled', 'ROBUST_SHARE', 'SIZES', 'WRONG_SHARE',
+         'cost', 'duration', 'images', 'price', 'priceable', 'sizes_of', 'speed', 'speed_of', 'fits',
+         'priced', 'whats_left', 'Setting', 'attempt', 'here', 'tried', 'serve', 'workers',
+         'on_cluster', 'ray', 'Unmade', 'BadArchive', 'export_results', 'import_results', 'makespan',
+         'scaling']
