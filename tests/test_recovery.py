@@ -246,12 +246,12 @@ def test_the_disk_is_full(peace, root, tmp_path, limit, every):
 
 def test_the_disk_fills_up_at_the_last_moment(peace, root, monkeypatch):
     "All is written but not yet on the disk"
-    real = os.fsync
+    store, real = quiet(root), os.fsync
     def full(fd): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError, match=r'cannot write to the store .* \(No space left on device\): '
                        r'no partial result was kept; make room'):
-        quiet(root).get(RUN)
+        store.get(RUN)
     assert entries(root) == [] and not list(root.glob('recipe/.*'))
     monkeypatch.setattr(os, 'fsync', real)
     assert quiet(root).get(RUN) and same(peace, root, RUN)
@@ -284,7 +284,9 @@ def test_a_store_where_no_folder_can_be():
 
 @pytest.mark.parametrize('sign,says',
                          [('{"format": 99}', 'has format 99, this version of refine_nb reads format 2'),
-                          ('{}', 'has format'), ('{"for', 'has format'), ('[1]', 'has format')])
+                          ('{}', 'is empty or damaged'), ('', 'is empty or damaged'),
+                          ('{"for', 'results of the store are as they were'),
+                          ('[1]', 'write {"format": 2} into it')])
 def test_a_store_of_another_format(kept, sign, says):
     "refused before anything in it is touched"
     (kept/'store.json').write_text(sign); before = sorted(kept.rglob('*'))

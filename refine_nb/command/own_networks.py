@@ -6,7 +6,7 @@
 __all__ = ['ATTACKERS', 'network_from', 'images_from', 'fitting', 'robustness_of', 'three_arms']
 
 # %% ../../nbs/command/30_own_networks.ipynb #341a7fa4
-import hashlib, importlib, os, sys
+import hashlib, importlib, json, os, sys, tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,7 +78,8 @@ def _budget(ctx, param, text): # 8/255, .03
     raise click.BadParameter(f'wants a budget in (0,1], such as 8/255, got {text!r}')
 
 def _attackers(ctx, param, text):
-    return [near(a.strip(), ATTACKERS, 'attack') for a in text.split(',') if a.strip()]
+    if found := [near(a.strip(), ATTACKERS, 'attack') for a in text.split(',') if a.strip()]: return found
+    raise click.BadParameter(f"wants one or more of {', '.join(ATTACKERS)}, got {text!r}")
 
 # %% ../../nbs/command/30_own_networks.ipynb #e8074701
 def _judging(f):
@@ -178,22 +179,36 @@ def three_arms(
     size:int=32, epochs:int=20, further:int=20, seed:int=1, # of the input; of the baseline, of the others
 )->dict:                 # 'baseline', 'control' and 'AdCorDA' -> cell
     "AdCorDA, its baseline and its control on images of one's own"
-    from refine_nb.base import Cell, call
+    from refine_nb.base import Cell, call, rewrite
     from refine_nb.vision import chosen_data, classifier
     from refine_nb.training import sgd
     from refine_nb.runs import sizes_of
     from refine_nb.papers.adcorda import DATASETS, baseline, control, refined
     own = chosen_data(data, (*DATASETS, 'digits')); small, few = size <= 64, max(2, sizes_of(own)[0]//8)
-    base = baseline(model, 'cifar10' if own == 'digits' else own, seed, epochs=epochs, stem='cifar')
+    name = 'cifar10' if own == 'digits' else own # the paper has no digits: they are weighed as CIFAR-10
+    base = baseline(model, name, seed, epochs=epochs, stem='cifar')
     start = dict(weights='imagenet', weights_file=_weights_kept(weights)) if weights else {}
     net = call(classifier, name=model, stem='cifar' if small and not weights else 'imagenet', **start)
-    base = replace(base, data=base.data.but(name=own, size=size), model=net, batch_size=min(32, few),
+    base = replace(base, data=base.data.but(name=name, size=size), model=net, batch_size=min(32, few),
                    optimiser=base.optimiser if weights else call(sgd, lr=.02, momentum=.9, weight_decay=1e-4))
     made = {'baseline': base, 'control': control(base), 'AdCorDA': refined(base, 'DDN')}
-    return {k: Cell(r if k == 'baseline' else replace(r, epochs=further, batch_size=min(16, few)))
-            for k,r in made.items()}
+    made |= {k: replace(made[k], epochs=further, batch_size=min(16, few)) for k in ('control', 'AdCorDA')}
+    def shown(v): return v.but(name=own) if getattr(v, 'name', '') == 'load_data' else v
+    return {k: rewrite(Cell(r), shown) for k,r in made.items()}
 
 # %% ../../nbs/command/30_own_networks.ipynb #29870a5b
+def _plain_weights(ctx, param, file): # not those that this command writes: they are of another layout
+    if file is None or Path(file).suffix != '.safetensors': return file
+    try:
+        with open(file, 'rb') as f: head = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
+    except (OSError, ValueError, MemoryError, OverflowError): return file # its reader says what is wrong
+    if (of := dict(head.get('__metadata__') or {})).get('network', '').startswith('classifier('):
+        raise click.BadParameter(
+            f"{file} is what refine adcorda wrote, weights of {of['network']}: --weights wants those of a "
+            "plain network of torchvision")
+    return file
+
+# %% ../../nbs/command/30_own_networks.ipynb #5044bdc1
 def _arms_asked(f):
     few = dict(type=click.IntRange(1), default=20, show_default=True)
     for add in (click.option('--json', 'as_json', is_flag=True, help='The same as JSON.'),
@@ -206,27 +221,42 @@ def _arms_asked(f):
                 click.option('--size', type=click.IntRange(4), default=32, show_default=True,
                              help="Pixels of the network's input."),
                 click.option('--weights', type=click.Path(exists=True, dir_okay=False),
-                             help='Start from this file; its head is left out.'),
+                             callback=_plain_weights, help='Start from this file; its head is left out.'),
                 click.option('--model', default='resnet18', show_default=True,
                              help='resnet18, resnet34, resnet50 or efficientnet_v2_m.')): f = add(f)
     return f
 
+# %% ../../nbs/command/30_own_networks.ipynb #c5ce57df
 def _verdict(p, against): # a sentence of a paired test, in points
     what = f"{100*p['difference']:+.2f} points [{100*p['low']:+.2f}, {100*p['high']:+.2f}], p = {p['p']:.3g}"
-    sure = 'better than' if p['low'] > 0 else 'worse than' if p['high'] < 0 else 'not told apart from'
+    sure = ('not told apart from' if p['p'] >= .05 else 'better than' if p['low'] > 0
+            else 'worse than' if p['high'] < 0 else 'not told apart from')
     return f'AdCorDA is {sure} {against}: {what}, {p["n"]} test images.'
+
+def _weighed(recipe): # whose weight the CORAL term has, where the paper has no such images
+    from refine_nb.papers.adcorda import DATASETS
+    if recipe.data['name'] in DATASETS: return ()
+    weight = recipe.method['coral_weight']
+    return (f'The CORAL term weighs {weight:.3g}, as on CIFAR-10: the paper says none for these images.',)
 
 # %% ../../nbs/command/30_own_networks.ipynb #42e26b00
 def _free(ctx, param, out): # told before hours of training
     if not (folder := Path(out).expanduser().resolve().parent).is_dir():
         raise click.BadParameter(f'there is no folder {folder}: make it first')
-    if Path(out).exists() and Path(out).suffix != '.safetensors':
+    out = Path(out).expanduser()
+    if out.exists() and out.suffix != '.safetensors':
         raise click.BadParameter(f'{out} is there already, and is no .safetensors: name another file')
-    return out
+    try: tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise click.BadParameter(f'cannot write to {folder} ({e.strerror}): name another folder') from None
+    return str(out)
 
 def _kept(weights, out, **of): # as safetensors, which say what they are of
     from safetensors.torch import save_file
-    save_file({k: v.contiguous() for k,v in weights.items()}, out, {k: str(v) for k,v in of.items()})
+    try: save_file({k: v.contiguous() for k,v in weights.items()}, out, {k: str(v) for k,v in of.items()})
+    except Exception as e: # safetensors has an error of its own
+        raise OSError(f'the weights could not be written to {out} ({e}): the answer is above, and a run with '
+                      'another --out takes them from the store') from e
 
 # %% ../../nbs/command/30_own_networks.ipynb #cd0e059d
 @click.command('adcorda')
@@ -246,8 +276,9 @@ def _adcorda(data, out, device, as_json, **asked):
     tests = {k: store.compare(cells['AdCorDA'], cells[k]) for k in ('baseline', 'control')}
     recipe = cells['AdCorDA'].recipe; classes = store.data(recipe.data).classes
     net = f"classifier({recipe.model['name']!r}, num_classes={len(classes)}, stem={recipe.model['stem']!r})"
-    _kept(store.model(recipe).state_dict(), out, network=net, classes=', '.join(classes), size=asked['size'])
     report_rows(rows, as_json, [_verdict(tests['baseline'], 'its baseline'),
-                           _verdict(tests['control'], 'further training'),
+                           _verdict(tests['control'], 'further training'), *_weighed(recipe),
                            f'Refined weights, of {net}: {out}'],
            tests=tests, weights=str(out))
+    _kept(store.model(recipe).state_dict(), out, network=net, classes=', '.join(classes), size=asked['size'],
+          by='refine adcorda')

@@ -6,7 +6,7 @@
 __all__ = ['catalogued', 'artefacts_given', 'parameters_of', 'asked_for', 'sheet_of', 'executed']
 
 # %% ../../nbs/command/10_pages.ipynb #7ce3bb6d
-import ast, json, os, re
+import ast, json, os
 from importlib import resources
 from pathlib import Path
 
@@ -69,6 +69,8 @@ def _cells(path): # its code cells, and which of them has the parameters
     return [''.join(c['source']) for c in cells], first
 
 # %% ../../nbs/command/10_pages.ipynb #979c3a11
+_SCALES = ('demo', 'small', 'gpu', 'paper') # by name
+
 def parameters_of(
     artefact:str,
     given,        # (name, text) pairs
@@ -77,18 +79,26 @@ def parameters_of(
     "What a page is asked for; a usage error for a parameter that it does not have"
     cells,first = _cells(_page(artefact))
     has = [n.targets[0].id for n in ast.parse(cells[first]).body] if first is not None else []
-    if preset: given = [*given, ('preset', preset)]
+    given = [*given, *([('preset', preset)] if preset else [])]
+    for name,v in given: _once(name, v, [n for n,_ in given], has)
     return {near(name, has, f'parameter of {artefact}'): _valued(v) for name,v in given
             if not (name == 'preset' and name not in has)}
+
+def _once(name, v, names, has): # a usage error for what no page could make out
+    if names.count(name) > 1:
+        raise click.UsageError(f'{name} is given {names.count(name)} times: give it once')
+    if name in ('workers', 'budget') and name not in has:
+        raise click.UsageError(f'{name} is no parameter of a page: say refine run --{name} {v}')
+    if name == 'preset' and v != 'None': near(v, _SCALES, 'preset')
 
 # %% ../../nbs/command/10_pages.ipynb #b47336ce
 def asked_for(f):
     "The options that say what a page is asked for"
-    names = ('demo', 'small', 'gpu', 'paper')
     for add in (click.option('--json', 'as_json', is_flag=True, help='The answer as JSON.'),
                 click.option('-p', 'given', nargs=2, multiple=True, metavar='NAME VALUE',
                              help="A parameter of the page, such as -p dataset ~/pets."),
-                click.option('--preset', type=click.Choice(names), help='The scale [that of REFINE_PRESET].'),
+                click.option('--preset', type=click.Choice(_SCALES),
+                             help='The scale [that of REFINE_PRESET].'),
                 artefacts_given): f = add(f)
     return f
 
@@ -143,25 +153,40 @@ def _plan(artefacts, preset, given, as_json):
 # %% ../../nbs/command/10_pages.ipynb #d4e6f7eb
 def _time(ctx, param, text): # such as 25m; as the store will read it
     if text is None: return None
-    if re.fullmatch(r'[0-9]+(\.[0-9]+)?[smhd]?', text) and float(text.rstrip('smhd')) > 0: return text
-    raise click.BadParameter(f'wants a time such as 90s, 25m or 2h, got {text!r}')
+    from refine_nb.base import time_budget
+    try: return time_budget(text) and text
+    except ValueError:
+        raise click.BadParameter(f'wants a time such as 90s, 25m or 2h, got {text!r}') from None
 
+def _out(artefact, values)->Path: # of one request: another choice of parameters has another copy
+    from refine_nb.base import key
+    from refine_nb.runs import home_folder
+    folder = home_folder()/'executed'; folder.mkdir(exist_ok=True)
+    chosen = {k: v for k,v in values.items() if k != 'preset'}
+    return folder/f"{artefact}-{_scale(values)}{f'-{key(chosen)[:6]}' if chosen else ''}.ipynb"
+
+# %% ../../nbs/command/10_pages.ipynb #3d819601
 def executed(
     artefact:str, values:dict,
 )->Path: # the executed copy; its log has the ending .log
     "Run a page by papermill; `RuntimeError` with the page's own sentence where it fails"
     import papermill
-    from refine_nb.runs import home_folder
-    folder = home_folder()/'executed'; folder.mkdir(exist_ok=True)
-    out = folder/f'{artefact}-{_scale(values)}.ipynb'
-    with open(out.with_suffix('.log'), 'w', encoding='utf-8') as log:
-        try:
-            papermill.execute_notebook(_page(artefact), out, parameters=values, kernel_name='python3',
-                                       stdout_file=log, stderr_file=log,
-                                       progress_bar={'desc': artefact, 'leave': False})
-        except papermill.PapermillExecutionError as e:
-            where = out.with_suffix('.log')
-            raise RuntimeError(f"{artefact} stopped: {e.evalue} (its log is {where})") from e
+    from refine_nb.base import whole
+    out = _out(artefact, values); failed = out.with_name(f'{out.stem}-failed.ipynb')
+    log = out.with_name(f'{out.stem}-running.log')
+    try:
+        with whole(out) as new, open(log, 'w', encoding='utf-8') as said:
+            try: papermill.execute_notebook(_page(artefact), new, parameters=values, kernel_name='python3',
+                                            stdout_file=said, stderr_file=said,
+                                            progress_bar={'desc': artefact, 'leave': False})
+            except BaseException: # kept as far as it came
+                if new.exists(): os.replace(new, failed)
+                raise
+    except BaseException as e:
+        if log.exists(): os.replace(log, failed.with_suffix('.log'))
+        if not isinstance(e, papermill.PapermillExecutionError): raise
+        raise RuntimeError(f"{artefact} stopped: {e.evalue} (its log is {failed.with_suffix('.log')})") from e
+    os.replace(log, out.with_suffix('.log'))
     return out
 
 # %% ../../nbs/command/10_pages.ipynb #6aec7728

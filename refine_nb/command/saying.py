@@ -47,6 +47,10 @@ def report_rows(
     for note in notes: click.echo(note)
 
 # %% ../../nbs/command/00_saying.ipynb #fca39d99
+def _reason(e): # without the number of an error of the system
+    if not isinstance(e, OSError) or not e.strerror: return str(e)
+    return e.strerror if e.filename is None else f'{e.strerror}: {e.filename}'
+
 class Commands(click.Group):
     "A group of commands that says in one sentence what went wrong, and what was meant by a mistyped one"
     def resolve_command(self, ctx, args):
@@ -59,7 +63,7 @@ class Commands(click.Group):
         except BrokenPipeError: ctx.exit(0) # whoever read it has seen enough
         except Exception as e:
             if os.environ.get('REFINE_TRACEBACK') == '1': raise
-            said = ' '.join(str(e).split()) or 'no reason was given'
+            said = ' '.join(_reason(e).split()) or 'no reason was given'
             known = isinstance(e, (ValueError, OSError, RuntimeError))
             raise click.ClickException(said if known else f'{type(e).__name__}: {said}') from e
 

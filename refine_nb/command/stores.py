@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from .saying import Commands, report_rows
-from .pages import _artefacts, parameters_of, sheet_of
+from .pages import _SCALES, _artefacts, parameters_of, sheet_of
 
 # %% ../../nbs/command/20_stores.ipynb #b1f9a103
 def entries()->dict[str,Path]: # key -> folder
@@ -228,8 +228,7 @@ def _verify(as_json):
 @_store.command('export')
 @click.argument('artefact')
 @click.argument('file', type=click.Path(dir_okay=False))
-@click.option('--preset', type=click.Choice(('demo', 'small', 'gpu', 'paper')),
-              help='The scale [REFINE_PRESET, or demo].')
+@click.option('--preset', type=click.Choice(_SCALES), help='The scale [REFINE_PRESET, or demo].')
 @click.option('-p', 'given', nargs=2, multiple=True, metavar='NAME VALUE', help='A parameter of the page.')
 @click.option('--numbers-only', is_flag=True, help='Without weights and images.')
 def _export(artefact, file, preset, given, numbers_only):

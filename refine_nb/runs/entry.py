@@ -31,8 +31,9 @@ def writing(
     try: yield
     except OSError as e:
         if e.errno not in _NO: raise
+        room = 'make room, or '*(e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
         raise OSError(e.errno, f"cannot write to the store {root} ({os.strerror(e.errno)}): "
-                      "no partial result was kept; make room, or set REFINE_HOME to another folder") from e
+                      f"no partial result was kept; {room}set REFINE_HOME to another folder") from e
 
 # %% ../../nbs/runs/00_entry.ipynb #c23c98a9
 @contextlib.contextmanager
@@ -182,10 +183,14 @@ def home_folder(
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
         if not sign.exists():
-            with whole(sign) as p: p.write_text(json.dumps({'format': FORMAT}))
+            with whole(sign) as p: _put(p, json.dumps({'format': FORMAT}).encode())
     try:
         with reading(sign): found = dict(json.loads(sign.read_bytes())).get('format')
-    except (ValueError, TypeError, RecursionError, IsADirectoryError): found = 'that cannot be read'
+    except (ValueError, TypeError, RecursionError, IsADirectoryError): found = None
     if found == FORMAT: return root
+    if found is None:
+        raise ValueError(f"the file {sign} is empty or damaged, the results of the store are as they were: "
+                         f"write {json.dumps({'format': FORMAT})} into it where this version made them, "
+                         "or set REFINE_HOME to another folder")
     raise ValueError(f"the store {root} has format {found}, this version of refine_nb reads format {FORMAT}: "
                      "set REFINE_HOME to another folder, or use the version that wrote it")
