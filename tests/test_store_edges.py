@@ -6,11 +6,12 @@ from functools import partial
 import pytest
 import torch
 
-from refine_nb.base import Cell, Recipe, call, clear, key, whole
+from refine_nb.base import Cell, Recipe, call, clear, key, loaded_commit, whole
 from refine_nb.vision import classifier, load_data
 from refine_nb.attacks import kl, pgd
 from refine_nb.training import fine_tune, sgd
-from refine_nb.runs import Given, Store, export_results, import_results
+from refine_nb.runs import Given, Store, export_results, here, import_results, seconds_spent
+from refine_nb.reporting import run_record
 from test_command import error, refine
 
 BASE = Recipe(data=call(load_data, name='digits'), model=call(classifier, name='resnet18'),
@@ -126,3 +127,34 @@ def test_what_cannot_be_imported_again_is_no_call():
         call(torch.nn.Linear.forward)
     def inner(): pass
     with pytest.raises(ValueError, match='can be imported by name'): call(inner)
+
+
+# ---- what made a number ------------------------------------------------------------------------------
+
+def test_the_commit_is_that_of_the_code_that_was_loaded(refine_home, monkeypatch):
+    "Somebody checks out another one while a result is made"
+    loaded_commit.cache_clear(); was = {'commit': 'a'*40, 'dirty': False}
+    monkeypatch.setattr('refine_nb.base.environment.commit', lambda: was)
+    store = Store(quiet=True)
+    monkeypatch.setattr('refine_nb.base.environment.commit', lambda: {'commit': 'b'*40, 'dirty': True})
+    made = store.keep(BASE, {}, {}, 1.).made
+    source = run_record('demo', {}, 1.)['source']
+    monkeypatch.undo(); loaded_commit.cache_clear()
+    assert {k: made[k] for k in was} == source == was
+
+SMALL = replace(BASE, data=call(load_data, name='digits', n_train=40), epochs=3,
+                model=call(classifier, name='resnet8', stem='cifar'))
+
+def test_seconds_of_earlier_sessions_count(refine_home, monkeypatch):
+    def slow(*args, **kwargs): # as its log says
+        return {'history': [], 'best_epoch': 0, 'best_accuracy': 0., 'seconds': 900., 'other': {}}
+    monkeypatch.setattr('refine_nb.runs.makers.fit', slow)
+    assert Store(quiet=True).get(SMALL).made['seconds'] == 900
+
+def test_what_is_made_on_the_way_is_not_summed_twice(refine_home):
+    short, store = replace(SMALL, epochs=2), Store(quiet=True)
+    store.run([short, SMALL], executor=here())
+    entries = [store.get(r) for r in (short, SMALL)]
+    assert entries[0].made['within'] == key(SMALL) and 'within' not in entries[1].made
+    assert seconds_spent(entries) == entries[1].made['seconds']
+    assert seconds_spent(entries[:1]) == entries[0].made['seconds'] > 0

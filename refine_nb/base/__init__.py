@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['as_path', 'choose', 'instance', 'number', 'Call', 'RUNTIME', 'call', 'canonical', 'key', 'public_name', 'seeded',
            'Adversarials', 'Cell', 'Recipe', 'Robustness', 'Spec', 'Worst', 'against', 'all_specs', 'ancestors',
-           'nested', 'rewrite', 'untargeted', 'clear', 'commit', 'device_name', 'locks_hold', 'remove', 'run_wishes',
-           'time_budget', 'versions', 'whole', 'bar', 'where', 'contents']
+           'nested', 'rewrite', 'untargeted', 'clear', 'commit', 'device_name', 'loaded_commit', 'locks_hold', 'remove',
+           'run_wishes', 'time_budget', 'versions', 'whole', 'bar', 'where', 'contents']
 
 # %% ../../nbs/base/99_base.ipynb #d04bad45
 from .checking import as_path, choose, instance, number
 from .calls import Call, RUNTIME, call, canonical, key, public_name, seeded
 from .specs import (Adversarials, Cell, Recipe, Robustness, Spec, Worst, against,
     all_specs, ancestors, nested, rewrite, untargeted)
-from .environment import (clear, commit, device_name, locks_hold, remove, run_wishes,
-    time_budget, versions, whole)
+from .environment import (clear, commit, device_name, loaded_commit, locks_hold, remove,
+    run_wishes, time_budget, versions, whole)
 from .progress import bar, where
 from .doors import contents
 
@@ -22,5 +22,5 @@ from .doors import contents
 _all_ = ['as_path', 'choose', 'instance', 'number', 'Call', 'RUNTIME', 'call', 'canonical', 'key',
          'public_name', 'seeded', 'Adversarials', 'Cell', 'Recipe', 'Robustness', 'Spec', 'Worst',
          'against', 'all_specs', 'ancestors', 'nested', 'rewrite', 'untargeted', 'clear', 'commit',
-         'device_name', 'locks_hold', 'remove', 'run_wishes', 'time_budget', 'versions', 'whole',
-         'bar', 'where', 'contents']
+         'device_name', 'loaded_commit', 'locks_hold', 'remove', 'run_wishes', 'time_budget',
+         'versions', 'whole', 'bar', 'where', 'contents']

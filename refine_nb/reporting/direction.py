@@ -201,8 +201,11 @@ def keeps_most(
     "Who keeps most under an attack, and from whom it is not told apart"
     instance('rows', rows, pd.DataFrame, 'a table of pandas')
     def said(r): return f'{r.accuracy:.{places}f} [{r.low:.{places}f}, {r.high:.{places}f}] %'
-    best, *rest = rows.sort_values('accuracy', ascending=False, kind='stable').itertuples()
+    learnt = rows[rows.accuracy.notna()] # a training that diverged has none
+    if not len(learnt): return 'no network learnt'
+    best, *rest = learnt.sort_values('accuracy', ascending=False, kind='stable').itertuples()
     if not best.accuracy: return 'no network keeps any'
+    if not rest and len(rows) > 1: return f'{best.method} keeps {said(best)}, and no other network learnt'
     within = [r for r in rest if unpaired(best, r)[1] <= 0]
     near = ('any other' if len(within)==len(rest) > 1 else
             enumerated(f'{r.method} ({r.accuracy:.{places}f})' for r in within))

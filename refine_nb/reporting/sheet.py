@@ -20,15 +20,15 @@ from matplotlib.figure import Figure
 from ..base import Cell, Recipe, Spec, ancestors, choose, time_budget
 from ..vision import OwnImages, Split, chosen_data
 from ..training import engine
-from ..runs import (Store, at_preset, duration, preset, presets, price, provenance, sizes_of,
-                            whats_left, workers)
+from ..runs import (Store, at_preset, duration, preset, presets, price, provenance, seconds_spent,
+                            sizes_of, whats_left, workers)
 from .asked import one_whole, parameters
 from .figures import named
 from .claims import judge as judged
 from .tables import published, show_table, side_by_side
 from .readable import MARK, health, said_once
 from .listing import ARTEFACTS, report_folder
-from .reports import run_record, save_report, stored
+from .reports import page_source, run_record, save_report, stored
 from .announcing import announce, announce_figure
 
 # %% ../../nbs/reporting/70_sheet.ipynb #8e89709d
@@ -53,12 +53,12 @@ class Sheet:
     ):
         self.about, self.start = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')], time.monotonic()
         free = {k: check for k,check in _HOW.items() if k in namespace}
-        given = _given(namespace)
-        self.p = parameters(given, preset=presets(), **_or_own(given, kinds), **free)
+        self.p = parameters(given := _given(namespace), preset=presets(), **_or_own(given, kinds), **free)
         self.p.preset = _scale(self.p)
         if 'seeds' in kinds: self.p.seeds = self.p.seeds[:self.p.preset.seeds]
         self.engine = engine(getattr(self.p, 'device', None))
         self.cells, self.ours, self.verdicts, self.tables, self.figures = [], None, None, {}, {}
+        self.source = page_source(artefact) # now: files may change under a run
         self.below = {}  # name of a table -> its own notes, besides those that each has
         warnings.showwarning = _note
 
@@ -295,12 +295,12 @@ def _variant(sheet)->str: # the folder of this run below its preset
 def save(self:Sheet, **facts)->None: # further facts for the record
     "Write the report, whole; its headline is the worst of its parts"
     made = [e for s in ancestors(*self.cells) if (e := self.store.get(s, make=False))]
-    spent = sum(e.made['seconds'] for e in made) if made else time.monotonic()-self.start
+    spent = seconds_spent(made) if made else time.monotonic()-self.start
     parts = [{'kind': e.record['kind'], 'key': e.record['key'], **e.made} for e in made]
     asked = {k: v for k,v in vars(self.p).items() if k not in ('workers', 'budget')}
     asked['preset'] = self.p.preset.name
     record = run_record(self.p.preset.name, asked, spent, self.engine.device,
-                        provenance=provenance(made), **facts, made=parts)
+                        provenance=provenance(made), source=self.source, **facts, made=parts)
     names = save_report(report_folder(self.about.id, self.p.preset.name, _variant(self)), run=record,
                         tables=self.tables, tidy=self.ours, title=self.title.text, claims=self.verdicts,
                         notes=(*_marks(self.ours), *self.title.notes), below=self.below,

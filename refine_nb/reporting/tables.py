@@ -108,7 +108,7 @@ def difference(
     ours:float,       # in %; nan for unknown
     published:float,  # in %, as printed; nan for unknown
 )->float: # points, two decimals
-    "Ours minus published, at the printed precision"
+    "Ours, not rounded, minus published, rounded to two decimals"
     ours, published = _known('ours', ours), _known('published', published)
     return round(ours-published, 2)
 
@@ -188,14 +188,17 @@ def show_table(
     head = [f'**{title}**', ''] if title else []
     number = {c: pd.api.types.is_numeric_dtype(table[c]) for c in table}
     rule = '|'.join('--:' if number[c] else ':--' for c in table)
-    body = ['|'.join(_shown(v) for v in row) for row in table.itertuples(index=False)]
+    body = ['|'.join(map(_shown, row, table)) for row in table.itertuples(index=False)]
     lines = [*head, *(f'|{x}|' for x in ('|'.join(map(_shown, table)), rule, *body))]
     return Markdown('\n'.join([*lines, *(x for n in notes for x in ('', f'*{n}*'))]) + '\n')
 
-def _shown(value):
+_P = ('p', 'p_value', 'holm') # columns of p-values, which are not 0.00
+
+def _shown(value, column=''):
     if isinstance(value, str): return value.replace('|', r'\|').replace('\n', ' ')
     if value is None or pd.isna(value): return ''
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool): return f'{value:,}'
+    if column in _P and 0 < value < .01: return f'{value:.2g}'
     return f'{value:.2f}' if isinstance(value, (float, np.floating)) else str(value)
 
 # %% ../../nbs/reporting/30_tables.ipynb #5d3e6844

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMBERS_ONLY', 'FORMAT', 'writing', 'reading', 'Damaged', 'Entry', 'timeless', 'write_entry', 'read_entry',
-           'provenance', 'home_folder']
+           'provenance', 'seconds_spent', 'home_folder']
 
 # %% ../../nbs/runs/00_entry.ipynb #e4633b38
 import contextlib, errno, hashlib, json, os
@@ -169,6 +169,14 @@ def provenance(
             'made_by_commit': {c: by[c] for c in sorted(by)}, 'n_no_commit': len(made)-by.total(),
             **{f'{what}s': sorted({m[what] for m in made if what in m})
                for what in ('device', 'precision', *['layout']*any('layout' in m for m in made))}}
+
+# %% ../../nbs/runs/00_entry.ipynb #ca8133da
+def seconds_spent(
+    entries,  # of all parts of a table, parents too
+)->float:
+    "What it took to make stored results, in seconds"
+    there = {e.record['key'] for e in entries}
+    return sum(e.made['seconds'] for e in entries if e.made.get('within') not in there)
 
 # %% ../../nbs/runs/00_entry.ipynb #993b8c29
 FORMAT = 2 # of the folder and its entries; 1 named functions by their modules

@@ -95,7 +95,7 @@ def _(recipe:Recipe, store, passing=()): # `passing`: the same recipe with fewer
         for r in passing:
             if r.epochs==state['epoch'] and not store.find(r):
                 log = {k: state[k] for k in ('history','best_epoch','best_accuracy','seconds')}
-                store.keep(r, result(log), state['best'], state['seconds'])
+                store.keep(r, result(log), state['best'], state['seconds'], within=key(recipe))
     validate, robust = _judges(recipe, data, method, store)
     log = fit(model, method, recipe.optimiser(model.parameters()), epochs=recipe.epochs, seed=recipe.seed,
               validate=validate, robust=robust, select=recipe.select or 'valid', schedule=recipe.schedule,

@@ -14,8 +14,8 @@ from pathlib import Path
 import filelock
 from fastcore.basics import patch
 
-from ..base import (Recipe, Spec, all_specs, canonical, clear, commit, device_name, instance, key,
-                            locks_hold, nested, public_name, remove, versions)
+from ..base import (Recipe, Spec, all_specs, canonical, clear, device_name, instance, key,
+                            loaded_commit, locks_hold, nested, public_name, remove, versions)
 from ..training import Diverged, Engine, engine
 from .entry import Damaged, Entry, home_folder, read_entry, write_entry, writing
 from .makers import make
@@ -33,7 +33,7 @@ class Store:
         self.root, self.engine, self.quiet, self.every = home_folder(root), engine or _engine(), quiet, every
         self.until, self._data, self._locks = None, {}, {} # `until`: when what is being made is to stop
         self._tried, self._laid = {}, {} # layouts by trial: of networks, and of what is being made
-        _tidy(self.root)
+        _tidy(self.root); loaded_commit() # before anything is made: files may change under a long run
     def folder(self, spec:Spec):
         name = type(instance('spec', spec, Spec, 'a cell, a recipe or another spec')).__name__.lower()
         return self.root/name/key(spec)
@@ -142,10 +142,13 @@ def plan(self:Store, specs)->list[Spec]:
 
 # %% ../../nbs/runs/20_store.ipynb #3b144d8a
 @patch
-def keep(self:Store, spec:Spec, result:dict, tensors:dict, seconds:float)->Entry:
+def keep(self:Store, spec:Spec, result:dict, tensors:dict, seconds:float,
+         within:str|None=None, # key of the longer training on whose way it was made
+)->Entry:
     "Write a result, with what made it in how many seconds"
     made = {'seconds': round(seconds, 3), 'versions': versions(), 'device': device_name(self.engine.device),
-            'precision': self.engine.precision, **(commit() or {})}
+            'precision': self.engine.precision, **(loaded_commit() or {}),
+            **({'within': within} if within else {})}
     if spec in self._laid: made['layout'] = _name(self._laid.pop(spec))
     record = json.loads(json.dumps({'key': key(spec), 'kind': type(spec).__name__, 'spec': canonical(spec),
                                     'result': result, 'made': made}))
@@ -166,9 +169,15 @@ def get(self:Store, spec:Spec, make=True)->Entry|None:
         with self.claimed(spec): found = _made(self, spec)
     return _sound(found)
 
+def _worked(result): # seconds that a result says, which counts earlier sessions of its making, too
+    said = result.get('seconds') or 0.
+    return sum(said.values()) if isinstance(said, dict) else said
+
 def _made(store:Store, spec:Spec, **also)->Entry: # by us, who may make it, or before; `also` is for `make`
     start, entry = time.monotonic(), store.find(spec)
-    entry = entry or store.keep(spec, *make(spec, store, **also), time.monotonic()-start)
+    if not entry:
+        result, tensors = make(spec, store, **also)
+        entry = store.keep(spec, result, tensors, max(time.monotonic()-start, _worked(result)))
     # of one who was killed, too
     shutil.rmtree(store.root/'running'/key(spec), ignore_errors=True)
     return entry
