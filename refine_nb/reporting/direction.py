@@ -206,9 +206,11 @@ def keeps_most(
     best, *rest = learnt.sort_values('accuracy', ascending=False, kind='stable').itertuples()
     if not best.accuracy: return 'no network keeps any'
     if not rest and len(rows) > 1: return f'{best.method} keeps {said(best)}, and no other network learnt'
+    first = [best, *(r for r in rest if r.accuracy==best.accuracy)]; rest = rest[len(first)-1:]
+    who = enumerated(r.method for r in first)+(' keeps ' if len(first)==1 else ' each keep ')+said(best)
+    if not rest and len(first) > 1: return who
     within = [r for r in rest if unpaired(best, r)[1] <= 0]
     near = ('any other' if len(within)==len(rest) > 1 else
             enumerated(f'{r.method} ({r.accuracy:.{places}f})' for r in within))
-    return (f'{best.method} keeps {said(best)}, '
-            + (f'not told apart from {near}' if within else 'more than every other')
+    return (f'{who}, ' + (f'not told apart from {near}' if within else 'more than every other')
             + ''.join(f', and {also} {said(r)}' for r in rest if r.method==also))
