@@ -189,4 +189,4 @@ def more(
     than:Tensor|None=None, # bool [N], right under what it is compared with; None: under both PGDs
 )->float:                  # of all images, in [0,1]
     "The share of the images that fall to another attack only"
-    return ((self.held & self.strong if than is None else than) & ~other).float().mean().item()
+    return ((self.held & self.strong if than is None else than) & ~other).double().mean().item()

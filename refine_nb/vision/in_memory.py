@@ -16,7 +16,10 @@ from .splitting import divided, held_out
 
 # %% ../../nbs/vision/12_in_memory.ipynb #97265bc5
 def _image(x): # one image of a `Dataset` as a tensor [C,H,W]
-    if isinstance(x, Image.Image): x = np.asarray(x if x.mode in ('L','RGB') else x.convert('RGB'))
+    if isinstance(x, Image.Image):
+        if x.mode[0] in 'IF': raise ValueError(f"an image has more than 8 bits a pixel (mode {x.mode}): "
+                                               "give it as uint8, or as floats in [0,1] in a tensor")
+        x = np.asarray(x if x.mode in ('L','RGB') else x.convert('L' if x.mode=='1' else 'RGB'))
     if isinstance(x, np.ndarray): x = torch.from_numpy(x.copy() if x.ndim==2 else x.transpose(2,0,1).copy())
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"an image is a tensor, a PIL image or an array, got {type(x).__name__}: "

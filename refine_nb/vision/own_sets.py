@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from ..base import choose
+from ..base import choose, seeded
 from .images import Split, clipped, fingerprint
 from .reading import _load, _save, cache_file, class_files, data_root
 from .splitting import TEST_SHARE, held_out
@@ -119,6 +119,8 @@ def _arrays(path, size, time): # parts and classes of an .npz; kept while the fi
     for p,(x,y) in _NAMED.items():
         if not {x,y} <= set(has): continue
         images = _images_of(has[x], x); parts[p] = Split(images, _labels_of(has[y], y, len(images)))
+    if {'all','train'} <= set(parts): raise ValueError(f"{path} has both x and x_train: leave one out")
+    if len(parts) > 1 and 'all' in parts: parts = {'train': parts.pop('all'), **parts}
     if not {'all','train'} & set(parts):
         raise ValueError(f"{path} wants x and y, or x_train, y_train, x_test and y_test, "
                          f"found {', '.join(has) or 'nothing'}")
@@ -148,6 +150,7 @@ def own_images(
                          else f"there is no {path}: give a folder of images, or an .npz of arrays")
     digest,n,classes,shape = _looked_at(path)
     safe = re.sub('[^A-Za-z0-9]+', '_', path.stem).strip('_')[:40] or 'images'
+    if {'test','valid'} & set(n): digest = hashlib.sha256(f'mixed {digest}'.encode()).hexdigest()
     name = OwnImages(f'own-{safe}-{digest[:12]}')
     test = n['test'] if 'test' in n else max(1, round(n.get('all', n.get('train'))*TEST_SHARE))
     name.path, name.classes, name.n_valid = str(path), classes, n.get('valid')
@@ -208,7 +211,11 @@ def read_own(
         parts = {p: Split(_square(s.x) if size else s.x, s.y) for p,s in parts.items()}
     else: parts = _folder_parts(now, _side(name.sizes[3], size, name.path))
     if 'all' in parts: return held_out(parts['all'])
+    parts = {p: s if p=='train' else _mixed(s, p) for p,s in parts.items()}
     return parts if 'test' in parts else {**parts, **held_out(parts['train'])}
+
+def _mixed(s, part): # a part of its own may lie class by class: the first n of it shall be of all
+    i = torch.randperm(len(s), generator=seeded('own images', part)); return Split(s.x[i], s.y[i])
 
 def _square(x): # the central square of images [N,C,H,W]
     side = min(x.shape[-2:]); top,left = ((n-side)//2 for n in x.shape[-2:])
