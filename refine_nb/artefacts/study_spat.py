@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ..reporting import MARK, figure_style, figure_title, flagged, marked, measured, method_style
 from ..runs import Audited
-from ..papers.spat_study import LONG, NAMED, SAME, audit_table, leads, on_worst
+from ..papers.spat_study import NAMED, SAME, audit_table, leads, on_worst
 
 # %% ../../nbs/study_spat.ipynb #5b11700d
 def tidy(
@@ -42,7 +42,7 @@ def view(
     acc = ours[ours.part=='accuracy']; n = acc.drop_duplicates('attack').set_index('attack').n
     wide = acc.assign(text=marked(acc, 1)).pivot(index='attack', columns='method', values='text')
     words = dict(zip(acc.attack, acc.label))
-    wide = wide.loc[acc.attack.unique(), acc.method.unique()].rename(columns=LONG)
+    wide = wide.loc[acc.attack.unique(), acc.method.unique()]
     if n.nunique() > 1: wide['n'] = n
     return wide.rename(index=words).rename_axis(columns=None).rename_axis('attack').reset_index()
 
@@ -59,7 +59,7 @@ def picture(
         for i,(k,t) in enumerate(acc.groupby('method', sort=False)):
             at = [names.index(a)+.08*(i-1.5) for a in t.attack]
             top.errorbar(at, t.accuracy, yerr=ends(t, t.accuracy), lw=1, elinewidth=.8, ms=4,
-                         label=LONG[k]+f' {MARK}'*(k in bad), **method_style(k))
+                         label=k+f' {MARK}'*(k in bad), **method_style(k))
         low.errorbar(range(len(lead)), lead.lead, yerr=ends(lead, lead.lead), capsize=2, ms=4, ls='',
                      **method_style('SPAT'))
         low.axhline(0, color='.3', lw=.8)

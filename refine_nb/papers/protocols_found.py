@@ -117,6 +117,7 @@ def view(
 )->pd.DataFrame:
     "A protocol a row: what it leaves, what the strong attack leaves, by how much it flatters"
     ends = printed().groupby('name').accuracy.agg(['min','max'])
+    n = ours.n_both.dropna().unique(); first = f'{n[0]:,.0f} ' if len(n)==1 else ''
     def said(name):
         low, high = ends.loc[name]
         return f'{low:g}' if low==high else f'{low:g} to {high:g}'
@@ -125,10 +126,12 @@ def view(
         by = _span(r, 'flattered', 'flattered_low', 'flattered_high') if has else 'not compared'
         print_ = {'printed %': said(r['name'])} if beside else {}
         document, attack, _ = ROWS[r['name']] # as it is called now
+        seen = '' if first else f" (n = {r['n_both']:,.0f})"
         return {'document': document, 'attack': attack, **print_,
                 'measured %': _span(r), 'images': f"{r['n']:,.0f}",
-                'strong attack %': f"{r['strong']:.1f} (n = {r['n_both']:,.0f})" if has else 'not run',
-                'flattered by (points)': by}
+                f'strong attack on the first {first}images, %':
+                    f"{r['strong']:.1f}{seen}" if has else 'not run',
+                f'flattered by on the same {first}images, points': by}
     t = ours[ours.name.isin(list(ROWS))].set_index('name').loc[list(ROWS)].reset_index()
     return pd.DataFrame([row(r) for r in t.to_dict('records')])
 
@@ -247,16 +250,18 @@ def found(
     ours:pd.DataFrame, # tidy
 )->str:                # two sentences
     "What the page shows in our run"
-    h = had(ours); h = h[~h.name.str.startswith('adcorda')]
+    every = had(ours); every = every[~every.name.str.startswith('adcorda')]
+    h = every[every.network=='resnet18'] # ours is one
     t, far = ours.set_index('name'), h.loc[(h.printed-h.accuracy).abs().idxmax()]
     most = t.loc[t.flattered.idxmax()]; of = dict.fromkeys(map(_short, h.document))
     def more(r): return _span(r, 'flattered', 'flattered_low', 'flattered_high')
     return (f"A published ResNet-18 that is right on {t.accuracy['clean']:.1f} % keeps what is printed in "
-            f"{h.had.sum()} of {len(h)} numbers that {' and '.join(of)} print of undefended networks; the "
-            f"farthest by the difference is {_short(far.document)}'s {far.printed:g} % under {far.attack}, "
-            f"where {_span(far)} is measured. {most.attack} leaves {more(most).replace(' [', ' points [')} "
-            f"more than APGD-CE on the same images, the most here; DRA's steps of ε/20 leave "
-            f"{more(t.loc['dra_pgd20_2'])} more at 2/255; at AdCorDA's 5e-4 of [0,1] the first attack of "
+            f"{h.had.sum()} of {len(h)} numbers that {' and '.join(of)} print of an undefended ResNet-18 "
+            f"({len(every)-len(h)} of other networks, or of one that is not named, are not counted); the "
+            f"farthest of the {len(h)} by the difference is {_short(far.document)}'s {far.printed:g} % under "
+            f"{far.attack}, where {_span(far)} is measured. {most.attack} leaves "
+            f"{more(most).replace(' [', ' points [')} more than APGD-CE on the same images, the most here; "
+            f"DRA's steps of ε/20 leave {more(t.loc['dra_pgd20_2'])} more at 2/255; at AdCorDA's 5e-4 of [0,1] the first attack of "
             f"AutoAttack leaves {_span(t.loc['adcorda_5e-4'])} %, an upper bound.")
 
 FOUND = {'study_protocols': found} # artefact -> what we found, from its tidy table

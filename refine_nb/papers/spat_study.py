@@ -14,9 +14,11 @@ import pandas as pd
 
 from ..base import Call, Cell, Recipe, Robustness, Worst, call, key
 from ..attacks import apgd, kl_pgd, sharpened_attack
-from ..evaluation import mcnemar
+from ..evaluation import mcnemar, wilson
 from ..training import spat_pgd
 from ..runs import Audited, stored_audit
+from ..reporting import MARK
+from .adcorda_study import holm
 from .spat import BUDGET, ablation, attackers, network, trained
 
 # %% ../../nbs/papers/77_spat_study.ipynb #89032d04
@@ -95,10 +97,12 @@ def shown_leads(
     table:pd.DataFrame, # from `leads`
 )->pd.DataFrame:
     "The leads as a reader sees them: a row an attack, a column a network"
-    text = [f'{r.lead:+.1f} [{r.low:+.1f}, {r.high:+.1f}], p = {r.p:.2g}' for r in table.itertuples()]
+    flags = table.flag.fillna('') if 'flag' in table else ['']*len(table) # of either network
+    text = [f'{r.lead:+.1f} [{r.low:+.1f}, {r.high:+.1f}], p = {r.p:.2g}' + f' {MARK}'*bool(flag)
+            for r,flag in zip(table.itertuples(), flags)]
     wide = table.assign(text=text).pivot(index='attack', columns='method', values='text')
     words = NAMED | dict(zip(table.attack, table.label)) if 'label' in table else NAMED
-    wide = wide.loc[table.attack.unique(), table.method.unique()].rename(columns=LONG)
+    wide = wide.loc[table.attack.unique(), table.method.unique()]
     if table.n.nunique() > 1: wide['n'] = table.drop_duplicates('attack').set_index('attack').n
     return wide.rename(index=words).rename_axis(columns=None).rename_axis('attack').reset_index()
 
@@ -156,6 +160,8 @@ def _span(table, network, attack): # with its interval
     return f'{lead:+.1f} [{low:+.1f}, {high:+.1f}]'
 
 # %% ../../nbs/papers/77_spat_study.ipynb #a01f0e06
+_RELEASED = f"{NAMED['x1']}, the released attack"
+
 def verdict(
     table:pd.DataFrame, # from `leads`
     same:pd.DataFrame,  # from `leads` of `on_worst`
@@ -164,37 +170,55 @@ def verdict(
     "Whether a lead under the released attack is real"
     said = f'{_span(table, network, "x1")} points'
     if _at(table, network, 'x1', 'low') <= 0:
-        return f'{network} has no clear lead over TRADES under the released attack ({said}).'
+        return f'{network} has no clear lead over TRADES under {_RELEASED} ({said}).'
     first, last = (_at(same, network, a) for a in ('x1','worst'))
-    if first <= 0: return (f'{network} leads TRADES under the released attack ({said}), but not on the '
+    if first <= 0: return (f'{network} leads TRADES under {_RELEASED} ({said}), but not on the '
                            'images that AutoAttack saw: their worst case says nothing of the lead.')
     gone = 100*(first-last)/first
     share = 'nothing' if gone <= 0 else 'all' if gone >= 100 else f'{gone:.0f} %'
     kept = f"is {'still' if _at(same, network, 'worst', 'low') > 0 else 'no longer'} clear of zero"
-    return (f"{network} leads TRADES by {said} under the released attack; on the images of the worst case by "
+    return (f"{network} leads TRADES by {said} under {_RELEASED}; on the images of the worst case by "
             f"{first:+.1f} under it and by {last:+.1f} under all: {share} of the lead is the attack's, and "
             f"what is left {kept}.")
 
 # %% ../../nbs/papers/77_spat_study.ipynb #058229a2
+def _glossed(name): # as columns and notes have it, and what it is
+    return name if LONG[name]==name else f'{name} ({LONG[name]})'
+
+def _drop(acc, name): # what the worst case takes of those that the released attack leaves: a share of n
+    rows = acc[acc.method==name].set_index('attack'); n = int(rows.n['worst'])
+    lost = round((rows.accuracy['x1']-rows.accuracy['worst'])*n/100)
+    low, high = wilson(lost, n)
+    return f'{100*lost/n:.1f} [{100*low:.1f}, {100*high:.1f}]'
+
+def _weakest(acc, attack): # where an attack leaves SPAT the most, and others less
+    rows = acc[(acc.method=='SPAT') & ~acc.attack.isin(['clean','worst'])].set_index('attack').accuracy
+    if attack not in rows or (rows.drop(attack) >= rows[attack]).any() or len(rows) < 2: return ''
+    return f', the weakest attack on SPAT here (it leaves {rows[attack]:.1f} %)'
+
+def _tested(r, n): # with `holm`
+    clear = 'a finding' if r.holm < .05 else 'no finding'
+    return f"p = {r.p:.2g} before and {r.holm:.2g} after Holm's correction for the {n} attacks: {clear}"
+
 def found_study(
     table:pd.DataFrame, # tidy, as the page has it
 )->str:
     "What the study shows in our run"
     lead, same, acc = (table[table.part==p] for p in ('lead', 'lead'+SAME, 'accuracy'+SAME))
     ill = table[table.flag.fillna('')!=''].method.unique() if 'flag' in table else []
-    def drop(name): # from the released attack to the worst case
-        rows = acc[acc.method==name].set_index('attack').accuracy
-        return rows['x1']-rows['worst']
-    falls = '; '.join(f'{LONG[k]}: {drop(k):.1f}' for k in acc.method.unique() if k not in ill)
-    none = f" Learnt nothing, and so says nothing: {'; '.join(LONG[k] for k in ill)}."*bool(len(ill))
+    falls = '; '.join(f'{_glossed(k)}: {_drop(acc, k)}' for k in acc.method.unique() if k not in ill)
+    none = f" Learnt nothing, and so says nothing: {'; '.join(map(_glossed, ill))}."*bool(len(ill))
     own = lead[(lead.method=='SPAT') & ~lead.attack.isin(['clean','worst'])]
-    low = own[own.n==own.n.max()].nsmallest(1, 'lead').iloc[0]
+    own = own.assign(holm=holm(own.p.tolist())); many = own[own.n==own.n.max()]
+    low, high = many.nsmallest(1, 'lead').iloc[0], own.nlargest(1, 'lead').iloc[0]
     word = NAMED | dict(zip(acc.attack, acc.label))
+    def named(r): return f'{word.get(r.attack, r.attack)}{_weakest(acc, r.attack)}'
     clean = f"On clean images SPAT's lead over TRADES is {_span(lead, 'SPAT', 'clean')} points."
-    return (f"{clean} {verdict(lead, same)} Over all attacks the difference runs from "
-            f"{own.lead.min():+.1f} to {own.lead.max():+.1f}; of those on {low.n:,.0f} images it is least "
-            f"under {word.get(low.attack, low.attack)}, {low.lead:+.1f} [{low.low:+.1f}, {low.high:+.1f}], "
-            f"p = {low.p:.2g}, one of {len(own)} attacks. From the released attack to the worst case "
-            f"the networks lose, on {acc.n.iloc[0]:,.0f} images and in points, {falls}.{none}")
+    return (f"{clean} {verdict(lead, same)} Over all attacks ({len(own)}) the difference runs from "
+            f"{own.lead.min():+.1f} to {own.lead.max():+.1f}, the latter under {named(high)}; of those on "
+            f"{low.n:,.0f} images ({len(many)}) it is least under {named(low)}, "
+            f"{low.lead:+.1f} [{low.low:+.1f}, {low.high:+.1f}], {_tested(low, len(own))}. "
+            f"From {NAMED['x1']} to the worst case the networks lose, on the same {acc.n.iloc[0]:,.0f} "
+            f"images and in points, {falls}.{none}")
 
 FOUND = {'study_spat': found_study} # artefact -> what we found, from its tidy table

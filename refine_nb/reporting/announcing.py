@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from ..base import Cell, ancestors, choose, device_name
+from ..base import Cell, Recipe, ancestors, choose, device_name
 from ..training import Engine
 from ..runs import PRESETS, Preset, Store, at_preset, duration, price, rooted
 from .listing import ARTEFACTS, NEEDS, enumerated
@@ -64,10 +64,17 @@ def _needs(asked, cells:list[Cell])->str: # every data set behind a page, the on
 def _inner(model): # the network inside a head or a surgery that takes one
     return model if 'name' in model.all_settings else _inner(model['base'])
 
-def _scale(p:Preset, cells)->str: # what it is, by the images and networks that the cells have at it
+_SHARES = 'a fifth of the epochs, ', 'half of the epochs, ' # of a preset, where a page says no other
+
+def _scale(p:Preset, cells, full, share=None)->str: # what it is, by what the cells have at it and in `full`
     roots = [rooted(c) for c in cells]
     sizes = dict.fromkeys(r.data.all_settings.get('size') or 32 for r in roots)
     says = p.says.replace('32x32', ' and '.join(f'{s}x{s}' for s in sizes))
+    trained = any(isinstance(r, Recipe) for r in roots)
+    if p.name in ('small','gpu') and not trained and list(cells)==list(full):
+        return 'the same as `paper`, for nothing is trained'
+    if getattr(share, 'epochs', None): # it says how many
+        for part in _SHARES: says = says.replace(part, '')
     # of its own, without a stem to change
     small = all(_inner(r.model).name=='small_network' for r in roots)
     return says.replace(' with a CIFAR stem', '') if small else says
@@ -82,7 +89,8 @@ def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine, sh
         at = at_preset(tuple(own.get(name, cells)), PRESETS[name], shares)
         cost = price(ancestors(*at), engine).seconds.iloc[-1]
         also = _weights(cells) if name=='paper' else ''
-        lines.append(f"- **{name}**: {_scale(PRESETS[name], at)}{_said(shares, name)}. "
+        lines.append(f"- **{name}**: {_scale(PRESETS[name], at, own.get(name, cells), shares.get(name))}"
+                     f"{_said(shares, name)}. "
                      f"`{_command(artefact, name, settings)}` needs {needs}{also}; "
                      f"about {duration(cost)} on this machine.")
     return '\n'.join(lines)
@@ -112,7 +120,7 @@ def announce(
     nets, less = _trained(at, str(p.preset.data or p.dataset)), _said(shares, p.preset.name)
     where = f"{'; '.join(f'{enumerated(n)} on {d}' for d,n in nets.items())}{less.replace(';', ',')}"
     tag = {'demo': 'DEMO', 'small': 'SMALL RUN', 'gpu': 'GPU RUN', 'paper': "PAPER'S SCALE"}[p.preset.name]
-    says = _scale(p.preset, at)
+    says = _scale(p.preset, at, cells, shares.get(p.preset.name))
     settings = {'model': p.model, 'dataset': getattr(p.dataset, 'path', p.dataset)}
     banner = f"**{tag}: {what}, {where}.** This is {says}{less}."
     if p.preset.name=='demo':
