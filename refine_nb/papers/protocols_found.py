@@ -261,7 +261,8 @@ def found(
             f"farthest of the {len(h)} by the difference is {_short(far.document)}'s {far.printed:g} % under "
             f"{far.attack}, where {_span(far)} is measured. {most.attack} leaves "
             f"{more(most).replace(' [', ' points [')} more than APGD-CE on the same images, the most here; "
-            f"DRA's steps of ε/20 leave {more(t.loc['dra_pgd20_2'])} more at 2/255; at AdCorDA's 5e-4 of [0,1] the first attack of "
-            f"AutoAttack leaves {_span(t.loc['adcorda_5e-4'])} %, an upper bound.")
+            f"DRA's steps of ε/20 leave {more(t.loc['dra_pgd20_2'])} more at 2/255; "
+            f"at AdCorDA's 5e-4 of [0,1] the first attack of AutoAttack leaves "
+            f"{_span(t.loc['adcorda_5e-4'])} %, an upper bound.")
 
 FOUND = {'study_protocols': found} # artefact -> what we found, from its tidy table

@@ -193,13 +193,15 @@ def _drop(acc, name): # what the worst case takes of those that the released att
 
 def _weakest(acc, attack): # where an attack leaves SPAT the most, and others less
     rows = acc[(acc.method=='SPAT') & ~acc.attack.isin(['clean','worst'])].set_index('attack').accuracy
+    n = acc.n.iloc[0]
     if attack not in rows or (rows.drop(attack) >= rows[attack]).any() or len(rows) < 2: return ''
-    return f', the weakest attack on SPAT here (it leaves {rows[attack]:.1f} %)'
+    return f', the weakest attack on SPAT here (it leaves {rows[attack]:.1f} % of {n:,.0f})'
 
 def _tested(r, n): # with `holm`
     clear = 'a finding' if r.holm < .05 else 'no finding'
     return f"p = {r.p:.2g} before and {r.holm:.2g} after Holm's correction for the {n} attacks: {clear}"
 
+# %% ../../nbs/papers/77_spat_study.ipynb #5b1c7e2d
 def found_study(
     table:pd.DataFrame, # tidy, as the page has it
 )->str:

@@ -79,6 +79,7 @@ def _scale(p:Preset, cells, full, share=None)->str: # what it is, by what the ce
     small = all(_inner(r.model).name=='small_network' for r in roots)
     return says.replace(' with a CIFAR stem', '') if small else says
 
+# %% ../../nbs/reporting/60_announcing.ipynb #6c2d8f3e
 def _said(shares, name)->str: # what a page takes less of
     return f'; {says}' if (says := getattr(shares.get(name), 'says', '')) else ''
 
