@@ -42,6 +42,17 @@ def test_each_choice_of_parameters_has_its_own_copy(papermill):
         str(v) for v in asked]
     assert pages.executed('tab1_adcorda', dict(reversed(asked[1].items()))) == out[1]
 
+def test_the_same_page_may_run_twice_at_a_time(monkeypatch):
+    import papermill
+    runs = []
+    def execute(page, out, parameters, stdout_file, **_): # another process begins later, and ends before
+        runs.append(n := len(runs)); Path(out).write_text(f'page {n}'); stdout_file.write(f'log {n}')
+        if n == 0: assert pages.executed('tab1_adcorda', {'model': 'a'}).read_text() == 'page 1'
+    monkeypatch.setattr(papermill, 'execute_notebook', execute)
+    out = pages.executed('tab1_adcorda', {'model': 'a'})
+    assert out.read_text() == 'page 0' and out.with_suffix('.log').read_text() == 'log 0'
+    assert len(runs) == 2 and sorted(out.parent.iterdir()) == [out, out.with_suffix('.log')]
+
 def test_a_page_that_fails_leaves_the_good_copy(papermill, monkeypatch):
     monkeypatch.setattr(pages, '_out', lambda a, v: home_folder()/'executed'/f'{a}.ipynb')
     good = pages.executed('tab1_adcorda', {'model': 'a'}); was = good.read_text()

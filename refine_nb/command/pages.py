@@ -173,20 +173,20 @@ def executed(
     import papermill
     from refine_nb.base import whole
     out = _out(artefact, values); failed = out.with_name(f'{out.stem}-failed.ipynb')
-    log = out.with_name(f'{out.stem}-running.log')
-    try:
-        with whole(out) as new, open(log, 'w', encoding='utf-8') as said:
-            try: papermill.execute_notebook(_page(artefact), new, parameters=values, kernel_name='python3',
-                                            stdout_file=said, stderr_file=said,
-                                            progress_bar={'desc': artefact, 'leave': False})
-            except BaseException: # kept as far as it came
-                if new.exists(): os.replace(new, failed)
-                raise
-    except BaseException as e:
-        if log.exists(): os.replace(log, failed.with_suffix('.log'))
-        if not isinstance(e, papermill.PapermillExecutionError): raise
-        raise RuntimeError(f"{artefact} stopped: {e.evalue} (its log is {failed.with_suffix('.log')})") from e
-    os.replace(log, out.with_suffix('.log'))
+    with whole(out) as new: # the log beside it, as others may run the same
+        log = new.with_suffix('.log')
+        try:
+            with open(log, 'w', encoding='utf-8') as said:
+                papermill.execute_notebook(_page(artefact), new, parameters=values, kernel_name='python3',
+                                           stdout_file=said, stderr_file=said,
+                                           progress_bar={'desc': artefact, 'leave': False})
+        except BaseException as e: # kept as far as it came
+            for part in (new, log):
+                if part.exists(): os.replace(part, failed.with_suffix(part.suffix))
+            if not isinstance(e, papermill.PapermillExecutionError): raise
+            raise RuntimeError(f"{artefact} stopped: {e.evalue} "
+                               f"(its log is {failed.with_suffix('.log')})") from e
+        os.replace(log, out.with_suffix('.log'))
     return out
 
 # %% ../../nbs/command/10_pages.ipynb #6aec7728
