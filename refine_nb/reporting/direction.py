@@ -119,7 +119,8 @@ def _ends(text, drawn): # of the 95 % range: of an accuracy or a count, or aroun
     if text[0] not in '+-':
         low, a, middle, b, high = np.percentile(drawn, (2.5, 25, 50, 75, 97.5), method='hazen')
         off = value-middle if '.' in text and not a<=value<=b else 0. # the extreme of several
-        return np.clip((low+off, high+off), *((0, 100) if 0<=drawn.min()<=drawn.max()<=100 else (None, None)))
+        share = 0<=drawn.min()<=drawn.max()<=100
+        return np.clip((low+off, high+off), *((0, 100) if share else (-math.inf, math.inf)))
     off = drawn-np.median(drawn)
     return value + 1.96*np.array([-1, 1])*[math.sqrt(2*np.mean(np.clip(s*off, 0, None)**2)) for s in (-1, 1)]
 
