@@ -83,17 +83,17 @@ def _scale(p:Preset, cells, full, share=None)->str: # what it is, by what the ce
 def _said(shares, name)->str: # what a page takes less of
     return f'; {says}' if (says := getattr(shares.get(name), 'says', '')) else ''
 
-def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine, shares, own)->str:
-    "What the small and the paper's scale need and cost here, as Markdown lines"
+def _real_thing(artefact:str, settings:dict, cells:list[Cell], engine:Engine, shares, own, seeds)->str:
+    "What the small and the paper's scale need and cost here, as Markdown lines; `cells` are of one seed"
     needs, lines = _needs(settings['dataset'], cells), []
     for name in ('small', 'gpu', 'paper'):
         at = at_preset(tuple(own.get(name, cells)), PRESETS[name], shares)
-        cost = price(ancestors(*at), engine).seconds.iloc[-1]
+        n = min(seeds, PRESETS[name].seeds or seeds); cost = n*price(ancestors(*at), engine).seconds.iloc[-1]
         also = _weights(cells) if name=='paper' else ''
         lines.append(f"- **{name}**: {_scale(PRESETS[name], at, own.get(name, cells), shares.get(name))}"
                      f"{_said(shares, name)}. "
                      f"`{_command(artefact, name, settings)}` needs {needs}{also}; "
-                     f"about {duration(cost)} on this machine.")
+                     f"about {duration(cost)} on this machine{f' for {n} seeds' if n > 1 else ''}.")
     return '\n'.join(lines)
 
 # %% ../../nbs/reporting/60_announcing.ipynb #6e9e3f24
@@ -113,10 +113,10 @@ def announce(
     shares:Mapping[str,Callable]={}, # preset -> what the page takes of it, a `Brief`
     run:list[Cell]|None=None, # the cells that are run, at the scale of the preset; None: all
     own:Mapping[str,list[Cell]]={}, # preset -> the cells in place of `cells` there, at published scale
+    seeds:int=1, # that the page has where a preset takes all; a demo's `cells` are of one
 )->Announcement:
     "What the numbers of this run are, in words"
-    a = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')]
-    what = f"{a.name} of {a.of}"
+    a = ARTEFACTS[choose(artefact, ARTEFACTS, 'artefact')]; what = f"{a.name} of {a.of}"
     at = at_preset(tuple(cells), p.preset, shares) if run is None else run
     nets, less = _trained(at, str(p.preset.data or p.dataset)), _said(shares, p.preset.name)
     where = f"{'; '.join(f'{enumerated(n)} on {d}' for d,n in nets.items())}{less.replace(';', ',')}"
@@ -125,7 +125,7 @@ def announce(
     settings = {'model': p.model, 'dataset': getattr(p.dataset, 'path', p.dataset)}
     banner = f"**{tag}: {what}, {where}.** This is {says}{less}."
     if p.preset.name=='demo':
-        real = _real_thing(artefact, settings, cells, store.engine, shares, own)
+        real = _real_thing(artefact, settings, cells, store.engine, shares, own, seeds)
         banner += f"\n\nThe real thing:\n\n{real}"
     return Announcement(banner, f"{tag}: {what}, {where}", f"{tag}: {what}, {where}",
                         f"{tag}: {says}{less}.", lambda: made_on(at, store),

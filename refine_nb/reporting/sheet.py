@@ -55,11 +55,11 @@ class Sheet:
         free = {k: check for k,check in _HOW.items() if k in namespace}
         self.p = parameters(given := _given(namespace), preset=presets(), **_or_own(given, kinds), **free)
         self.p.preset = _scale(self.p)
-        if 'seeds' in kinds: self.p.seeds = self.p.seeds[:self.p.preset.seeds]
+        self.seeds = self.p.seeds if 'seeds' in kinds else (None,) # those that a preset leaves out, too
+        if 'seeds' in kinds: self.p.seeds = self.seeds[:self.p.preset.seeds]
         self.engine = engine(getattr(self.p, 'device', None))
         self.cells, self.ours, self.verdicts, self.tables, self.figures = [], None, None, {}, {}
-        self.source = page_source(artefact) # now: files may change under a run
-        self.below = {}  # name of a table -> its own notes, besides those that each has
+        self.source, self.below = page_source(artefact), {} # before the run; own notes of a table by its name
         warnings.showwarning = _note
 
     @property
@@ -111,7 +111,7 @@ def ask(self:Sheet,
                          f"{self.p.preset.name!r}: ask for another model or preset")
     self.wanted, self.cells = leaves(wanted), leaves(cells)
     self.title = announce(self.about.id, self.p, self.store, self.wanted, shares, self.cells,
-                          {name: leaves(g) for name,g in own.items()})
+                          {name: leaves(g) for name,g in own.items()}, len(self.seeds))
     return cells
 
 # %% ../../nbs/reporting/70_sheet.ipynb #a0d17010
