@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['EVAL_BATCH', 'Outcome', 'adversarial_images', 'classify', 'first_broken', 'narrow', 'pack', 'predict', 'survivors',
-           'unpack', 'verdicts', 'confusion', 'mcnemar', 'newcombe', 'proportion', 'pushes', 'robustness_curve',
-           'wilson', 'Evidence', 'Finding', 'eps_curve', 'evidence', 'budget_scale', 'probability_outputs',
-           'random_noise', 'saturated_logits', 'single_step', 'square_search', 'stochastic_outputs', 'stronger_attack',
-           'training_mode', 'transferred', 'unbounded', 'vanishing_gradient', 'Audit', 'CHECKS', 'audit']
+           'unpack', 'verdicts', 'confusion', 'correlation', 'mcnemar', 'newcombe', 'proportion', 'pushes',
+           'robustness_curve', 'wilson', 'Evidence', 'Finding', 'eps_curve', 'evidence', 'budget_scale',
+           'probability_outputs', 'random_noise', 'saturated_logits', 'single_step', 'square_search',
+           'stochastic_outputs', 'stronger_attack', 'training_mode', 'transferred', 'unbounded', 'vanishing_gradient',
+           'Audit', 'CHECKS', 'audit']
 
 # %% ../../nbs/evaluation/99_evaluation.ipynb #edb571d8
 from .evaluate import (EVAL_BATCH, Outcome, adversarial_images, classify,
     first_broken, narrow, pack, predict, survivors, unpack, verdicts)
-from refine_nb.evaluation.statistics import (confusion, mcnemar, newcombe, proportion, pushes,
-    robustness_curve, wilson)
+from .statistics import (confusion, correlation, mcnemar, newcombe, proportion,
+    pushes, robustness_curve, wilson)
 from .gathering import Evidence, Finding, eps_curve, evidence
 from .checks import (budget_scale, probability_outputs, random_noise,
     saturated_logits, single_step, square_search, stochastic_outputs, stronger_attack, training_mode,
@@ -22,8 +23,8 @@ from .auditing import Audit, CHECKS, audit
 
 # %% ../../nbs/evaluation/99_evaluation.ipynb #b7dc6523
 _all_ = ['EVAL_BATCH', 'Outcome', 'adversarial_images', 'classify', 'first_broken', 'narrow', 'pack',
-         'predict', 'survivors', 'unpack', 'verdicts', 'confusion', 'mcnemar', 'newcombe',
-         'proportion', 'pushes', 'robustness_curve', 'wilson', 'Evidence', 'Finding', 'eps_curve',
-         'evidence', 'budget_scale', 'probability_outputs', 'random_noise', 'saturated_logits',
-         'single_step', 'square_search', 'stochastic_outputs', 'stronger_attack', 'training_mode',
-         'transferred', 'unbounded', 'vanishing_gradient', 'Audit', 'CHECKS', 'audit']
+         'predict', 'survivors', 'unpack', 'verdicts', 'confusion', 'correlation', 'mcnemar',
+         'newcombe', 'proportion', 'pushes', 'robustness_curve', 'wilson', 'Evidence', 'Finding',
+         'eps_curve', 'evidence', 'budget_scale', 'probability_outputs', 'random_noise',
+         'saturated_logits', 'single_step', 'square_search', 'stochastic_outputs', 'stronger_attack',
+         'training_mode', 'transferred', 'unbounded', 'vanishing_gradient', 'Audit', 'CHECKS', 'audit']

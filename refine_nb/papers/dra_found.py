@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from ..reporting import cell, keeps_most, told
+from ..reporting import cell, keeps_most, pairing, told
 from .dra_claims import PRINTED, lead
 from .dra_tables import column
 
@@ -42,7 +42,7 @@ def found_against_vanilla(
     attacks = [a for a in table.attack.unique() if a.startswith('pgd_')]
     def gains(t): return '; '.join([f"{_tuned(t, 'clean'):+.1f} on clean images",
                                     *(f'{_tuned(t, a):+.1f} under {column(a)}' for a in attacks)])
-    return (f'Tuned against Vanilla, in points (unpaired intervals): {told(table, gains)}. '
+    return (f'Tuned against Vanilla, in points ({pairing(table)} intervals): {told(table, gains)}. '
             f'{_left(table)}{_note(table)}')
 
 # %% ../../nbs/papers/94_dra_found.ipynb #e7a2581f
@@ -71,7 +71,7 @@ def found_tab4(
                             f"{by(t, 'pgd_eps2')}")
     clean = ', '.join(f"{cell(table, model=m, kind='vanilla', attack='clean'):.1f}" for m in nets)
     return (f"In the rows of {', '.join(names.unique())} vanilla networks reach {clean} % on clean images. "
-            f"Tuning changes that by {told(table, changes)} (unpaired intervals). "
+            f"Tuning changes that by {told(table, changes)} ({pairing(table)} intervals). "
             f"{_left(table)}{_note(table)}")
 
 # %% ../../nbs/papers/94_dra_found.ipynb #f32948bf
@@ -84,7 +84,7 @@ def found_tab5(
     def said(t):
         each = '; '.join(f"{'Tuned' if k=='ours' else k}: {points(of(t, k))}" for k in kinds)
         dra, pgd = (cell(t, kind='vanilla', attack=a) for a in ('dra_eps1','pgd_eps2.55'))
-        return (f"{each} points (unpaired intervals). "
+        return (f"{each} points ({pairing(table)} intervals). "
                 f"On the vanilla network DRA at 1 leaves {dra:.1f} %, PGD at 2.55 {pgd:.1f} %")
     return (f"Training with DRA in place of PGD changes accuracy by (clean, then PGD at 2, 5 and 8 of 255) "
             f"{told(table, said)}.{_note(table)}")
@@ -111,7 +111,7 @@ def found_tab7(
     def said(t):
         each = ', '.join(f"{c.replace('_', ' ')} {gain(t, c):+.1f}" for c in kinds)
         return f"{gain(t, 'clean'):+.1f} on clean images, and on corrupted ones {each}"
-    return (f'Tuned against Vanilla, in points (unpaired intervals; n = {n:,.0f}): {told(table, said)}: '
+    return (f'Tuned against Vanilla, in points ({pairing(table)} intervals; n = {n:,.0f}): {told(table, said)}: '
             f'above it on {above}, each to be read with its interval.{_note(table)}')
 
 # %% ../../nbs/papers/94_dra_found.ipynb #c4a9f409

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from ..base import Cell, Recipe, Robustness, call, key
 from ..attacks import pgd, random_signs
 from ..evaluation import mcnemar, unpack
-from ..reporting import MARK, figure_style, figure_title, flagged, plot_curves, unpaired
+from ..reporting import MARK, apart, figure_style, figure_title, flagged, pairing, plot_curves
 from .dra import EQUAL, control, ours as tuned, trades_trained
 from .adcorda_study import holm
 from .dra_tables import across, in_words
@@ -111,7 +111,7 @@ _OTHERS = {'ours PGD': 'PGD of the same strength in place of DRA', 'TRADES 1': '
 
 def _instead(levels): # what others keep, against Tuned
     def over(kind, attack):
-        gap = unpaired(_row(levels, kind, attack), _row(levels, 'ours', attack))
+        gap = apart(_row(levels, kind, attack), _row(levels, 'ours', attack), levels)
         return '{:+.1f} [{:+.1f}, {:+.1f}]'.format(*gap)
     def said(kind):
         *most, last = [over(kind, f'pgd_eps{e}') for e in (2, 5, 8)]
@@ -120,7 +120,7 @@ def _instead(levels): # what others keep, against Tuned
     if not there: return ''
     n = _row(levels, 'ours', 'pgd_eps2').n
     return ('Against Tuned, in points under PGD at 2, 5 and 8 of 255 by steps of ε/20 '
-            f"(n = {n:,.0f}; unpaired intervals): {'; '.join(map(said, there))}.")
+            f"(n = {n:,.0f}; {pairing(levels)} intervals): {'; '.join(map(said, there))}.")
 
 # %% ../../nbs/papers/96_dra_study.ipynb #133a1fd7
 def found_study(

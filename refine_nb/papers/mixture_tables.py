@@ -9,7 +9,7 @@ __all__ = ['ROBUST', 'STRONGEST', 'MIXED', 'ALONE', 'MIXTURES', 'BOLD', 'TAB2', 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #d6a6c257
 import pandas as pd
 
-from ..reporting import Claim, cell, keeps_most, published, told
+from ..reporting import Claim, cell, keeps_most, pairing, published, told
 from .mixture import METHODS, STRENGTHS, STRONG, attackers, column, techniques
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #506adba1
@@ -116,7 +116,7 @@ def found_tab1(
     last = table[table.attack=='autoattack_8']
     def moves(t): return (f"{gain(t, 'AdvProp', 'Traditional'):+.2f} on clean images, "
                           f"{_range(_gains(t, 'AdvProp', 'Traditional'))} under the four printed attacks")
-    return (f"AdvProp against Traditional, in points (unpaired intervals): {told(table, moves)}. "
+    return (f"AdvProp against Traditional, in points ({pairing(table)} intervals): {told(table, moves)}. "
             f"Under {last.label.iloc[0].replace(', ', ' at ')} (n = {last.n.iloc[0]:,.0f}) "
             f"{keeps_most(last, also='Traditional')}.")
 
@@ -186,7 +186,7 @@ def found_tab2(
     note = ' '.join(f' {m} trained with {s} examples is marked ({f}): its numbers say nothing.'
                     for (m,s),f in bad.items())
     return (f'With strong examples in place of weak ones AdvProp moves by {told(table, moves)} '
-            '(unpaired intervals). Strong examples give more robustness in '
+            f'({pairing(table)} intervals). Strong examples give more robustness in '
             f'{len(better)} of {len(ROBUST)*len(fit)} cells of networks above chance level'
             f"{f' ({_named(better)})' if better else ''}"
             f"{f', of which {luck} may be the 10 % of chance' if luck else ''}.{note}")

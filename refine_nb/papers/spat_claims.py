@@ -9,11 +9,12 @@ __all__ = ['ATTACKS', 'TAB2', 'TAB4', 'TAB3', 'TAB5', 'TAB6', 'FULL', 'ONLY_R', 
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #42abe34d
 import math
-from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 
-from ..reporting import Claim, Missing, cell, enumerated, keeps_most, published, told, unpaired
+from ..reporting import (Claim, Missing, apart, cell, correlated, enumerated, keeps_most, pairing,
+                                 published, told)
 from .mixture_text import found_claims
 from .spat import VALUES
 from .spat_tables import COLUMNS
@@ -190,19 +191,19 @@ def found_white(
     def leads(t): return ', '.join(f'{lead(t, a):+.2f} {w}' for a,w in words.items() if a in set(t.attack))
     last = table[table.attack==('worst' if 'worst' in set(table.attack) else 'cw_linf')]
     what = 'the '*('worst' in set(last.attack)) + last.label.iloc[0]
-    return (f"SPAT against TRADES, in points (unpaired intervals): {told(table, leads)}. "
+    return (f"SPAT against TRADES, in points ({pairing(table)} intervals): {told(table, leads)}. "
             f"Under {what} (n = {last.n.iloc[0]:,.0f}) {keeps_most(last, also='SPAT')}.")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #75cedb16
 def _transfers(hit): # what leaves least on the mean over defences, and what is within their interval
-    def mean(rows): # with the intervals of independent images, as they are not quite
-        m, off = rows.accuracy.mean(), lambda ends: math.hypot(*(ends-rows.accuracy))/len(rows)
-        return SimpleNamespace(label=rows.label.iloc[0], accuracy=m, low=m-off(rows.low),
-                               high=m+off(rows.high))
-    means = [mean(rows) for _,rows in hit.groupby('attack', sort=False)]
-    least, *rest = sorted(means, key=lambda m: m.accuracy)
-    said = lambda m: f'{m.label} ({m.accuracy:.2f} %)'
-    near = [said(m) for m in rest if unpaired(m, least)[1] <= 0]
+    means = sorted((rows for _,rows in hit.groupby('attack', sort=False)), key=lambda r: r.accuracy.mean())
+    least, *rest = means
+    said = lambda rows: f'{rows.label.iloc[0]} ({rows.accuracy.mean():.2f} %)'
+    def low(rows): # end of the interval of their difference, as `apart` has it for one row
+        off = np.r_[(rows.accuracy-rows.low)/len(rows), -(least.high-least.accuracy)/len(least)]
+        r = correlated(hit.loc[[*rows.index, *least.index]])
+        return rows.accuracy.mean()-least.accuracy.mean()-math.sqrt(off @ r @ off)
+    near = [said(rows) for rows in rest if low(rows) <= 0]
     return said(least), enumerated(near) if near else ''
 
 def found_black(
@@ -239,7 +240,7 @@ def found_sweep(
     lost = f' Nothing was learnt with {lost}.'*bool(lost) + _bare(ran, gone)
     return (f"From the smallest to the largest value{' that trained'*bool(lost)} "
             f"({told(ran, lambda t: '; '.join(ends(t, p) for p in ('alpha','beta','s')))}), "
-            f"in points (unpaired intervals).{lost} "
+            f"in points ({pairing(ran)} intervals).{lost} "
             f"The claimed trade of s for robustness {holds} step by step.")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #11812269
@@ -251,7 +252,7 @@ def found_parts(
         without = (_changes(kind, FULL)(t) for kind in (ONLY_R, ONLY_A, BARE))
         return ("Without the self-paced factors of the accuracy loss: {}; with the KL alone as robustness: "
                 "{}; without both: {}").format(*without)
-    return f'{told(table, said)}, in points (unpaired intervals).'
+    return f'{told(table, said)}, in points ({pairing(table)} intervals).'
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #804d95d7
 def found_normal(
@@ -266,12 +267,12 @@ def found_normal(
     fit = {what: p for what,p in pairs.items() if not ill & {*p}}
     def said(t): return '; '.join(f'{what} brings {_changes(*p)(t)}' for what,p in fit.items())
     note = [f'{r.row} is marked ({r.flag}): what it differs in is not judged.' for r in bad.itertuples()]
-    return ' '.join([f'{told(table, said)}, in points (unpaired intervals).']*bool(fit) + note)
+    return ' '.join([f'{told(table, said)}, in points ({pairing(table)} intervals).']*bool(fit) + note)
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #37ea10ad
 def _clearly(rows): # SPAT is above the best other by more than the interval of the difference
     own, best = rows[rows.method=='SPAT'].iloc[0], rows[rows.method!='SPAT'].nlargest(1, 'accuracy').iloc[0]
-    return unpaired(own, best)[1] > 0
+    return apart(own, best, rows)[1] > 0
 
 def found_corrupted(
     table:pd.DataFrame, # tidy, of Table 3.9; `source` says 'official' or 'generated'
@@ -283,7 +284,7 @@ def found_corrupted(
     def by(t): return ' to '.join(f'{_ahead(t)[c]:+.2f} points ({c.replace("_", " ")})' for c in ends)
     return (f"On {kind} corruptions SPAT is ahead of the other defences in {(ahead > 0).sum()} of "
             f"{len(ahead)} types, in {clear} of them by more than the interval of the difference; by "
-            f"{told(table, by)} (unpaired intervals).")
+            f"{told(table, by)} ({pairing(table)} intervals).")
 
 FOUND = {'tab3_2_spat': found_white, 'tab3_3_spat': found_black, 'tab3_4_spat': found_white,
          'tab3_5_spat': found_black, 'tab3_6_spat': found_sweep, 'tab3_7_spat': found_parts,

@@ -13,6 +13,7 @@ import pandas as pd
 from ..runs import SIZES
 from .claims import Claim, judge
 from .reports import stored
+from .together import stacked
 
 # %% ../../nbs/reporting/80_all_claims.ipynb #e9bcda02
 def our_tables(
@@ -29,7 +30,7 @@ def our_tables(
     if apart or apart is None and not artefact.startswith('tab'):
         return runs[0].preset, {s.variant or 'ours': s.tidy for s in same}
     return (runs[0].preset,
-            {', '.join(s.variant for s in same): pd.concat([s.tidy for s in same], ignore_index=True)})
+            {', '.join(s.variant for s in same): stacked(s.tidy for s in same)})
 
 # %% ../../nbs/reporting/80_all_claims.ipynb #fb285715
 def ledger(

@@ -21,6 +21,7 @@ from .claims import STANDS_FOR
 from .figures import save_figure
 from .tables import show_table
 from .listing import report_folder
+from .together import correlations, with_correlations
 
 # %% ../../nbs/reporting/50_reports.ipynb #d524ef85
 def _places(folder, notes):
@@ -89,7 +90,7 @@ def save_report(
     folder:str|Path,                     # `reports/<artefact>/<preset>/<variant>`; replaced as a whole
     *,
     tables:Mapping[str,pd.DataFrame],    # file name -> table for people; one is called 'table'
-    tidy:pd.DataFrame,                   # every number, for programs: tidy.csv
+    tidy:pd.DataFrame, # every number, for programs: tidy.csv; what it carries: correlations.csv
     run:Mapping,                         # from `run_record`
     title:str='',                        # of every table; carries 'DEMO' where the preset is the demo
     notes:Iterable[str]=(),              # below each table
@@ -104,6 +105,7 @@ def save_report(
         for name,table in tables.items(): save_table(table, new, title, said[name], name)
         if claims is not None: save_table(claims, new, title, name='claims')
         tidy.to_csv(new/'tidy.csv', index=False, lineterminator='\n')
+        if (r := correlations(tidy)) is not None: r.round(4).to_csv(new/'correlations.csv', lineterminator='\n')
         for name,fig in figures.items(): save_figure(fig, new, name)
         record = {'title': title, 'notes': said['table'], **run}
         (new/'run.json').write_text(_json(record), encoding='utf-8')
@@ -124,8 +126,11 @@ class Stored:
     @property
     def title(self)->str: return self.run.get('title', self.preset) # as its tables have it
     @property
-    def tidy(self)->pd.DataFrame: # every number, as a tidy table
-        return self._read('tidy.csv', lambda p: pd.read_csv(p, keep_default_na=False, na_values=['']))
+    def tidy(self)->pd.DataFrame: # every number, as a tidy table, with the correlations of its rows
+        table = self._read('tidy.csv', lambda p: pd.read_csv(p, keep_default_na=False, na_values=['']))
+        if not (self.folder/'correlations.csv').exists(): return table
+        return self._read('correlations.csv', lambda p: with_correlations(
+            table, pd.read_csv(p, index_col=0, dtype={0: str}).rename(index=str)))
     def _read(self, name, read):
         try: return read(self.folder/name)
         except (OSError, ValueError, TypeError, RecursionError) as e:

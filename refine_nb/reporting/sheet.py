@@ -30,6 +30,7 @@ from .readable import MARK, health, said_once
 from .listing import ARTEFACTS, report_folder
 from .reports import page_source, run_record, save_report, stored
 from .announcing import announce, announce_figure
+from .together import together, with_correlations
 
 # %% ../../nbs/reporting/70_sheet.ipynb #8e89709d
 def leaves(
@@ -185,10 +186,13 @@ def _flags(sheet)->dict: # key of a cell -> what is wrong with its network, wher
 def table(self:Sheet,
     tidy:pd.DataFrame, # its column `key` names the cells behind a row, as `measured` writes it
 )->pd.DataFrame:       # the same, with `flag` where a network has learnt nothing
-    "Remember our numbers, and flag those of networks that have learnt nothing"
+    "Remember our numbers, how they move together, and flag those of networks that have learnt nothing"
     wrong = _flags(self)
     flag = [', '.join(dict.fromkeys(wrong[k] for k in str(keys).split() if k in wrong)) for keys in tidy.key]
     self.ours = tidy.assign(flag=flag) if any(flag) else tidy
+    if 'accuracy' in tidy and self.cells:
+        of = together(tidy.key[tidy.accuracy.notna()].astype(str), ancestors(*self.cells), self.store)
+        if len(of) > 1: self.ours = with_correlations(self.ours, of)
     _in_percent(self.ours)
     return self.ours
 
