@@ -2,7 +2,7 @@
 import numpy as np, pytest, torch
 from PIL import Image
 from refine_nb.evaluation.gathering import Evidence
-from refine_nb.vision import data_of, load_data, own_images
+from refine_nb.vision import FROST, corrupt, data_of, load_data, own_images
 
 @pytest.fixture
 def arrays(tmp_path):
@@ -41,3 +41,58 @@ def test_more_than_eight_bits_are_not_cut(mode):
 def test_a_tolerance_is_not_exceeded_by_being_reached():
     held = torch.ones(100, dtype=torch.bool); other = held.clone(); other[:5] = False
     assert Evidence.more(None, other, than=held) == .05
+
+@pytest.fixture
+def folder(tmp_path):
+    def paint(path, value=9, mode='L', **how):
+        (tmp_path/path).parent.mkdir(parents=True, exist_ok=True)
+        image = Image.new('RGBA', (8, 8), (value,)*3+(how.get('alpha', 255),)) if mode=='RGBA' else Image.new(
+            mode, (8, 8), value)
+        image.save(tmp_path/path); return tmp_path
+    return paint
+
+@pytest.mark.parametrize('ending', ['bmp', 'webp', 'tif', 'PNG', 'jpeg'])
+def test_images_of_every_common_kind_are_read(folder, ending):
+    for k in 'ab':
+        for i in range(6): at = folder(f'mine/{k}/{i}.{ending if i % 2 else "png"}', 30*i)
+    name = own_images(at/'mine'); assert sum(name.sizes[:2]) == 12 and len(load_data(name).test) == name.sizes[1]
+
+def test_an_image_that_is_not_read_is_named(folder):
+    for k in 'ab': at = folder(f'mine/{k}/0.png')
+    folder('mine/b/moving.gif')
+    with pytest.raises(ValueError, match='moving.gif is an image of a kind that is not read: save it as PNG'):
+        own_images(at/'mine')
+
+def test_parts_are_found_in_capitals_and_not_twice(folder):
+    for part in ('Train', 'TEST'):
+        for k in 'ab':
+            for i in range(5): at = folder(f'mine/{part}/{k}/{i}.png', 9*i+len(part))
+    name = own_images(at/'mine'); assert name.sizes[:2] == (10, 10) and name.classes == ('a', 'b')
+    for part in ('valid', 'val'): folder(f'mine/{part}/a/0.png'); folder(f'mine/{part}/b/0.png')
+    with pytest.raises(ValueError, match=r'holds a part twice \(TEST, Train, val, valid\): leave one of them out'):
+        own_images(at/'mine')
+
+def test_transparent_pixels_are_no_colour(folder):
+    for k in 'ab':
+        for i in range(6): at = folder(f'mine/{k}/{i}.png', 30*i, 'RGBA')
+    assert len(load_data(own_images(at/'mine')).train) # opaque
+    folder('mine/a/0.png', 5, 'RGBA', alpha=100)
+    with pytest.raises(ValueError, match='0.png .has transparent pixels: lay it on a background'):
+        load_data(own_images(at/'mine'))
+
+def test_arrays_of_several_shapes_are_refused(tmp_path):
+    y = np.arange(20) % 2
+    for other in ((20, 9, 9), (20, 8, 8, 3)):
+        np.savez(tmp_path/'mine.npz', x_train=np.zeros((20, 8, 8), np.uint8), y_train=y,
+                 x_test=np.zeros(other, np.uint8), y_test=y)
+        with pytest.raises(ValueError, match='wants images .C,H,W. of one shape in all parts, got '):
+            own_images(tmp_path/'mine.npz')
+
+def test_frost_says_what_its_photographs_lack(tmp_path):
+    x = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match='is not there or cannot be read .FileNotFoundError.: frost needs all five'):
+        corrupt(x, 'frost', frost=tmp_path)
+    for name in FROST: Image.new('RGB', (160, 160)).save(tmp_path/name)
+    with pytest.raises(ValueError, match='is too small for images of 32 pixels: it wants more than 160 a side'):
+        corrupt(x, 'frost', frost=tmp_path)
+    with pytest.raises(ValueError, match='seed wants a whole number >= 0, got -1'): corrupt(x, 'fog', seed=-1)

@@ -28,4 +28,5 @@ def tidy(
 )->pd.DataFrame: # part: 'levels' (as `tidy_rows`) or 'paired' (as `paired`)
     "The study, tidy"
     parts = {'levels': tidy_rows(cells, store), 'paired': paired(cells, store)}
-    return pd.concat([t.assign(part=p) for p,t in parts.items()], ignore_index=True)
+    whole = pd.concat([t.assign(part=p) for p,t in parts.items()], ignore_index=True)
+    return whole.assign(method=whole.method.str.replace('TRADES, ', 'TRADES tuning, ')) # not Table III's

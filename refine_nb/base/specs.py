@@ -164,7 +164,7 @@ class Robustness(Spec):
             object.__setattr__(self, 'scale', float(number('scale', self.scale, above=0)))
         if isinstance(self.eps, bool) or not isinstance(self.eps, Real) or not 0 < self.eps <= 1:
             raise ValueError(f"eps wants a number in (0,1], such as 8/255, got {self.eps!r}")
-        object.__setattr__(self, 'eps', float(self.eps) if not isinstance(self.eps, int) else self.eps)
+        object.__setattr__(self, 'eps', float(self.eps))
         object.__setattr__(self, 'reference', choose(self.reference, (True,False), 'reference'))
         _check_components(self)
 

@@ -21,13 +21,13 @@ def _unit(z): return z/z.norm(dim=1, keepdim=True).clamp_min(torch.finfo(z.dtype
 def stochastic_outputs(
     e:Evidence, # from `evidence`
 )->Finding:
-    "Do two forwards of the same images differ? (AutoAttack's flag)"
-    with attacking(e.model), torch.no_grad(): a,b = (e.model(e.x[:EVAL_BATCH]) for _ in range(2))
-    apart = (_unit(a)-_unit(b)).norm(dim=1).max()
+    "Do five forwards of the same images differ? (AutoAttack's flag)"
+    with attacking(e.model), torch.no_grad(): first,*rest = (e.model(e.x[:EVAL_BATCH]) for _ in range(5))
+    apart = torch.stack([(_unit(first)-_unit(z)).norm(dim=1).max() for z in rest]).max()
+    changed = torch.stack([first.argmax(1)!=z.argmax(1) for z in rest]).any(0)
     return Finding.of('stochastic_outputs', not apart<=1e-4,
         "The outputs are random: average gradients and verdicts over draws, or the number is luck.",
-        "Two forwards of the same images agree.",
-        apart=apart, answers_changed=(a.argmax(1)!=b.argmax(1)).float().mean())
+        "Five forwards of the same images agree.", apart=apart, answers_changed=changed.float().mean())
 
 # %% ../../nbs/evaluation/30_checks.ipynb #3aaea11a
 def training_mode(
@@ -53,8 +53,9 @@ def probability_outputs(
     e:Evidence, # from `evidence`
 )->Finding:
     "Does the model return probabilities in place of logits? (AutoAttack's flag)"
-    sums,lowest = (e.z.sum(1)-1).abs().max(),e.z.min()
-    return Finding.of('probability_outputs', sums<1e-4 and lowest>-1e-5,
+    sums,lowest = (e.z.double().sum(1)-1).abs().max(),e.z.min()
+    rounded = max(1e-4, torch.finfo(e.z.dtype).eps) # of bfloat16 they sum to 1 within .008
+    return Finding.of('probability_outputs', sums<rounded and lowest>-1e-5,
         "The outputs are probabilities: attack the logits, before the softmax.",
         "The outputs are not probabilities.", farthest_sum_from_1=sums, lowest_output=lowest)
 
@@ -64,9 +65,11 @@ def budget_scale(
 )->Finding:
     "Does the reported attack use the budget that is claimed, within [0,1]?"
     change = (e.x_adv-e.x).abs().flatten(1).amax(1)
-    used = (change[change>0].max()/e.eps).item() if change.any() else 1.
+    left = change[e.held.to(change.device)] # what broke early need not use the budget up
+    far = (left if left.any() else change).max().item() if len(left) else e.eps # or is given back as it was
+    used = change.max().item()/e.eps
     outside = max(0., -e.x_adv.min().item(), e.x_adv.max().item()-1)
-    wrong = used>1.001 or used<.5 or outside>1e-6 or e.eps<.5/255
+    wrong = used>1.001 or 0<far<.5*e.eps or outside>1e-6 or e.eps<.5/255
     return Finding.of('budget_scale', wrong,
         "The budget is not the one claimed: compare eps, its scale (8/255, not 8/255/255) "
         "and the normalisation of attack and model.",

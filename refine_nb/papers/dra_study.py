@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from ..base import Cell, Recipe, Robustness, call, key
 from ..attacks import pgd, random_signs
 from ..evaluation import mcnemar, unpack
-from ..reporting import MARK, apart, figure_style, figure_title, flagged, pairing, plot_curves
+from ..reporting import MARK, apart, figure_style, figure_title, flagged, method_style, pairing, plot_curves
 from .dra import EQUAL, control, ours as tuned, trades_trained
 from .adcorda_study import holm
-from .dra_tables import across, in_words
+from .dra_tables import across, family, in_words
 
 # %% ../../nbs/papers/96_dra_study.ipynb #54f4a9cd
 def arms(
@@ -76,6 +76,14 @@ def view_pairs(
                                             for r in t.itertuples()]})
 
 # %% ../../nbs/papers/96_dra_study.ipynb #320b3c35
+_TRADES = dict(zip((.01, .05, 1), ('v:', 's--', '^-'))) # weight -> marker and line
+
+def _look(method): # of an arm: that of its method, and what tells arms of one method apart
+    if method=='Tuned, PGD': return method_style('PGD')
+    if method=='Tuned, noise': return dict(color='.5', marker='x', ls=':')
+    marker = next((m for w,m in _TRADES.items() if method.endswith(f'1/λ = {w:g}')), '')
+    return method_style(family(method)) | (dict(marker=marker[0], ls=marker[1:]) if marker else {})
+
 def picture_study(
     ours:pd.DataFrame, # tidy, of the study
     title:str,
@@ -89,12 +97,13 @@ def picture_study(
     mark = lambda m: m+f' {MARK}'*(m in flagged(levels))
     with figure_style():
         fig, (a, b) = plt.subplots(1, 2, figsize=(8, 2.8), width_ratios=(1, 1.2))
-        a.errorbar(t.difference, t.index, xerr=[t.difference-t.low, t.high-t.difference],
-                   fmt='o', color='.2', ms=4)
+        for i,r in t.iterrows():
+            a.errorbar(r.difference, i, xerr=[[r.difference-r.low], [r.high-r.difference]], ms=4, **_look(r.method))
         a.axvline(0, color='.6', lw=.8); a.grid(axis='x'); a.invert_yaxis()
         a.set(yticks=t.index, yticklabels=t.method.map(mark),
               xlabel='points from the control, clean, 95 % interval')
-        plot_curves({mark(m): curve(rows) for m,rows in walk.groupby('method', sort=False)}, ax=b)
+        plot_curves({mark(m): curve(rows) for m,rows in walk.groupby('method', sort=False)}, ax=b,
+                    styles={mark(m): _look(m) for m in walk.method.unique()})
         b.set(ylabel='accuracy (%)', title='under PGD by ε/10')
         b.legend(loc='center left', bbox_to_anchor=(1, .5)); figure_title(fig, title)
     return fig

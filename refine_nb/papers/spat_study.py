@@ -17,7 +17,7 @@ from ..attacks import apgd, kl_pgd, sharpened_attack
 from ..evaluation import mcnemar, wilson
 from ..training import spat_pgd
 from ..runs import Audited, stored_audit
-from ..reporting import MARK
+from ..reporting import MARK, flagged
 from .adcorda_study import holm
 from .spat import BUDGET, ablation, attackers, network, trained
 
@@ -134,11 +134,11 @@ def audit_table(
 # %% ../../nbs/papers/77_spat_study.ipynb #7c1e02af
 def shown_audits(
     found:pd.DataFrame, # from `audit_table`
-)->pd.DataFrame:        # check, and a column a network: 'no', 'RAISED' or 'not run'
+)->pd.DataFrame:        # check, and a column a network, marked where it has learnt nothing: 'no', 'RAISED' or 'not run'
     "Which of the twelve checks are raised"
     wide = found.pivot(index='check', columns='method', values='raised')
-    wide = wide.loc[found.check.unique(), found.method.unique()]
-    return wide.rename_axis(columns=None).reset_index()
+    wide, bad = wide.loc[found.check.unique(), found.method.unique()], flagged(found)
+    return wide.rename(columns={m: f'{m} {MARK}' for m in bad}).rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/papers/77_spat_study.ipynb #7c1e02b1
 def alarms(

@@ -63,6 +63,7 @@ def plot_curves(
     *,
     title:str='',                  # with the preset, e.g. 'DEMO: ...'
     ax:Axes|None=None,             # where to draw; None makes a figure of its own
+    styles:Mapping[str,dict]={},   # name -> its colour, marker and line, where `method_style` knows none
 )->Axes:
     "Accuracy against budget with its intervals, a line a model"
     if not curves: raise ValueError('plot_curves wants at least one curve, got none')
@@ -72,7 +73,7 @@ def plot_curves(
         ends = 100*np.stack([t.accuracy-t.low, t.high-t.accuracy]).clip(0)
         label = name if one else f'{name} (n = {n[name]:,})'
         ax.errorbar(255*t.eps, 100*t.accuracy, yerr=ends, label=label, ms=4, lw=1.2, elinewidth=1, capsize=2,
-                    **_line_style(name, i))
+                    **(styles.get(name) or _line_style(name, i)))
     ax.set(xlabel='budget (grey levels of 255)', ylabel=f'accuracy (%){f", n = {n[name]:,}" if one else ""}',
            ylim=(-3, 103))
     ax.grid(axis='y'); ax.legend()

@@ -37,6 +37,7 @@ def corrupt(
 )->Tensor:           # [N,C,H,H], uint8
     "A corruption of CIFAR-10-C, generated (Hendrycks & Dietterich 2019, `make_cifar_c.py`)"
     distort,constants = _made[choose(name, GENERATED, 'corruption that can be generated')]
+    seed = number('seed', seed, 0, whole=True)
     if x.dtype!=torch.uint8 or x.ndim!=4 or x.shape[1] not in (1,3) or x.shape[2]!=x.shape[3]:
         raise ValueError(f"images must be uint8 [N,1 or 3,H,H], got {x.dtype} {list(x.shape)}")
     c,more = constants[_severity(severity)-1],({'folder': frost} if name=='frost' else {})

@@ -28,16 +28,19 @@ class OwnImages(str):
 
 # %% ../../nbs/vision/08_own_sets.ipynb #756b051b
 _PARTS = {'train', 'test', 'valid', 'val'}
+_READ = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff')
+_UNREAD = ('.gif', '.heic', '.heif', '.avif', '.jp2', '.ppm', '.pgm') # images, too
 
 def _inside(folder): return sorted(d.name for d in os.scandir(folder) if d.is_dir() and d.name[0]!='.')
 
 def _parts(folder): # part -> its folder; 'all' where nothing is split
-    found = _inside(folder)
+    found = {name.lower(): folder/name for name in _inside(folder)} # Train/, TEST/
     if 'train' not in found or not set(found) <= _PARTS: return {'all': folder}
-    other = [p for p in ('test', 'valid', 'val') if p in found]
-    if not other: return {'all': folder/'train'}
-    parts = {'train': folder/'train', 'test': folder/other[0]}
-    return parts if len(other)==1 else {**parts, 'valid': folder/other[1]}
+    if len(found) < len(_inside(folder)) or {'valid','val'} <= set(found):
+        raise ValueError(f"{folder} holds a part twice ({', '.join(_inside(folder))}): leave one of them out")
+    other = [found[p] for p in ('test', 'valid', 'val') if p in found]
+    if not other: return {'all': found['train']}
+    return dict(zip(('train', 'test', 'valid'), (found['train'], *other)))
 
 def _listed(folder): # the rows of all parts: (part, path, label, size, time); and the classes
     parts = _parts(folder)
@@ -46,7 +49,10 @@ def _listed(folder): # the rows of all parts: (part, path, label, size, time); a
         what = f'only one, {classes[0]}: two classes or more can be told apart' if classes else 'none'
         raise ValueError(f"{first} must hold a folder of images for each class, found {what}; with parts it "
                          "is train/<class>/ and test/<class>/")
-    return tuple((p, *row) for p,d in parts.items() for row in class_files(d, classes)), classes
+    for f in (f for d in parts.values() for c in _inside(d) for f in os.scandir(d/c)):
+        if f.name[0]!='.' and f.name.lower().endswith(_UNREAD):
+            raise ValueError(f"{f.path} is an image of a kind that is not read: save it as PNG, or move it away")
+    return tuple((p, *row) for p,d in parts.items() for row in class_files(d, classes, _READ)), classes
 
 # %% ../../nbs/vision/08_own_sets.ipynb #3b9b7633
 _GRAY, _DEEP = ('1','L','LA'), ('I','F')
@@ -120,6 +126,8 @@ def _arrays(path, size, time): # parts and classes of an .npz; kept while the fi
         if not {x,y} <= set(has): continue
         images = _images_of(has[x], x); parts[p] = Split(images, _labels_of(has[y], y, len(images)))
     if {'all','train'} <= set(parts): raise ValueError(f"{path} has both x and x_train: leave one out")
+    if len(shapes := {tuple(s.x.shape[1:]) for s in parts.values()}) > 1:
+        raise ValueError(f"{path} wants images [C,H,W] of one shape in all parts, got {sorted(shapes)}")
     if len(parts) > 1 and 'all' in parts: parts = {'train': parts.pop('all'), **parts}
     if not {'all','train'} & set(parts):
         raise ValueError(f"{path} wants x and y, or x_train, y_train, x_test and y_test, "
@@ -160,7 +168,10 @@ def own_images(
 # %% ../../nbs/vision/08_own_sets.ipynb #c13f5705
 def _decoded(path, gray, side): # -> uint8 array [H,W,C]; `side` of its central square, None: as it is
     with Image.open(path) as im:
-        im = ImageOps.exif_transpose(im).convert('L' if gray else 'RGB')
+        im = ImageOps.exif_transpose(im)
+        if im.has_transparency_data and im.convert('RGBA').getchannel('A').getextrema()[0] < 255:
+            raise ValueError("has transparent pixels: lay it on a background")
+        im = im.convert('L' if gray else 'RGB')
         if side:
             short, (w,h) = min(im.size), im.size
             left,top = (w-short)//2, (h-short)//2

@@ -32,6 +32,7 @@ _endings = ('.png','.jpg','.jpeg')
 def class_files(
     folder:str|Path,        # holds one folder per class, and no other but those that begin with a dot
     classes:tuple[str,...], # class folders, in the order of the labels
+    endings:tuple[str,...]=_endings, # of the files that are images, in small letters
 )->list[tuple[str,int,int,int]]: # path, label, size in bytes, time of change in ns; by class, then by name
     "The image files of a folder with a folder per class"
     found = sorted(d.name for d in os.scandir(folder) if d.is_dir() and not d.name.startswith('.'))
@@ -41,9 +42,9 @@ def class_files(
     out = []
     for k,c in enumerate(classes):
         files = sorted((f for f in os.scandir(Path(folder)/c)
-                        if f.name.lower().endswith(_endings) and f.name[0]!='.'), key=lambda f: f.name)
+                        if f.name.lower().endswith(endings) and f.name[0]!='.'), key=lambda f: f.name)
         if not files:
-            raise ValueError(f"class folder {Path(folder)/c} holds no image ({', '.join(_endings)})")
+            raise ValueError(f"class folder {Path(folder)/c} holds no image ({', '.join(endings)})")
         out += [(f.path, k, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return out
 

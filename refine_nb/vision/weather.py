@@ -50,9 +50,14 @@ def _frost(x, c, rng, folder=None):
     if folder is None:
         raise ValueError("frost needs the maker's photographs "
                          f"({', '.join(FROST)} of hendrycks/robustness): give their folder as frost=...")
-    a,b = c; side = len(x)
-    with Image.open(f'{folder}/{FROST[rng.integers(5)]}') as im:
-        photo = np.asarray(im.convert('RGB'))[2::5,2::5]
+    a,b = c; side = len(x); file = f'{folder}/{FROST[rng.integers(5)]}'
+    try:
+        with Image.open(file) as im: photo = np.asarray(im.convert('RGB'))[2::5,2::5]
+    except (OSError, SyntaxError) as e:
+        raise ValueError(f"{file} is not there or cannot be read ({type(e).__name__}): frost needs all five of "
+                         f"{', '.join(FROST)}") from e
+    if min(photo.shape[:2]) <= side:
+        raise ValueError(f"{file} is too small for images of {side} pixels: it wants more than {5*side} a side")
     top,left = (rng.integers(0, n-side) for n in photo.shape[:2])
     return a*255*x + b*photo[top:top+side,left:left+side].astype(float)
 
