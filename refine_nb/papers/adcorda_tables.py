@@ -11,7 +11,7 @@ import pandas as pd
 
 from ..vision import classifier, load_data
 from ..refinement import CALIBRATION_BATCH, integers, mebibytes, quantise
-from ..reporting import STANDS_FOR, Claim, apart, cell, named, pairing, stored
+from ..reporting import STANDS_FOR, Claim, cell, gap_between, named, pairing, stored
 
 # %% ../../nbs/papers/20_adcorda_tables.ipynb #7abcde51
 def printed_block(
@@ -85,7 +85,7 @@ TAB1 = (
 # %% ../../nbs/papers/20_adcorda_tables.ipynb #ada7a3ec
 def _in_short(at, base, refined, lead='The refined networks', of='the baseline'):
     control, gain = at.loc['Control'], at.accuracy[list(refined)] - at.accuracy[base]
-    best = at.loc[gain.idxmax()]; gap, low, high = apart(best, control, at)
+    best = at.loc[gain.idxmax()]; gap, low, high = gap_between(best, control, at)
     return (f"{lead} are {gain.min():+.2f} to {gain.max():+.2f} points from {of}, and as many ordinary "
             f"epochs bring {control.accuracy-at.accuracy[base]:+.2f}. The best of them on "
             f"these images ({named([best.name])[0]}) is {gap:+.2f} "

@@ -12,7 +12,8 @@ import math
 import numpy as np
 import pandas as pd
 
-from ..reporting import Claim, Missing, apart, cell, named, pairing, published
+from ..reporting import (Claim, Missing, cell, gap_between, named, pairing,
+                                 published)
 from .adcorda_study import _elsewhere, on_edition
 from .adcorda_tables import RESNETS, gains
 
@@ -107,13 +108,13 @@ def found_fig2(
     "What Figure 2 shows in our run"
     arm = lambda a: table[(table.panel=='a') & (table.attack==a)].set_index('epochs')
     control, ddn = arm('Control'), arm('DDN').loc[_lengths(table)]
-    def clear(a, b): return sum(apart(a.loc[e], b.loc[e], table)[1] > 0 for e in ddn.index)
+    def clear(a, b): return sum(gap_between(a.loc[e], b.loc[e], table)[1] > 0 for e in ddn.index)
     over = lambda e, a: f"{_step(table, e, a, '-'):+.2f}"
     said = ', '.join(f"{over(e, 'DDN')} and {over(e, 'Control')} after {e}" for e in ddn.index)
     text = ("The gain of DDN over the baseline, and that of as many ordinary epochs, the control, in points: "
             f"{said} epochs of the baseline; DDN is above the control by more than the interval of "
-            f"their difference ({pairing(table)}, 95 %) at {clear(ddn, control)} of {len(ddn)} lengths, below it by "
-            f"as much at {clear(control, ddn)}.")
+            f"their difference ({pairing(table)}, 95 %) at {clear(ddn, control)} of {len(ddn)} lengths, "
+            f"below it by as much at {clear(control, ddn)}.")
     try: slope, share = straightness(table)
     except Missing: return text
     return (f"{text} A straight line fitted from no correction to all {'rises' if slope > 0 else 'falls'} "

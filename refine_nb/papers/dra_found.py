@@ -111,8 +111,8 @@ def found_tab7(
     def said(t):
         each = ', '.join(f"{c.replace('_', ' ')} {gain(t, c):+.1f}" for c in kinds)
         return f"{gain(t, 'clean'):+.1f} on clean images, and on corrupted ones {each}"
-    return (f'Tuned against Vanilla, in points ({pairing(table)} intervals; n = {n:,.0f}): {told(table, said)}: '
-            f'above it on {above}, each to be read with its interval.{_note(table)}')
+    return (f'Tuned against Vanilla, in points ({pairing(table)} intervals; n = {n:,.0f}): '
+            f'{told(table, said)}: above it on {above}, each to be read with its interval.{_note(table)}')
 
 # %% ../../nbs/papers/94_dra_found.ipynb #c4a9f409
 FOUND = {'tab1_dra': found_tab1, 'tab2_dra': found_against_vanilla, 'tab3_dra': found_against_vanilla,

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from ..base import Cell, Recipe, Robustness, call, key
 from ..attacks import pgd, random_signs
 from ..evaluation import mcnemar, unpack
-from ..reporting import MARK, apart, figure_style, figure_title, flagged, method_style, pairing, plot_curves
+from ..reporting import (MARK, figure_style, figure_title, flagged, gap_between, method_style,
+                                 pairing, plot_curves)
 from .dra import EQUAL, control, ours as tuned, trades_trained
 from .adcorda_study import holm
 from .dra_tables import across, family, in_words
@@ -84,6 +85,7 @@ def _look(method): # of an arm: that of its method, and what tells arms of one m
     marker = next((m for w,m in _TRADES.items() if method.endswith(f'1/λ = {w:g}')), '')
     return method_style(family(method)) | (dict(marker=marker[0], ls=marker[1:]) if marker else {})
 
+# %% ../../nbs/papers/96_dra_study.ipynb #959362c2
 def picture_study(
     ours:pd.DataFrame, # tidy, of the study
     title:str,
@@ -98,7 +100,8 @@ def picture_study(
     with figure_style():
         fig, (a, b) = plt.subplots(1, 2, figsize=(8, 2.8), width_ratios=(1, 1.2))
         for i,r in t.iterrows():
-            a.errorbar(r.difference, i, xerr=[[r.difference-r.low], [r.high-r.difference]], ms=4, **_look(r.method))
+            ends = [[r.difference-r.low], [r.high-r.difference]]
+            a.errorbar(r.difference, i, xerr=ends, ms=4, **_look(r.method))
         a.axvline(0, color='.6', lw=.8); a.grid(axis='x'); a.invert_yaxis()
         a.set(yticks=t.index, yticklabels=t.method.map(mark),
               xlabel='points from the control, clean, 95 % interval')
@@ -120,7 +123,7 @@ _OTHERS = {'ours PGD': 'PGD of the same strength in place of DRA', 'TRADES 1': '
 
 def _instead(levels): # what others keep, against Tuned
     def over(kind, attack):
-        gap = apart(_row(levels, kind, attack), _row(levels, 'ours', attack), levels)
+        gap = gap_between(_row(levels, kind, attack), _row(levels, 'ours', attack), levels)
         return '{:+.1f} [{:+.1f}, {:+.1f}]'.format(*gap)
     def said(kind):
         *most, last = [over(kind, f'pgd_eps{e}') for e in (2, 5, 8)]

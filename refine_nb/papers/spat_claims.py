@@ -13,8 +13,8 @@ import math
 import numpy as np
 import pandas as pd
 
-from ..reporting import (Claim, Missing, apart, cell, correlated, enumerated, keeps_most, pairing,
-                                 published, told)
+from ..reporting import (Claim, Missing, cell, correlated, enumerated, gap_between, keeps_most,
+                                 pairing, published, told)
 from .mixture_text import found_claims
 from .spat import VALUES
 from .spat_tables import COLUMNS
@@ -199,7 +199,7 @@ def _transfers(hit): # what leaves least on the mean over defences, and what is 
     means = sorted((rows for _,rows in hit.groupby('attack', sort=False)), key=lambda r: r.accuracy.mean())
     least, *rest = means
     said = lambda rows: f'{rows.label.iloc[0]} ({rows.accuracy.mean():.2f} %)'
-    def low(rows): # end of the interval of their difference, as `apart` has it for one row
+    def low(rows): # end of the interval of their difference, as `gap_between` has it for one row
         off = np.r_[(rows.accuracy-rows.low)/len(rows), -(least.high-least.accuracy)/len(least)]
         r = correlated(hit.loc[[*rows.index, *least.index]])
         return rows.accuracy.mean()-least.accuracy.mean()-math.sqrt(off @ r @ off)
@@ -272,7 +272,7 @@ def found_normal(
 # %% ../../nbs/papers/73_spat_claims.ipynb #37ea10ad
 def _clearly(rows): # SPAT is above the best other by more than the interval of the difference
     own, best = rows[rows.method=='SPAT'].iloc[0], rows[rows.method!='SPAT'].nlargest(1, 'accuracy').iloc[0]
-    return apart(own, best, rows)[1] > 0
+    return gap_between(own, best, rows)[1] > 0
 
 def found_corrupted(
     table:pd.DataFrame, # tidy, of Table 3.9; `source` says 'official' or 'generated'

@@ -134,7 +134,7 @@ def audit_table(
 # %% ../../nbs/papers/77_spat_study.ipynb #7c1e02af
 def shown_audits(
     found:pd.DataFrame, # from `audit_table`
-)->pd.DataFrame:        # check, and a column a network, marked where it has learnt nothing: 'no', 'RAISED' or 'not run'
+)->pd.DataFrame: # check, and a column a network, some marked: 'no', 'RAISED' or 'not run'
     "Which of the twelve checks are raised"
     wide = found.pivot(index='check', columns='method', values='raised')
     wide, bad = wide.loc[found.check.unique(), found.method.unique()], flagged(found)

@@ -8,11 +8,11 @@ __all__ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none
            'plot_curves', 'Claim', 'Missing', 'STANDS_FOR', 'as_named', 'cell', 'judge', 'on_its_own', 'MARK',
            'difference', 'facing', 'mean_std', 'measured', 'over_seeds', 'percent', 'published', 'show_conflicts',
            'show_table', 'side_by_side', 'with_interval', 'HEADERS', 'flagged', 'health', 'marked', 'said_once',
-           'worded', 'Together', 'correlated', 'correlations', 'pairing', 'stacked', 'together', 'with_correlations',
-           'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'enumerated', 'report_folder',
-           'Stored', 'page_source', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
+           'worded', 'correlated', 'correlations', 'pairing', 'stacked', 'together', 'with_correlations', 'ACROSS',
+           'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'enumerated', 'report_folder', 'Stored',
+           'page_source', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
            'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'nothing_found', 'ledger', 'our_tables',
-           'Weighed', 'apart', 'drawn', 'keeps_most', 'other_images', 'plain', 'rows_behind', 'told', 'weigh',
+           'Weighed', 'drawn', 'gap_between', 'keeps_most', 'other_images', 'plain', 'rows_behind', 'told', 'weigh',
            'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
 
 # %% ../../nbs/reporting/99_reporting.ipynb #f5d3f17a
@@ -24,8 +24,8 @@ from .claims import Claim, Missing, STANDS_FOR, as_named, cell, judge, on_its_ow
 from .tables import (MARK, difference, facing, mean_std, measured, over_seeds,
     percent, published, show_conflicts, show_table, side_by_side, with_interval)
 from .readable import HEADERS, flagged, health, marked, said_once, worded
-from refine_nb.reporting.together import (Together, correlated, correlations, pairing, stacked,
-    together, with_correlations)
+from refine_nb.reporting.shared_images import (correlated, correlations, pairing, stacked, together,
+    with_correlations)
 from refine_nb.reporting.listing import (ACROSS, ARTEFACTS, Artefact, NEEDS, PAPERS, Paper, catalogue,
     enumerated, report_folder)
 from .reports import Stored, page_source, run_record, save_report, save_table, stored
@@ -33,8 +33,8 @@ from .announcing import Announcement, announce, announce_figure, made_on
 from .sheet import Sheet, Unfinished, leaves
 from .openings import nothing_found
 from .all_claims import ledger, our_tables
-from .direction import (Weighed, apart, drawn, keeps_most, other_images, plain,
-    rows_behind, told, weigh, with_intervals)
+from .direction import (Weighed, drawn, gap_between, keeps_most, other_images,
+    plain, rows_behind, told, weigh, with_intervals)
 from refine_nb.reporting.board import (Board, PRINT_MARKS, SCALES, SCORED, VERDICT_MARKS, ours_of,
     quoted, scored)
 
@@ -45,11 +45,10 @@ _all_ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none',
          'STANDS_FOR', 'as_named', 'cell', 'judge', 'on_its_own', 'MARK', 'difference', 'facing',
          'mean_std', 'measured', 'over_seeds', 'percent', 'published', 'show_conflicts', 'show_table',
          'side_by_side', 'with_interval', 'HEADERS', 'flagged', 'health', 'marked', 'said_once',
-         'worded', 'Together', 'correlated', 'correlations', 'pairing', 'stacked', 'together',
-         'with_correlations', 'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper',
-         'catalogue', 'enumerated', 'report_folder', 'Stored', 'page_source', 'run_record',
-         'save_report', 'save_table', 'stored', 'Announcement', 'announce', 'announce_figure',
-         'made_on', 'Sheet', 'Unfinished', 'leaves', 'nothing_found', 'ledger', 'our_tables',
-         'Weighed', 'apart', 'drawn', 'keeps_most', 'other_images', 'plain', 'rows_behind', 'told',
-         'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS',
-         'ours_of', 'quoted', 'scored']
+         'worded', 'correlated', 'correlations', 'pairing', 'stacked', 'together', 'with_correlations',
+         'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'enumerated',
+         'report_folder', 'Stored', 'page_source', 'run_record', 'save_report', 'save_table', 'stored',
+         'Announcement', 'announce', 'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves',
+         'nothing_found', 'ledger', 'our_tables', 'Weighed', 'drawn', 'gap_between', 'keeps_most',
+         'other_images', 'plain', 'rows_behind', 'told', 'weigh', 'with_intervals', 'Board',
+         'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']

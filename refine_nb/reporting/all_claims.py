@@ -13,7 +13,7 @@ import pandas as pd
 from ..runs import SIZES
 from .claims import Claim, judge
 from .reports import stored
-from .together import stacked
+from .shared_images import stacked
 
 # %% ../../nbs/reporting/80_all_claims.ipynb #e9bcda02
 def our_tables(

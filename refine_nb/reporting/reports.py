@@ -21,7 +21,7 @@ from .claims import STANDS_FOR
 from .figures import save_figure
 from .tables import show_table
 from .listing import report_folder
-from .together import correlations, with_correlations
+from .shared_images import correlations, with_correlations
 
 # %% ../../nbs/reporting/50_reports.ipynb #d524ef85
 def _places(folder, notes):
@@ -78,6 +78,11 @@ def _edited(artefact, commit, root=None): # a page that is not there is not edit
     return code(was) != code(page.read_bytes())
 
 # %% ../../nbs/reporting/50_reports.ipynb #a01f0e07
+def _numbers(tidy, folder): # every one, and how they move together
+    tidy.to_csv(folder/'tidy.csv', index=False, lineterminator='\n')
+    if (r := correlations(tidy)) is not None:
+        r.round(4).to_csv(folder/'correlations.csv', lineterminator='\n')
+
 def _parts(tables, tidy, run, below): # of a report
     instance('run', run, Mapping, 'a mapping, as run_record gives it')
     instance('tidy', tidy, pd.DataFrame, 'a table of pandas')
@@ -104,8 +109,7 @@ def save_report(
         said = {name: [*below.get(name, ()), *notes] for name in tables}
         for name,table in tables.items(): save_table(table, new, title, said[name], name)
         if claims is not None: save_table(claims, new, title, name='claims')
-        tidy.to_csv(new/'tidy.csv', index=False, lineterminator='\n')
-        if (r := correlations(tidy)) is not None: r.round(4).to_csv(new/'correlations.csv', lineterminator='\n')
+        _numbers(tidy, new)
         for name,fig in figures.items(): save_figure(fig, new, name)
         record = {'title': title, 'notes': said['table'], **run}
         (new/'run.json').write_text(_json(record), encoding='utf-8')

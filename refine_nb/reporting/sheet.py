@@ -30,7 +30,7 @@ from .readable import MARK, health, said_once
 from .listing import ARTEFACTS, report_folder
 from .reports import page_source, run_record, save_report, stored
 from .announcing import announce, announce_figure
-from .together import together, with_correlations
+from .shared_images import together, with_correlations
 
 # %% ../../nbs/reporting/70_sheet.ipynb #8e89709d
 def leaves(
@@ -190,9 +190,8 @@ def table(self:Sheet,
     wrong = _flags(self)
     flag = [', '.join(dict.fromkeys(wrong[k] for k in str(keys).split() if k in wrong)) for keys in tidy.key]
     self.ours = tidy.assign(flag=flag) if any(flag) else tidy
-    if 'accuracy' in tidy and self.cells:
-        of = together(tidy.key[tidy.accuracy.notna()].astype(str), ancestors(*self.cells), self.store)
-        if len(of) > 1: self.ours = with_correlations(self.ours, of)
+    of = together(tidy, ancestors(*self.cells), self.store)
+    if len(of) > 1: self.ours = with_correlations(self.ours, of)
     _in_percent(self.ours)
     return self.ours
 

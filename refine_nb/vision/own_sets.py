@@ -42,6 +42,13 @@ def _parts(folder): # part -> its folder; 'all' where nothing is split
     if not other: return {'all': found['train']}
     return dict(zip(('train', 'test', 'valid'), (found['train'], *other)))
 
+def _all_read(part): # or an error
+    for f in (f for c in _inside(part) for f in os.scandir(part/c)):
+        if f.name[0]!='.' and f.name.lower().endswith(_UNREAD):
+            raise ValueError(f"{f.path} is an image of a kind that is not read: save it as PNG, or move it "
+                             "away")
+
+# %% ../../nbs/vision/08_own_sets.ipynb #659b9d44
 def _listed(folder): # the rows of all parts: (part, path, label, size, time); and the classes
     parts = _parts(folder)
     first = next(iter(parts.values())); classes = tuple(_inside(first))
@@ -49,9 +56,7 @@ def _listed(folder): # the rows of all parts: (part, path, label, size, time); a
         what = f'only one, {classes[0]}: two classes or more can be told apart' if classes else 'none'
         raise ValueError(f"{first} must hold a folder of images for each class, found {what}; with parts it "
                          "is train/<class>/ and test/<class>/")
-    for f in (f for d in parts.values() for c in _inside(d) for f in os.scandir(d/c)):
-        if f.name[0]!='.' and f.name.lower().endswith(_UNREAD):
-            raise ValueError(f"{f.path} is an image of a kind that is not read: save it as PNG, or move it away")
+    for d in parts.values(): _all_read(d)
     return tuple((p, *row) for p,d in parts.items() for row in class_files(d, classes, _READ)), classes
 
 # %% ../../nbs/vision/08_own_sets.ipynb #3b9b7633

@@ -54,10 +54,11 @@ def _frost(x, c, rng, folder=None):
     try:
         with Image.open(file) as im: photo = np.asarray(im.convert('RGB'))[2::5,2::5]
     except (OSError, SyntaxError) as e:
-        raise ValueError(f"{file} is not there or cannot be read ({type(e).__name__}): frost needs all five of "
-                         f"{', '.join(FROST)}") from e
+        raise ValueError(f"{file} is not there or cannot be read ({type(e).__name__}): frost needs all "
+                         f"five of {', '.join(FROST)}") from e
     if min(photo.shape[:2]) <= side:
-        raise ValueError(f"{file} is too small for images of {side} pixels: it wants more than {5*side} a side")
+        raise ValueError(f"{file} is too small for images of {side} pixels: it wants more than "
+                         f"{5*side} a side")
     top,left = (rng.integers(0, n-side) for n in photo.shape[:2])
     return a*255*x + b*photo[top:top+side,left:left+side].astype(float)
 
