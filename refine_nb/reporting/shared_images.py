@@ -23,8 +23,9 @@ def _looked_at(spec, store): # the images of a spec
 
 def _verdicts(row, known, store): # the images of a row, and its verdicts [N], or None
     specs = [known.get(k) for k in str(row).split()]
-    if not specs or None in specs or len(seen := {_looked_at(s, store) for s in specs}) > 1: return None
-    return seen.pop(), torch.stack([store.value(s).right.double() for s in specs]).mean(0)
+    if not specs or None in specs: return None
+    seen = tuple(sorted({_looked_at(s, store) for s in specs})) # one, or one a severity
+    return seen, torch.stack([store.value(s).right.double() for s in specs]).mean(0)
 
 def together(
     table:pd.DataFrame,   # tidy, with `key` as `measured` writes it
