@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base import Cell, Robustness
-from ..reporting import marked
+from ..reporting import MARK, marked
 from ..papers.mixture import STRENGTHS, STRONG, headings
 from ..papers.mixture_tables import improved
 from .tab1_mixture import grid as table_1, picture as panels, tidy as tidy_1
@@ -40,7 +40,7 @@ def view(
     "Our table as a reader sees it: a row a method, a column an attack, improvements over Table 1 in bold"
     strong, bold = ours[ours.training=='strong'], improved(ours)
     heads = headings(strong)
-    texts = [f'**{t}**' if (r.method, r.attack) in bold else t
+    texts = [f'**{t}**' if (r.method, r.attack) in bold and MARK not in t else t # of a network that learnt
              for r,t in zip(strong.itertuples(), marked(strong))]
     wide = strong.assign(text=texts).pivot(index='method', columns='attack', values='text')
     return wide.loc[list(STRONG), list(heads)].set_axis(list(heads.values()), axis=1).reset_index()
