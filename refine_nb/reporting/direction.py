@@ -132,6 +132,10 @@ def _ends(text, drawn): # of the 95 % range: of an accuracy or a count, or aroun
         off = value-middle if '.' in text and not a<=value<=b else 0. # the extreme of several
         share = 0<=drawn.min()<=drawn.max()<=100
         return np.clip((low+off, high+off), *((0, 100) if share else (-math.inf, math.inf)))
+    unit, sd = 10.**-len(text.partition('.')[2]), drawn.std()
+    if '.' in text and sd < 3*unit: # so narrow that rounding is felt: about the mean, which is not rounded
+        value += np.clip(drawn.mean()-value, -unit/2, unit/2)
+        return value + 1.96*np.array([-1, 1])*math.sqrt(max(sd*sd-unit*unit/12, 0)) # Sheppard's correction
     off = drawn-np.median(drawn)
     return value + 1.96*np.array([-1, 1])*[math.sqrt(2*np.mean(np.clip(s*off, 0, None)**2)) for s in (-1, 1)]
 
