@@ -17,14 +17,10 @@ from ..base import Cell, Robustness, Spec, Worst, choose, instance, key
 from ..evaluation import correlation
 
 # %% ../../nbs/reporting/37_shared_images.ipynb #e378f8c5
-def _looked_at(spec, store): # the images of a spec
-    c = spec.cells[0] if isinstance(spec, Worst) else spec
-    return c.split, store.get(spec, make=False).result['data'][:12]
-
 def _verdicts(row, known, store): # the images of a row, and its verdicts [N], or None
     specs = [known.get(k) for k in str(row).split()]
     if not specs or None in specs: return None
-    seen = tuple(sorted({_looked_at(s, store) for s in specs})) # one, or one a severity
+    seen = sorted({(split, data) for split,_,data in map(store.looked_at, specs)}) # one, or one a severity
     return seen, torch.stack([store.value(s).right.double() for s in specs]).mean(0)
 
 def together(

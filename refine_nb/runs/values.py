@@ -127,15 +127,21 @@ def resolved(self:Store, c:Call)->Call:
                         else self.resolved(v) if isinstance(v, Call) else v)
     return Call(c.fn, tuple((k, inside(v)) for k,v in c.settings))
 
+# %% ../../nbs/runs/22_values.ipynb #0431dcbc
+@patch
+def looked_at(self:Store,
+    spec:Cell|Robustness|Worst, # made already
+)->tuple[str,int,str]:          # split, how many of its first images, start of the data's fingerprint
+    "The images that a verdict is about"
+    c = spec.cells[0] if isinstance(spec, Worst) else spec
+    r = self.get(spec).result
+    return c.split, r['n'], r['data'][:12]
+
 # %% ../../nbs/runs/22_values.ipynb #13235b93
 @patch
 def compare(self:Store, a:Cell|Worst, b:Cell|Worst, level:float=.95)->dict:
     "`mcnemar` of two cells or worst cases; `ValueError` where they did not look at the same images"
-    def looked_at(spec):
-        c = spec.cells[0] if isinstance(spec, Worst) else spec
-        r = self.get(spec).result
-        return c.split, r['n'], r['data'][:12]
-    if looked_at(a) != looked_at(b):
+    if self.looked_at(a) != self.looked_at(b):
         raise ValueError(f"a paired comparison wants the same images (split, n, data), "
-                         f"got {looked_at(a)} and {looked_at(b)}")
+                         f"got {self.looked_at(a)} and {self.looked_at(b)}")
     return mcnemar(self.value(a).right, self.value(b).right, level)
