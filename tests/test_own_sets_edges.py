@@ -51,7 +51,7 @@ def folder(tmp_path):
         image.save(tmp_path/path); return tmp_path
     return paint
 
-@pytest.mark.parametrize('ending', ['bmp', 'webp', 'tif', 'PNG', 'jpeg'])
+@pytest.mark.parametrize('ending', ['bmp', 'webp', 'tif', 'PNG', 'jpeg', 'pgm'])
 def test_images_of_every_common_kind_are_read(folder, ending):
     for k in 'ab':
         for i in range(6): at = folder(f'mine/{k}/{i}.{ending if i % 2 else "png"}', 30*i)
@@ -71,6 +71,14 @@ def test_parts_are_found_in_capitals_and_not_twice(folder):
     name = own_images(at/'mine'); assert name.sizes[:2] == (10, 10) and name.classes == ('a', 'b')
     for part in ('valid', 'val'): folder(f'mine/{part}/a/0.png'); folder(f'mine/{part}/b/0.png')
     with pytest.raises(ValueError, match=r'a part twice \(TEST, Train, val, valid\): leave one of them out'):
+        own_images(at/'mine')
+
+@pytest.mark.parametrize('ending', ['tif', 'webp', 'png'])
+def test_a_file_of_several_images_is_refused(folder, ending):
+    for k in 'ab': at = folder(f'mine/{k}/0.png')
+    two = [Image.new('RGB', (8, 8), (v, 9, 200)) for v in (0, 255)]
+    two[0].save(at/'mine'/'a'/f'1.{ending}', save_all=True, append_images=two[1:])
+    with pytest.raises(ValueError, match=f'1.{ending} .2 images in one file: save each by itself'):
         own_images(at/'mine')
 
 def test_transparent_pixels_are_no_colour(folder):
@@ -93,7 +101,9 @@ def test_frost_says_what_its_photographs_lack(tmp_path):
     x = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match='cannot be read .FileNotFoundError.: frost needs all five of'):
         corrupt(x, 'frost', frost=tmp_path)
-    for name in FROST: Image.new('RGB', (160, 160)).save(tmp_path/name)
-    with pytest.raises(ValueError, match='too small for images of 32 pixels: it wants more than 160 a side'):
+    for name in FROST: Image.new('RGB', (200, 162)).save(tmp_path/name)
+    with pytest.raises(ValueError, match='too small for images of 32 pixels: it wants more than 162 a side'):
         corrupt(x, 'frost', frost=tmp_path)
+    for name in FROST: Image.new('RGB', (163, 163)).save(tmp_path/name)
+    assert corrupt(x, 'frost', frost=tmp_path).shape == x.shape
     with pytest.raises(ValueError, match='seed wants a whole number >= 0, got -1'): corrupt(x, 'fog', seed=-1)

@@ -28,8 +28,8 @@ class OwnImages(str):
 
 # %% ../../nbs/vision/08_own_sets.ipynb #756b051b
 _PARTS = {'train', 'test', 'valid', 'val'}
-_READ = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff')
-_UNREAD = ('.gif', '.heic', '.heif', '.avif', '.jp2', '.ppm', '.pgm') # images, too
+_READ = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm')
+_UNREAD = ('.gif', '.heic', '.heif', '.avif', '.jp2') # images, too
 
 def _inside(folder): return sorted(d.name for d in os.scandir(folder) if d.is_dir() and d.name[0]!='.')
 
@@ -66,6 +66,8 @@ def _seen(path): # (width, height, gray, digest), or a sentence
     try:
         with Image.open(path) as im:
             if im.mode.startswith(_DEEP): return f"{path} (more than 8 bits a pixel: save it with 8)"
+            if im.format!='MPO' and getattr(im, 'n_frames', 1) > 1: # a camera's beside its preview is MPO
+                return f"{path} ({im.n_frames} images in one file: save each by itself)"
             size = im.size[::-1] if im.getexif().get(274, 1) > 4 else im.size      # a camera that was turned
             return *size, im.mode in _GRAY, hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
