@@ -84,7 +84,7 @@ def correlation(
     one:Tensor,   # [M], verdicts: bool, or in [0,1] their mean over seeds
     other:Tensor, # [N], on the same images in the same order, or on as many of the first as there are
 )->float:         # in [-1,1]; 0 where one is the same on all images
-    "How far two accuracies move together as their images change (Newcombe 1998, method 10)"
+    "How far two accuracies move together as their images change (phi of Newcombe 1998, method 10)"
     for name,v in (('one', one), ('other', other)):
         if not isinstance(v, Tensor) or v.ndim != 1 or not len(v) or v.min() < 0 or v.max() > 1:
             got = f'{v.dtype} {list(v.shape)}' if isinstance(v, Tensor) else type(v).__name__
