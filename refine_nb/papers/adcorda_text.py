@@ -12,8 +12,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from ..reporting import (Claim, Missing, cell, gap_between, named, pairing,
-                                 published)
+from ..reporting import Claim, Missing, cell, gap_between, named, pairing, published
 from .adcorda_study import _elsewhere, on_edition
 from .adcorda_tables import RESNETS, gains
 

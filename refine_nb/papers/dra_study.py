@@ -22,6 +22,8 @@ from .adcorda_study import holm
 from .dra_tables import across, family, in_words
 
 # %% ../../nbs/papers/96_dra_study.ipynb #54f4a9cd
+_TRADES = {.01: 'v:', .05: 's--', 1.: '^-'} # weight of its divergence -> marker and line
+
 def arms(
     base:Recipe, # from `vanilla`
 )->dict[str,Recipe]: # row -> recipe; 'vanilla' is the start of all
@@ -32,7 +34,7 @@ def arms(
             'ours PGD': tuned(base, attack=stronger),
             'ours noise': tuned(base, attack=call(random_signs, eps=2/255))}
     return made | {f'TRADES {w:g}': replace(further, method=trades_trained(base, w).method)
-                   for w in (.01, .05, 1.)}
+                   for w in _TRADES}
 
 # %% ../../nbs/papers/96_dra_study.ipynb #0a03df6e
 CURVE = (1, 2, 4, 8) # budgets of the curve, of 255
@@ -77,8 +79,6 @@ def view_pairs(
                                             for r in t.itertuples()]})
 
 # %% ../../nbs/papers/96_dra_study.ipynb #320b3c35
-_TRADES = dict(zip((.01, .05, 1), ('v:', 's--', '^-'))) # weight -> marker and line
-
 def _look(method): # of an arm: that of its method, and what tells arms of one method apart
     if method=='Tuned, PGD': return method_style('PGD')
     if method=='Tuned, noise': return dict(color='.5', marker='x', ls=':')

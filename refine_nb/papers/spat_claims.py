@@ -196,13 +196,13 @@ def found_white(
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #75cedb16
 def _transfers(hit): # what leaves least on the mean over defences, and what is within their interval
-    means = sorted((rows for _,rows in hit.groupby('attack', sort=False)), key=lambda r: r.accuracy.mean())
-    least, *rest = means
+    each = (rows for _,rows in hit.groupby('attack', sort=False))
+    least, *rest = sorted(each, key=lambda rows: rows.accuracy.mean())
     said = lambda rows: f'{rows.label.iloc[0]} ({rows.accuracy.mean():.2f} %)'
     def low(rows): # end of the interval of their difference, as `gap_between` has it for one row
         off = np.r_[(rows.accuracy-rows.low)/len(rows), -(least.high-least.accuracy)/len(least)]
         r = correlated(hit.loc[[*rows.index, *least.index]])
-        return rows.accuracy.mean()-least.accuracy.mean()-math.sqrt(off @ r @ off)
+        return rows.accuracy.mean()-least.accuracy.mean()-math.sqrt(max(off @ r @ off, 0.))
     near = [said(rows) for rows in rest if low(rows) <= 0]
     return said(least), enumerated(near) if near else ''
 
