@@ -16,7 +16,7 @@ from ..base import Cell
 from ..attacks import fgsm, pgd, zero
 from ..evaluation import Audit, predict, wilson
 from ..runs import Audited, stored_audit
-from ..reporting import MARK
+from ..reporting import MARK, flagged
 from .mixture import STRONG, attackers, column
 
 # %% ../../nbs/papers/45_mixture_study.ipynb #cdcadca8
@@ -114,7 +114,8 @@ def raised_checks(
 )->pd.DataFrame:        # a row a check, a column an audit
     "Which checks are raised"
     rows = table[table.part=='audit']
-    who = [f'{m}, {column(a)}' for m,a in zip(rows.method, rows.attack)]
+    bad = flagged(rows)
+    who = [f"{m}{f' {MARK}'*(m in bad)}, {column(a)}" for m,a in zip(rows.method, rows.attack)]
     wide = rows.assign(who=who).pivot(index='check', columns='who', values='raised')
     return wide.loc[rows.check.unique(), list(dict.fromkeys(who))].rename_axis(columns=None).reset_index()
 
