@@ -63,7 +63,7 @@ def test_sizes_of_several_runs_count_once(reported):
     (t,) = our_tables('tab3_adcorda')[1].values()
     assert (t.approach=='size').sum() == 4 == (t.model=='resnet152').sum() and len(t) == 20+4*2
     row = adcorda_page().query('artefact=="tab3_adcorda"').set_index('claim').loc['A10']
-    assert row.ours == 'holds' and row.numbers.endswith('20.76 and 223.49 MiB')
+    assert row.ours == 'holds' and row.numbers.endswith('20.76 and 223.49 MiB (print: MB)')
 
 def test_runs_of_a_figure_are_judged_each_under_its_name(tmp_path, monkeypatch):
     monkeypatch.setenv('REFINE_REPORTS', str(tmp_path))

@@ -77,8 +77,8 @@ def picture(
         for ax,x,p in ((a, 'epochs', 'a'), (b, 'rate', 'b')) if printed is not None else ():
             k = printed[printed.panel==p]
             ax.scatter(k[x], k.accuracy, s=25, marker='D', fc='none', ec=[*map(method_colour, k.attack)])
-        a.set(xlabel='epochs of the baseline', ylabel='test accuracy (%)', xticks=ours.epochs.unique(),
-              title='(a)')
+        a.set(xlabel='published epochs of the baseline', ylabel='test accuracy (%)', title='(a)',
+              xticks=ours.epochs.unique())
         b.set(xlabel='correction rate (%)', xticks=t.rate, title=f'(b) baseline of {t.epochs.iloc[0]} epochs')
         fig.legend(loc='outside lower center', ncols=4); figure_title(fig, title)
     return fig

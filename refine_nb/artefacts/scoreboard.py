@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..reporting import PAPERS, figure_style, figure_title
+from ..reporting import PAPERS, figure_style, figure_title, quoted
 from ..papers.documents import scoreboard
 from ..papers.ledgers import VERDICTS
 
@@ -29,11 +29,12 @@ def picture(
     title:str,
 )->Figure:
     "A bar a document: what its sentences come to on its own numbers, and on ours"
+    theirs = page[page.sentence!=quoted('read: ')[0]] # no questions of ours
     with figure_style():
         fig, axes = plt.subplots(1, 2, figsize=(7, 2.6), sharey=True)
         for ax,column,inks,on in zip(axes, ('on_print','verdict'), (VERDICTS, _WAYS),
                                      ('on its own numbers', 'on ours')):
-            counts = page.groupby('document')[column].value_counts().unstack(fill_value=0).loc[list(PAPERS)]
+            counts = theirs.groupby('document')[column].value_counts().unstack(fill_value=0).loc[list(PAPERS)]
             left = pd.Series(0, counts.index); names = [p.short for p in PAPERS.values()]
             for verdict in filter(counts.columns.__contains__, inks):
                 ax.barh(names, counts[verdict], left=left, color=inks[verdict], label=verdict, height=.7)

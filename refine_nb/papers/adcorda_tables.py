@@ -90,7 +90,7 @@ def _in_short(at, base, refined, lead='The refined networks', of='the baseline')
             f"epochs bring {control.accuracy-at.accuracy[base]:+.2f}. The best of them on "
             f"these images ({named([best.name])[0]}) is {gap:+.2f} "
             f"[{low:+.2f}, {high:+.2f}] points from that "
-            f"control ({pairing(at)} interval, as for one that was named beforehand).")
+            f"control ({pairing(at)} interval, which does not allow for its having been picked as the best).")
 
 def found_tab1(
     table:pd.DataFrame, # tidy, of one network and data set
@@ -184,7 +184,7 @@ TAB3 = (
           lambda t: _bih(t) > _big(t, 'accuracy'), lambda t: f"{_bih(t):.2f} and {_big(t, 'accuracy'):.2f}"),
     Claim('A10', 'significantly reducing the model size (20.76MB vs 223.49MB) (read: to less than a tenth)',
           'AdCorDA, section 5.2 (line 285)', lambda t: 10*_small(t) < _big(t, 'size'),
-          lambda t: f"{_small(t):.2f} and {_big(t, 'size'):.2f} MiB"),
+          lambda t: f"{_small(t):.2f} and {_big(t, 'size'):.2f} MiB (print: MB)"),
     Claim('A17', 'the adversarial correction provides incremental improvement (read: over no correction, in '
           'every cell)', 'AdCorDA, section 5 (line 245)', lambda t: [not b for b in _no_better(t)],
           lambda t: f"below no correction in {sum(_no_better(t))} of {len(_no_better(t))} cells"),

@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['DOCUMENTS', 'FOUND', 'SPEAK', 'STAND_INS', 'Document', 'judged_document', 'scoreboard', 'on_print', 'on_ours',
-           'finding', 'found']
+           'finding', 'found', 'explained']
 
 # %% ../../nbs/papers/99_documents.ipynb #7b322e7e
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
 
 from ..base import choose
-from ..reporting import ARTEFACTS, PAPERS, SCALES, Claim, published, quoted, scored, stored
-from . import (adcorda_tables, adcorda_text, dra_figures, dra_found, dra_study, dra_text,
-                              mixture_study, mixture_tables, mixture_text, protocols_found, spat_claims,
-                              spat_figures_text, spat_study)
+from ..runs import PRESETS
+from ..reporting import (ARTEFACTS, PAPERS, SCALES, Claim, editions_in, published, quoted, scored,
+                                 stored)
+from . import (adcorda, adcorda_tables, adcorda_text, dra_figures, dra_found, dra_study,
+                              dra_tables, dra_text, mixture, mixture_study, mixture_tables, mixture_text,
+                              protocols_found, spat, spat_claims, spat_figures_text, spat_study)
 from .ledgers import judged_claims
 
 # %% ../../nbs/papers/99_documents.ipynb #0435d783
@@ -156,3 +159,19 @@ def found(
     there = sorted((a for a in SPEAK if stored(a)),
                    key=lambda a: SCALES.index(stored(a)[0].preset))
     return [*map(finding, there), on_print(rows), *on_ours(rows)]
+
+# %% ../../nbs/papers/99_documents.ipynb #0d6fa4fe
+# abbreviation -> what it stands for: of an attack, a method or a row
+_OF_DRA = ('Vanilla', 'Tuned', 'Madry', 'DRA', 'APGD-CE')
+_TERMS = {**mixture.WORDS, **spat.WORDS, **{k: dra_tables.WORDS[k] for k in _OF_DRA},
+          'control': adcorda.WORDS['control']}
+
+def explained(
+    text:str,    # Markdown: what was found
+)->list[str]:    # Markdown, a paragraph each
+    "Scales, intervals, data sets and abbreviations, as far as a text has them"
+    small = PRESETS['small'].says.replace('32x32', '32x32 (MNIST: 28x28)')
+    its = {a: w for a,w in _TERMS.items() if re.search(rf'\b{re.escape(a)}\b', text)}
+    return [f"A *small* run is {small}; a *paper* run has the published settings. *Paired* intervals know "
+            "that two numbers are of the same images; *unpaired* ones do not, and are too wide.",
+            *editions_in(text), *['; '.join(f'**{a}**: {w}' for a,w in its.items())+'.']*bool(its)]

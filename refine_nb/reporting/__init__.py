@@ -9,11 +9,12 @@ __all__ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none
            'difference', 'facing', 'mean_std', 'measured', 'over_seeds', 'percent', 'published', 'show_conflicts',
            'show_table', 'side_by_side', 'with_interval', 'HEADERS', 'flagged', 'health', 'marked', 'said_once',
            'worded', 'correlated', 'correlations', 'pairing', 'stacked', 'together', 'with_correlations', 'ACROSS',
-           'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'enumerated', 'report_folder', 'Stored',
-           'page_source', 'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
-           'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'nothing_found', 'ledger', 'our_tables',
-           'Weighed', 'drawn', 'gap_between', 'keeps_most', 'other_images', 'plain', 'rows_behind', 'told', 'weigh',
-           'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
+           'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'UNOFFICIAL', 'catalogue', 'enumerated',
+           'report_folder', 'Stored', 'page_source', 'run_record', 'save_report', 'save_table', 'stored',
+           'Announcement', 'announce', 'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'editions_in',
+           'nothing_found', 'ledger', 'our_tables', 'Weighed', 'drawn', 'gap_between', 'keeps_most', 'other_images',
+           'plain', 'rows_behind', 'told', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED',
+           'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
 
 # %% ../../nbs/reporting/99_reporting.ipynb #f5d3f17a
 from .asked import between, one_whole, parameters, whole_numbers, whole_or_none
@@ -26,12 +27,12 @@ from .tables import (MARK, difference, facing, mean_std, measured, over_seeds,
 from .readable import HEADERS, flagged, health, marked, said_once, worded
 from refine_nb.reporting.shared_images import (correlated, correlations, pairing, stacked, together,
     with_correlations)
-from refine_nb.reporting.listing import (ACROSS, ARTEFACTS, Artefact, NEEDS, PAPERS, Paper, catalogue,
-    enumerated, report_folder)
+from .listing import (ACROSS, ARTEFACTS, Artefact, NEEDS, PAPERS, Paper, UNOFFICIAL,
+    catalogue, enumerated, report_folder)
 from .reports import Stored, page_source, run_record, save_report, save_table, stored
 from .announcing import Announcement, announce, announce_figure, made_on
 from .sheet import Sheet, Unfinished, leaves
-from .openings import nothing_found
+from .openings import editions_in, nothing_found
 from .all_claims import ledger, our_tables
 from .direction import (Weighed, drawn, gap_between, keeps_most, other_images,
     plain, rows_behind, told, weigh, with_intervals)
@@ -46,9 +47,10 @@ _all_ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none',
          'mean_std', 'measured', 'over_seeds', 'percent', 'published', 'show_conflicts', 'show_table',
          'side_by_side', 'with_interval', 'HEADERS', 'flagged', 'health', 'marked', 'said_once',
          'worded', 'correlated', 'correlations', 'pairing', 'stacked', 'together', 'with_correlations',
-         'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'catalogue', 'enumerated',
-         'report_folder', 'Stored', 'page_source', 'run_record', 'save_report', 'save_table', 'stored',
-         'Announcement', 'announce', 'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves',
-         'nothing_found', 'ledger', 'our_tables', 'Weighed', 'drawn', 'gap_between', 'keeps_most',
-         'other_images', 'plain', 'rows_behind', 'told', 'weigh', 'with_intervals', 'Board',
-         'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
+         'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'UNOFFICIAL', 'catalogue',
+         'enumerated', 'report_folder', 'Stored', 'page_source', 'run_record', 'save_report',
+         'save_table', 'stored', 'Announcement', 'announce', 'announce_figure', 'made_on', 'Sheet',
+         'Unfinished', 'leaves', 'editions_in', 'nothing_found', 'ledger', 'our_tables', 'Weighed',
+         'drawn', 'gap_between', 'keeps_most', 'other_images', 'plain', 'rows_behind', 'told', 'weigh',
+         'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of',
+         'quoted', 'scored']

@@ -97,7 +97,7 @@ def scored(
 
 # %% ../../nbs/reporting/84_board.ipynb #791a9f75
 _SHOWN = {'claim': 'claim', 'document': 'document', 'sentence': 'sentence', 'on_print': 'on print',
-          'printed': 'printed', 'ours': 'ours', 'scale': 'scale', 'verdict': 'verdict', 'run': 'run'}
+          'printed': 'printed', 'verdict': 'verdict', 'ours': 'ours', 'scale': 'scale', 'run': 'run'}
 SCALES = (*list(PRESETS)[:0:-1], '') # the largest first; '' is none
 
 def _cells(r, links): # column -> what it says, where that leads, what stands below it
@@ -107,8 +107,8 @@ def _cells(r, links): # column -> what it says, where that leads, what stands be
     return {'claim': (r.claim, f'{links}nbs/{r.artefact}.ipynb', ''),
             'document': (PAPERS[r.document].short, '', ''), 'sentence': (r.sentence, '', beside),
             'on_print': (f'{PRINT_MARKS[r.on_print]} {r.on_print}', '', ''), 'printed': (printed, '', ''),
-            'ours': (ours, '', f'n = {r.n}' if r.n else ''), 'scale': (r.scale or 'none', '', r.variant),
             'verdict': (f'{VERDICT_MARKS[r.verdict]} {r.verdict}', '', ''),
+            'ours': (ours, '', f'n = {r.n}' if r.n else ''), 'scale': (r.scale or 'none', '', r.variant),
             'run': (r.run.removeprefix('reports/'), f'{links}{r.run}/table.md' if r.run else '', r.key)}
 
 # %% ../../nbs/reporting/84_board.ipynb #5431da12

@@ -204,13 +204,14 @@ def _in_percent(table): # or an error; other parts of a study, and rows of no im
                          f"in row {bad.index[0]}")
 
 # %% ../../nbs/reporting/70_sheet.ipynb #ee86088f
-def _marks(table)->tuple[str,...]: # the note that explains a mark
-    if table is None or 'flag' not in table: return ()
+def _marks(table, view=None)->tuple[str,...]: # the note that explains a mark, where the view has one
+    if table is None or 'flag' not in table or view is not None and MARK not in view.to_csv(): return ()
     name = next((c for c in ('method','row','arm','attack') if c in table), 'flag')
     what = dict.fromkeys(r['flag'] if name == 'flag' else f'{named([r[name]])[0]}: {r["flag"]}'
                          for r in table[table.flag.fillna('')!=''].to_dict('records'))
     return (f"{MARK} {'; '.join(what)}. Such a network says nothing about a method.",)
 
+# %% ../../nbs/reporting/70_sheet.ipynb #3957d4cb
 @patch
 def show(self:Sheet,
     view:pd.DataFrame,         # for people
@@ -220,14 +221,14 @@ def show(self:Sheet,
 )->Markdown:
     "Show a table with title and notes, and keep it for the report"
     self.tables[name], self.below[name] = view, tuple(notes)
-    return show_table(view, f'{self.title.text}{": " if what else ""}{what}',
-                      (*self.below[name], *_images(self.ours, view), *_marks(self.ours), *self.title.notes))
+    notes = (*self.below[name], *_images(self.ours, view, what), *_marks(self.ours, view), *self.title.notes)
+    return show_table(view, f'{self.title.text}{": " if what else ""}{what}', notes)
 
-def _images(table, view)->tuple[str,...]: # how many, where it is the same number in all rows
-    n = getattr(table, 'n', None) # a span of text on the scoreboard, '500 to 1,000'
+def _images(table, view, what='')->tuple[str,...]: # how many: the same in all rows, and the view has no own
+    n = None if 'n' in view or 'n = ' in what else getattr(table, 'n', None) # text on the scoreboard
     if n is None or not pd.api.types.is_numeric_dtype(n) or n.nunique(dropna=False) != 1: return ()
-    spans = 'low' in view or any('[' in str(v) for v in view.to_numpy().flat)
-    return (f"n = {n.iloc[0]:,.0f} test images{'; intervals are over images' if spans else ''}.",)
+    spans = '; intervals are over images'*('low' in view or '[' in view.to_csv())
+    return (f"n = {n.iloc[0]:,.0f} test images{spans}.",)
 
 # %% ../../nbs/reporting/70_sheet.ipynb #819dc4ef
 @patch
