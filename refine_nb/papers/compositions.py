@@ -78,5 +78,5 @@ def found_matrix(
     gaps = [gap_between(*pair, worst) for pair in made]
     more, less = sum(low > 0 for _,low,_ in gaps), sum(high < 0 for *_,high in gaps)
     return (f'In the worst case over all columns {keeps_most(worst)}. Of {len(made)} compositions that are '
-            f"held against the method that they are made of, {more} keep{'s'*(more==1)} more there and {less} "
-            f'less, by the {pairing(worst)} intervals of the differences.')
+            f"held against the method that they are made of, {more} keep{'s'*(more==1)} more there and "
+            f'{less} less, by the {pairing(worst)} intervals of the differences.')
