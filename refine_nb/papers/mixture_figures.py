@@ -10,6 +10,7 @@ __all__ = ['SHOWN', 'INK', 'SMOOTHINGS', 'ACTIVATIONS', 'two_streams', 'short_ad
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
@@ -224,7 +225,8 @@ def distances(
     rows = []
     for (alpha,name),c in drawn[drawn.activation!='ReLU'].groupby(['alpha','activation'], sort=False):
         relu = drawn[(drawn.activation=='ReLU') & (drawn.alpha==alpha)]
+        start, end = np.interp([.1,.9], c.backward, c.x) # between the points of the grid
         rows.append({'activation': name, 'alpha': alpha, 'value_gap': (c.forward.values-relu.forward.values)
                      .__abs__().max(), 'slope_gap': (c.backward.values-relu.backward.values).__abs__().mean(),
-                     'width': c.x[c.backward.between(.1,.9)].agg(lambda x: x.max()-x.min())})
+                     'width': end-start})
     return pd.DataFrame(rows)
