@@ -120,13 +120,21 @@ def raised_checks(
     return wide.loc[rows.check.unique(), list(dict.fromkeys(who))].rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/papers/45_mixture_study.ipynb #11cf655b
+_SHARES = ('reported', 'with stronger', 'one step', 'many steps', 'as they are', 'rescaled', 'at eps 1',
+           'largest rise', 'under ', 'broken by ') # how the names of such numbers begin
+
+def _of_images(numbers): # of a check: shares of images in %
+    pairs = [p.rpartition(' ')[::2] for p in numbers.split(', ')]
+    return ', '.join(f'{name} {100*float(v):.3g} %' if name.startswith(_SHARES) else f'{name} {v}'
+                     for name,v in pairs)
+
 def answers(
     table:pd.DataFrame, # tidy, as the study has it
 )->pd.DataFrame:        # a row an audit
     "What each audit says about the reported attack and about gradients"
     def row(m, a, t):
         its = t[t.check=='stronger attack'].iloc[0]
-        raised = '; '.join(f'{r.check}: {r.numbers}' for r in t[t.raised=='RAISED'].itertuples())
+        raised = '; '.join(f'{r.check}: {_of_images(r.numbers)}' for r in t[t.raised=='RAISED'].itertuples())
         return {'network': m + (f' {MARK}' if its.get('flag') else ''), 'reported attack': column(a),
                 'leaves %': its.reported, 'stronger PGD leaves %': its.stronger, 'answer': answer(t),
                 'what was raised': raised or 'nothing', 'run': its.key}
