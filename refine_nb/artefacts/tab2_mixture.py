@@ -34,14 +34,16 @@ def tidy(
     return pd.concat([tidy_1(rows, store).assign(training=s) for s,rows in cells.items()], ignore_index=True)
 
 # %% ../../nbs/tab2_mixture.ipynb #ea450bcc
+def _bold(texts, rows, better): # improvements, of networks that have learnt
+    return [f'**{t}**' if (r.method, r.attack) in better and MARK not in t else t
+            for t,r in zip(texts, rows.itertuples())]
+
 def view(
     ours:pd.DataFrame, # tidy
 )->pd.DataFrame:
     "Our table as a reader sees it: a row a method, a column an attack, improvements over Table 1 in bold"
-    strong, bold = ours[ours.training=='strong'], improved(ours)
-    heads = headings(strong)
-    texts = [f'**{t}**' if (r.method, r.attack) in bold and MARK not in t else t # of a network that learnt
-             for r,t in zip(strong.itertuples(), marked(strong))]
+    strong = ours[ours.training=='strong']; heads = headings(strong)
+    texts = _bold(marked(strong), strong, improved(ours))
     wide = strong.assign(text=texts).pivot(index='method', columns='attack', values='text')
     return wide.loc[list(STRONG), list(heads)].set_axis(list(heads.values()), axis=1).reset_index()
 

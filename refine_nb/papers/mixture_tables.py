@@ -4,12 +4,16 @@
 
 # %% auto #0
 __all__ = ['ROBUST', 'STRONGEST', 'MIXED', 'ALONE', 'MIXTURES', 'BOLD', 'TAB2', 'CLAIMS', 'FOUND', 'gain', 'short_of_budget',
-           'headed', 'found_tab1', 'both_tables', 'improved', 'found_tab2', 'points', 'found_fig4']
+           'more_at_large', 'headed', 'found_tab1', 'both_tables', 'improved', 'found_tab2', 'points', 'found_fig4',
+           'orders_alike']
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #d6a6c257
+from collections.abc import Mapping
+
 import pandas as pd
 
-from ..reporting import Claim, cell, keeps_most, pairing, published, told
+from ..reporting import (Claim, Missing, cell, enumerated, gap_between, keeps_most, pairing,
+                                 published)
 from .mixture import METHODS, STRENGTHS, STRONG, attackers, column, techniques
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #506adba1
@@ -38,6 +42,17 @@ def _norms(t): return [gain(t, m, 'Traditional') for m in METHODS if 'AdvProp' i
 def _moves(t): return [abs(gain(t, m, 'AdvProp', a)) for m in MIXED if 'AdvProp' in m
                        for a in ('clean', *ROBUST)] # what more techniques change
 _SOURCE = 'Mixture, section "Discussion" and abstract'
+
+def _row(t, **where): # one row, with the ends of its interval where they are known
+    cell(t, **where)  # or `Missing`
+    hit = t[(t[list(where)]==list(where.values())).all(axis=1)]
+    return hit.reindex(columns=['accuracy','low','high','key']).iloc[0]
+def _apart(t, one, other, attack='clean'): # points of one over the other, and in words with the interval
+    gap, *ends = gap_between(_row(t, attack=attack, **one), _row(t, attack=attack, **other), t)
+    return gap, f'{gap:+.2f}' + ('' if pd.isna(ends).any() else ' [{:+.2f}, {:+.2f}]'.format(*ends))
+def _extremes(t, one, other): # the least and the largest of the four, with their cells
+    found = sorted((*_apart(t, one, other, a), f'({column(a)})') for a in ROBUST)
+    return ' to '.join(' '.join(found[i][1:]) for i in (0, -1))
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #63ba65a0
 ALONE = (
@@ -99,6 +114,17 @@ def short_of_budget(
     return (f'PGD at 0.1 takes {taken} and never leaves {2*steps}/255, so it is no measure of robustness '
             f'at 0.1{less}.',)
 
+# %% ../../nbs/papers/40_mixture_tables.ipynb #1efd5d5b
+def more_at_large(
+    table:pd.DataFrame, # tidy, a row of the table only once
+)->tuple[str,...]:      # one note; none where no row shows it, or a column is not there
+    "Why FGSM at 0.5 may leave more than FGSM at 0.1"
+    at = table.pivot(index='method', columns='attack', values='accuracy')
+    if not {'fgsm_0.1', 'fgsm_0.5'} <= set(at): return ()
+    n = (at['fgsm_0.5'] > at['fgsm_0.1']).sum()
+    return (f'FGSM leaves more at 0.5 than at 0.1 in {n} of {len(at)} rows: its one step uses all of its '
+            'budget and does not find the worst image within it.',)[:n]
+
 # %% ../../nbs/papers/40_mixture_tables.ipynb #22199a6b
 def headed(
     printed:pd.DataFrame, # `published`, of Table 1 or 2
@@ -113,10 +139,10 @@ def found_tab1(
     table:pd.DataFrame, # tidy, of one run
 )->str:                 # two sentences
     "What Table 1 shows in our run"
-    last = table[table.attack=='autoattack_8']
-    def moves(t): return (f"{gain(t, 'AdvProp', 'Traditional'):+.2f} on clean images, "
-                          f"{_range(_gains(t, 'AdvProp', 'Traditional'))} under the four printed attacks")
-    return (f"AdvProp against Traditional, in points ({pairing(table)} intervals): {told(table, moves)}. "
+    last, pair = table[table.attack=='autoattack_8'], ({'method': 'AdvProp'}, {'method': 'Traditional'})
+    return (f"AdvProp against Traditional, in points ({pairing(table)} intervals): "
+            f"{_apart(table, *pair)[1]} on clean images, {_extremes(table, *pair)} under the four printed "
+            "attacks. "
             f"Under {last.label.iloc[0].replace(', ', ' at ')} (n = {last.n.iloc[0]:,.0f}) "
             f"{keeps_most(last, also='Traditional')}.")
 
@@ -145,6 +171,16 @@ def _at(t, method, attack='clean', training='strong'):
 def _lost(t): return [_at(t, 'AdvProp', a, 'weak')-_at(t, 'AdvProp', a) for a in attackers()]
 def _over(t, s): return _at(t, 'AdvProp', training=s)-_at(t, 'Traditional', training='weak')
 def _named(pairs): return '; '.join(f'{m} under {column(a)}' for m,a in pairs) or 'none'
+def _marks(t): # where ours improve; of what is printed the marks themselves are asked
+    if 'source' in t: raise Missing('the bold type of the document, which is lost')
+    return improved(t)
+def _by_chance(t, cells): # how many of them are not above the 10 % of chance, in words
+    rows = [_row(t, method=m, attack=a, training='strong') for m,a in cells]
+    ends = [(r.accuracy, r.accuracy) if pd.isna(r.low) else (r.low, r.high) for r in rows]
+    below, near = sum(high < 10 for _,high in ends), sum(low <= 10 <= high for low,high in ends)
+    return ''.join([f', {below} of them below the 10 % of chance' if below else '',
+                    f", {near} of them not told apart from {'it' if below else 'the 10 % of chance'}"
+                    if near else ''])
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #140e5bc8
 TAB2 = (
@@ -160,7 +196,7 @@ TAB2 = (
           'In bold: improvements in robustness compared to the results of figure 1 (read: of Table 1; '
           'for SAT under PGD 0.5, for Adversarial under FGSM 0.5 and PGD 0.5, nowhere else)',
           'Mixture, caption of Table 2 (line 180), its bold recomputed',
-          lambda t: improved(t) == BOLD, lambda t: _named(improved(t))),
+          lambda t: _marks(t) == BOLD, lambda t: _named(_marks(t))),
     Claim('L150', 'an attacker using an eps of 0.5 could turn any normalized image into an uniformly grey '
           'picture ..., this is not the case in practice, with our 2-step PGD attacker (read: more than the '
           '10 % of chance are left)',
@@ -177,19 +213,14 @@ def found_tab2(
     bad = {(r.method, r.training): f for r,f in zip(table.itertuples(), flags) if f}
     fit = [m for m in STRONG if not {(m,'weak'), (m,'strong')} & set(bad)]
     better = [(m, a) for m,a in improved(table) if m in fit]
-    least = 'low' if 'low' in table else 'accuracy'
-    luck = sum(cell(table, least, method=m, attack=a, training='strong') <= 10 for m,a in better)
-    def moves(t):
-        lost = [-v for v in _lost(t)]
-        return (f'{lost[0]:+.2f} points on clean images and by {_range(lost[1:])} under the four printed '
-                'attacks')
+    pair = [{'method': 'AdvProp', 'training': s} for s in ('strong','weak')]
     note = ' '.join(f' {m} trained with {s} examples is marked ({f}): its numbers say nothing.'
                     for (m,s),f in bad.items())
-    return (f'With strong examples in place of weak ones AdvProp moves by {told(table, moves)} '
-            f'({pairing(table)} intervals). Strong examples give more robustness in '
+    return ('With strong examples in place of weak ones AdvProp moves by '
+            f'{_apart(table, *pair)[1]} points on clean images and by {_extremes(table, *pair)} under the '
+            f'four printed attacks ({pairing(table)} intervals). Strong examples give more robustness in '
             f'{len(better)} of {len(ROBUST)*len(fit)} cells of networks above chance level'
-            f"{f' ({_named(better)})' if better else ''}"
-            f"{f', of which {luck} may be the 10 % of chance' if luck else ''}.{note}")
+            f"{f' ({_named(better)})' if better else ''}{_by_chance(table, better)}.{note}")
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #1f9f36f7
 def points(
@@ -217,12 +248,30 @@ def found_fig4(
     def span(methods):
         reached = [cell(table, method=m, attack='clean') for m in methods]
         return f'{min(reached):.2f} to {max(reached):.2f} %'
-    def above(attack): return sum(gain(table, m, 'Traditional', attack) > 0 for m in dual)
+    gaps = {a: [gap_between(*(_row(table, method=x, attack=a) for x in (m, 'Traditional')), table)
+                for m in dual] for a in ('clean', *words)}
+    def above(attack): return sum(gap > 0 for gap,*_ in gaps[attack])
+    sure = [str(sum(low > 0 for _,low,_ in rows)) for rows in gaps.values()]
+    known = not pd.isna([ends for rows in gaps.values() for _,*ends in rows]).any()
     plain = cell(table, method='Traditional', attack='clean')
     return (f'On clean images the methods with separate batch norms reach {span(dual)}, those trained on '
             f'attacked images with one set of norms {span(single)}, and Traditional {plain:.2f} %. '
             f"Of the {len(dual)} with separate batch norms {above('clean')} are above Traditional on clean "
-            f"images, {' and '.join(f'{above(a)} under {w}' for a,w in words.items())}.")
+            f"images, {' and '.join(f'{above(a)} under {w}' for a,w in words.items())}"
+            + (f'; for {enumerated(sure)} of them the {pairing(table)} interval of the difference is above '
+               '0')*known + '.')
+
+# %% ../../nbs/papers/40_mixture_tables.ipynb #a99bccdd
+def orders_alike(
+    tables:Mapping[str,pd.DataFrame], # what is told -> a tidy Table 1
+    one:str='fgsm_0.1', other:str='pgd_0.1', # columns
+)->str: # Spearman's correlation in each, in one sentence
+    "Whether two attackers put the methods in the same order"
+    def rho(t):
+        wide = t.pivot(index='method', columns='attack', values='accuracy')
+        return wide[one].corr(wide[other], method='spearman')
+    said = ', '.join(f'{rho(t):+.2f} ({where})' for where,t in tables.items())
+    return f'Rank correlation of {column(one)} and {column(other)} over the methods: {said}.'
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #8ad8eea7
 CLAIMS = {'tab1_mixture': ALONE + MIXTURES, 'tab2_mixture': TAB2} # artefact -> its claims
