@@ -8,8 +8,8 @@ __all__ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none
            'plot_curves', 'Claim', 'Missing', 'STANDS_FOR', 'as_named', 'cell', 'judge', 'on_its_own', 'MARK',
            'difference', 'facing', 'mean_std', 'measured', 'over_seeds', 'percent', 'published', 'show_conflicts',
            'show_table', 'side_by_side', 'with_interval', 'HEADERS', 'flagged', 'health', 'marked', 'said_once',
-           'worded', 'correlated', 'correlations', 'pairing', 'stacked', 'together', 'with_correlations', 'ACROSS',
-           'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'UNOFFICIAL', 'catalogue', 'enumerated',
+           'worded', 'correlated', 'correlations', 'pairing', 'spreads', 'stacked', 'together', 'with_correlations',
+           'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'UNOFFICIAL', 'catalogue', 'enumerated',
            'report_folder', 'Stored', 'page_source', 'run_record', 'save_report', 'save_table', 'stored',
            'Announcement', 'announce', 'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'editions_in',
            'nothing_found', 'ledger', 'our_tables', 'Weighed', 'drawn', 'gap_between', 'keeps_most', 'other_images',
@@ -25,8 +25,8 @@ from .claims import Claim, Missing, STANDS_FOR, as_named, cell, judge, on_its_ow
 from .tables import (MARK, difference, facing, mean_std, measured, over_seeds,
     percent, published, show_conflicts, show_table, side_by_side, with_interval)
 from .readable import HEADERS, flagged, health, marked, said_once, worded
-from refine_nb.reporting.shared_images import (correlated, correlations, pairing, stacked, together,
-    with_correlations)
+from refine_nb.reporting.shared_images import (correlated, correlations, pairing, spreads, stacked,
+    together, with_correlations)
 from .listing import (ACROSS, ARTEFACTS, Artefact, NEEDS, PAPERS, Paper, UNOFFICIAL,
     catalogue, enumerated, report_folder)
 from .reports import Stored, page_source, run_record, save_report, save_table, stored
@@ -46,11 +46,11 @@ _all_ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none',
          'STANDS_FOR', 'as_named', 'cell', 'judge', 'on_its_own', 'MARK', 'difference', 'facing',
          'mean_std', 'measured', 'over_seeds', 'percent', 'published', 'show_conflicts', 'show_table',
          'side_by_side', 'with_interval', 'HEADERS', 'flagged', 'health', 'marked', 'said_once',
-         'worded', 'correlated', 'correlations', 'pairing', 'stacked', 'together', 'with_correlations',
-         'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'UNOFFICIAL', 'catalogue',
-         'enumerated', 'report_folder', 'Stored', 'page_source', 'run_record', 'save_report',
-         'save_table', 'stored', 'Announcement', 'announce', 'announce_figure', 'made_on', 'Sheet',
-         'Unfinished', 'leaves', 'editions_in', 'nothing_found', 'ledger', 'our_tables', 'Weighed',
-         'drawn', 'gap_between', 'keeps_most', 'other_images', 'plain', 'rows_behind', 'told', 'weigh',
-         'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED', 'VERDICT_MARKS', 'ours_of',
-         'quoted', 'scored']
+         'worded', 'correlated', 'correlations', 'pairing', 'spreads', 'stacked', 'together',
+         'with_correlations', 'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper',
+         'UNOFFICIAL', 'catalogue', 'enumerated', 'report_folder', 'Stored', 'page_source',
+         'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
+         'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'editions_in', 'nothing_found',
+         'ledger', 'our_tables', 'Weighed', 'drawn', 'gap_between', 'keeps_most', 'other_images',
+         'plain', 'rows_behind', 'told', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES',
+         'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']

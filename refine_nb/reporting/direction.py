@@ -20,7 +20,7 @@ import pandas as pd
 
 from ..base import instance, number
 from .claims import Claim
-from .shared_images import correlated, correlations
+from .shared_images import correlated, correlations, spreads
 from .listing import enumerated
 
 # %% ../../nbs/reporting/82_direction.ipynb #6f9618cd
@@ -28,6 +28,7 @@ def other_images(
     table:pd.DataFrame, # tidy: accuracy (%) and n; difference, low and high; x_gain and x_se; key: the run
     rng:np.random.Generator, # or what has a `random(n)` like it
     root:np.ndarray|None=None, # [N,N], whose square are the correlations of the accuracies; None: independent
+    spread:np.ndarray|float=1., # [N], from `spreads`: drawn as if of n/spread images
 )->pd.DataFrame:             # the same rows with other numbers
     "A table as other test images could have given it"
     from scipy.special import betaincinv, ndtr, ndtri
@@ -35,7 +36,7 @@ def other_images(
     if {'accuracy','n'} <= set(t):
         p, n = t.accuracy.to_numpy(float)/100, t.n.to_numpy(float, na_value=np.nan)
         known = (p >= 0) & (p <= 1) & (n > 0)
-        right, images = np.where(known, p*n, 0), np.where(known, n, 1)
+        right, images = np.where(known, p*n/spread, 0), np.where(known, n/spread, 1)
         luck = rng.random(len(t))
         if root is not None: luck = ndtr(root @ ndtri(luck))
         drawn = 100*betaincinv(right+.5, images-right+.5, luck) # Jeffreys
@@ -91,10 +92,10 @@ def drawn(
 )->list[pd.DataFrame]:
     "The tables that other images could have given, always the same"
     times, many = number('times', times, 0, whole=True), number('many', many, 1, whole=True)
-    root = _root(instance('table', table, pd.DataFrame, 'a table of pandas'))
+    root = _root(instance('table', table, pd.DataFrame, 'a table of pandas')); spread = spreads(table)
     table = plain(table); table.attrs = {} # which pandas would copy at each step
     z = NormalDist().inv_cdf
-    return [other_images(table, luck, root)
+    return [other_images(table, luck, root, spread)
             for luck in _evenly(times, np.random.default_rng(1), z(1-.025/many)/z(.975))]
 
 # %% ../../nbs/reporting/82_direction.ipynb #ed3fda36
@@ -200,22 +201,21 @@ def told(
     return with_intervals(says(plain(table)), [says(t) for t in drawn(table, times)])
 
 # %% ../../nbs/reporting/82_direction.ipynb #1d262d6b
-def _between(table, *rows): # how far two of its rows move together
+def _between(table, *rows): # how two of its rows vary: [2,2], by key
     of = None if table is None else correlations(table)
-    a, b = (str(getattr(r, 'key', '')) for r in rows)
-    return 0. if of is None or not {a, b} <= set(of.index) else float(of.at[a,b])
+    keys = [str(getattr(r, 'key', '')) for r in rows]
+    return np.eye(2) if of is None or not set(keys) <= set(of.index) else of.loc[keys, keys].to_numpy()
 
 def gap_between(
     one, other, # rows of a table: accuracy, low and high (%), and key
     table:pd.DataFrame|None=None, # that knows how far they move together; None: each on its own images
 )->tuple[float,float,float]: # points of `one` over `other`, and the ends of their 95 % interval
     "Interval for the difference of two shares, paired where that is known (Newcombe 1998, method 10)"
-    r = _between(table, one, other)
-    def off(a, b):
-        x, y = a.accuracy-a.low, b.high-b.accuracy
-        return math.sqrt(max(x*x-2*r*x*y+y*y, 0.))
+    (s, r), (_, t) = _between(table, one, other) # as parts of what one severity of each varies
+    def off(x, y): return math.sqrt(max(s*x*x-2*r*x*y+t*y*y, 0.))
     gap = one.accuracy-other.accuracy
-    return gap, gap-off(one, other), gap+off(other, one)
+    return (gap, gap-off(one.accuracy-one.low, other.high-other.accuracy),
+            gap+off(one.high-one.accuracy, other.accuracy-other.low))
 
 # %% ../../nbs/reporting/82_direction.ipynb #4eb6ff74
 def keeps_most(
