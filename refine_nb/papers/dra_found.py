@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from ..reporting import cell, keeps_most, pairing, told
+from ..reporting import cell, gap_between, keeps_most, pairing, told
 from .dra_claims import PRINTED, lead
 from .dra_tables import column
 
@@ -20,6 +20,10 @@ def points(
 )->str:                     # such as '+0.6, -1.5'
     "Differences as a sentence says them"
     return ', '.join(f'{v:+.1f}' for v in values)
+
+def _span(values): # of the same
+    ends = points((min(values), max(values))).split(', ')
+    return ' to '.join(dict.fromkeys(ends))
 
 def _tuned(t, attack, **of): return lead(t, {'kind': 'ours', **of}, {'kind': 'vanilla', **of}, attack)
 
@@ -35,15 +39,23 @@ def _note(t):
     return f" {'; '.join(bad)}: such numbers say nothing." if bad else ''
 
 # %% ../../nbs/papers/94_dra_found.ipynb #bc303fbc
+def _over_trades(t, attacks): # the ends of what Tuned has over the TRADES rows; '' without any
+    rows = t[t.kind.str.startswith('TRADES') & t.accuracy.notna()]
+    def ahead(columns):
+        return _span([lead(t, {'kind': 'ours'}, {'kind': r.kind}, r.attack) for r in rows.itertuples()
+                      if r.attack in columns])
+    return '' if rows.empty else (f" Against the TRADES rows: {ahead(attacks)} points under PGD, "
+                                  f"{ahead(['clean'])} on clean images.")
+
 def found_against_vanilla(
     table:pd.DataFrame, # tidy, of one run of Table II or III
-)->str:                 # two sentences
+)->str:                 # three sentences
     "What fine-tuning with DRA changes in our run, and who is robust"
     attacks = [a for a in table.attack.unique() if a.startswith('pgd_')]
     def gains(t): return '; '.join([f"{_tuned(t, 'clean'):+.1f} on clean images",
                                     *(f'{_tuned(t, a):+.1f} under {column(a)}' for a in attacks)])
-    return (f'Tuned against Vanilla, in points ({pairing(table)} intervals): {told(table, gains)}. '
-            f'{_left(table)}{_note(table)}')
+    return (f'Tuned against Vanilla, in points ({pairing(table)} intervals): {told(table, gains)}.'
+            f'{_over_trades(table, attacks)} {_left(table)}{_note(table)}')
 
 # %% ../../nbs/papers/94_dra_found.ipynb #e7a2581f
 def found_tab1(

@@ -119,7 +119,8 @@ def _kept(levels, kind, attack):
     r = _row(levels, kind, attack)
     return f'{r.accuracy:.1f} [{r.low:.1f}, {r.high:.1f}] %'
 
-_OTHERS = {'ours PGD': 'PGD of the same strength in place of DRA', 'TRADES 1': 'TRADES with 1/λ = 1'}
+_OTHERS = {'ours PGD': 'PGD of 2.55 times the budget, which the document calls equally strong, in place of DRA',
+           'TRADES 1': 'TRADES with 1/λ = 1'}
 
 def _instead(levels): # what others keep, against Tuned
     def over(kind, attack):
@@ -130,9 +131,10 @@ def _instead(levels): # what others keep, against Tuned
         return f"{_OTHERS[kind]} {', '.join(most)} and {last}, and {over(kind, 'clean')} on clean images"
     there = [k for k in _OTHERS if (levels.kind==k).any()]
     if not there: return ''
-    n = _row(levels, 'ours', 'pgd_eps2').n
+    n, clean = (_row(levels, 'ours', a).n for a in ('pgd_eps2', 'clean'))
+    many = f'{n:,.0f}' + f', clean {clean:,.0f}'*bool(clean != n)
     return ('Against Tuned, in points under PGD at 2, 5 and 8 of 255 by steps of ε/20 '
-            f"(n = {n:,.0f}; {pairing(levels)} intervals): {'; '.join(map(said, there))}.")
+            f"(n = {many}; {pairing(levels)} intervals): {'; '.join(map(said, there))}.")
 
 # %% ../../nbs/papers/96_dra_study.ipynb #133a1fd7
 def found_study(
