@@ -87,6 +87,16 @@ def found_tab4(
             f"{_left(table)}{_note(table)}")
 
 # %% ../../nbs/papers/94_dra_found.ipynb #f32948bf
+def _strength(t): # what the two attacks leave of the vanilla network, and whether they differ
+    dra, pgd = (next(t[(t.kind=='vanilla') & (t.attack==a)].itertuples()) for a in ('dra_eps1','pgd_eps2.55'))
+    gap, low, high = gap_between(dra, pgd, t)
+    left = ', PGD at 2.55 '.join(f'{r.accuracy:.1f} [{r.low:.1f}, {r.high:.1f}] %' for r in (dra, pgd))
+    if not (low > 0 or high < 0): return f'On the vanilla network DRA at 1 leaves {left}'
+    name, *ends = ('PGD', gap, low, high) if gap > 0 else ('DRA', -gap, -high, -low)
+    return (f'On the vanilla network DRA at 1 leaves {left}: {name} is the stronger here, by '
+            '{:.1f} [{:.1f}, {:.1f}] points'.format(*ends)
+            + ', so the two rows of a method are not at equal strength')
+
 def found_tab5(
     table:pd.DataFrame, # tidy, of one run
 )->str:                 # two sentences
@@ -95,11 +105,9 @@ def found_tab5(
     def of(t, k): return [lead(t, *({'kind': k, 'adversary': a} for a in ('dra','pgd')), c) for c in PRINTED]
     def said(t):
         each = '; '.join(f"{'Tuned' if k=='ours' else k}: {points(of(t, k))}" for k in kinds)
-        dra, pgd = (cell(t, kind='vanilla', attack=a) for a in ('dra_eps1','pgd_eps2.55'))
-        return (f"{each} points ({pairing(table)} intervals). "
-                f"On the vanilla network DRA at 1 leaves {dra:.1f} %, PGD at 2.55 {pgd:.1f} %")
+        return f"{each} points ({pairing(table)} intervals)"
     return (f"Training with DRA in place of PGD changes accuracy by (clean, then PGD at 2, 5 and 8 of 255) "
-            f"{told(table, said)}.{_note(table)}")
+            f"{told(table, said)}. {_strength(table)}.{_note(table)}")
 
 # %% ../../nbs/papers/94_dra_found.ipynb #5d0bbbeb
 def found_tab6(
@@ -119,11 +127,12 @@ def found_tab7(
     kinds = [c for c in table.corruption.unique() if c!='clean']
     def gain(t, c): return cell(t, kind='ours', corruption=c)-cell(t, kind='vanilla', corruption=c)
     above = f'{sum(gain(table, c) > 0 for c in kinds)} of {len(kinds)}'
-    n = cell(table, 'n', kind='ours', corruption=kinds[0])
+    n, clean = (cell(table, 'n', kind='ours', corruption=c) for c in (kinds[0], 'clean'))
+    many = f'{n:,.0f}' + f', clean {clean:,.0f}'*bool(clean != n)
     def said(t):
         each = ', '.join(f"{c.replace('_', ' ')} {gain(t, c):+.1f}" for c in kinds)
         return f"{gain(t, 'clean'):+.1f} on clean images, and on corrupted ones {each}"
-    return (f'Tuned against Vanilla, in points ({pairing(table)} intervals; n = {n:,.0f}): '
+    return (f'Tuned against Vanilla, in points ({pairing(table)} intervals; n = {many}): '
             f'{told(table, said)}: above it on {above}, each to be read with its interval.{_note(table)}')
 
 # %% ../../nbs/papers/94_dra_found.ipynb #c4a9f409
