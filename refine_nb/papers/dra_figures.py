@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIG1', 'ATTACKS', 'SAME', 'FIG3', 'FIG4', 'CLAIMS', 'FOUND', 'arcs', 'two_classifiers', 'regions', 'saliency',
-           'in_top', 'compared', 'success', 'found_fig1', 'found_fig3', 'found_fig4']
+           'in_top', 'compared', 'success', 'found_fig1', 'found_fig2', 'found_fig3', 'found_fig4']
 
 # %% ../../nbs/papers/97_dra_figures.ipynb #25251af6
 import math
@@ -86,8 +86,8 @@ FIG1 = (
           lambda t: ' and '.join(f"{cell(t, 'cut', net=f'classifier {i}'):.2f} %" for i in (1, 2))))
 
 # %% ../../nbs/papers/97_dra_figures.ipynb #2cd8caec
-ATTACKS = {'PGD': printed_pgd(2.55/255), 'DRA': EQUAL['DRA']} # of Figure 3, equally strong
-SAME = {'PGD at 1': printed_pgd(1/255)}                       # at the same eps as DRA
+ATTACKS = {'PGD': printed_pgd(2.55/255), 'DRA': EQUAL['DRA']} # of Figure 3, called equally strong
+SAME = {'PGD at 1': printed_pgd(1/255)}                       # the number of DRA, of another norm
 
 def saliency(
     net:nn.Module, x:Tensor, y:Tensor, # images [B,C,H,W] in [0,1]
@@ -188,13 +188,22 @@ def found_fig1(table:pd.DataFrame)->str: # tidy
             "area, that of "
             f"the second {b['crossed']:.0f} % and {b['cut']:.2f} %.")
 
+# %% ../../nbs/papers/97_dra_figures.ipynb #187fce1c
+def found_fig2(table:pd.DataFrame)->str: # tidy
+    "What Figure 2 shows in our run"
+    one, two = (t for _,t in table.groupby('phase', sort=False))
+    return (f"In {len(one)} epochs standard training reaches {one.valid.iloc[-1]:.1f} % on validation images; in "
+            f"{len(two)} more robust training shows {two.clean.sum():,.0f} clean and "
+            f"{two.attacked.sum():,.0f} attacked images and ends at {two.valid.iloc[-1]:.1f} %.")
+
 # %% ../../nbs/papers/97_dra_figures.ipynb #4434623f
 def found_fig3(table:pd.DataFrame)->str: # tidy
     "What Figure 3 shows in our run"
     (a, b) = (table[table.attack==k].iloc[0] for k in ATTACKS)
     return (f"PGD at 2.55 leaves {a.accuracy:.1f} % and changes a value by {a.l1:.2f} grey levels in the "
             "mean, DRA at 1 "
-            f"{b.accuracy:.1f} % and {b.l1:.2f}; PGD at the same 1 leaves "
+            f"{b.accuracy:.1f} % and {b.l1:.2f}; PGD at 1, there the largest change of a "
+            f"value (DRA's reaches {b.linf:.2f} in the mean of images), leaves "
             f"{cell(table, attack='PGD at 1'):.1f} %. On the top tenth of saliency, where chance has 10 %, "
             f"lie {a.top:.0f} % of "
             f"PGD's noise and {b.top:.0f} % of DRA's (n = {b.n:,}).")
@@ -210,4 +219,5 @@ def found_fig4(table:pd.DataFrame)->str: # tidy
 
 # %% ../../nbs/papers/97_dra_figures.ipynb #5242be67
 CLAIMS = {'fig1_dra': FIG1, 'fig3_dra': FIG3, 'fig4_dra': FIG4} # artefact -> its claims
-FOUND = {'fig1_dra': found_fig1, 'fig3_dra': found_fig3, 'fig4_dra': found_fig4} # artefact -> what we found
+FOUND = {'fig1_dra': found_fig1, 'fig2_dra': found_fig2, 'fig3_dra': found_fig3,
+         'fig4_dra': found_fig4} # artefact -> what we found
