@@ -192,8 +192,8 @@ def found_fig1(table:pd.DataFrame)->str: # tidy
 def found_fig2(table:pd.DataFrame)->str: # tidy
     "What Figure 2 shows in our run"
     one, two = (t for _,t in table.groupby('phase', sort=False))
-    return (f"In {len(one)} epochs standard training reaches {one.valid.iloc[-1]:.1f} % on validation images; in "
-            f"{len(two)} more robust training shows {two.clean.sum():,.0f} clean and "
+    return (f"In {len(one)} epochs standard training reaches {one.valid.iloc[-1]:.1f} % on validation "
+            f"images; in {len(two)} more robust training shows {two.clean.sum():,.0f} clean and "
             f"{two.attacked.sum():,.0f} attacked images and ends at {two.valid.iloc[-1]:.1f} %.")
 
 # %% ../../nbs/papers/97_dra_figures.ipynb #4434623f

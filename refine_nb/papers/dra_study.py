@@ -119,8 +119,8 @@ def _kept(levels, kind, attack):
     r = _row(levels, kind, attack)
     return f'{r.accuracy:.1f} [{r.low:.1f}, {r.high:.1f}] %'
 
-_OTHERS = {'ours PGD': 'PGD of 2.55 times the budget, which the document calls equally strong, in place of DRA',
-           'TRADES 1': 'TRADES with 1/λ = 1'}
+_OTHERS = {'ours PGD': 'PGD of 2.55 times the budget, which the document calls equally strong, in place '
+           'of DRA', 'TRADES 1': 'TRADES with 1/λ = 1'}
 
 def _instead(levels): # what others keep, against Tuned
     def over(kind, attack):

@@ -37,8 +37,7 @@ def other_images(
         p, n = t.accuracy.to_numpy(float)/100, t.n.to_numpy(float, na_value=np.nan)
         known = (p >= 0) & (p <= 1) & (n > 0)
         right, images = np.where(known, p*n/spread, 0), np.where(known, n/spread, 1)
-        luck = rng.random(len(t))
-        if root is not None: luck = ndtr(root @ ndtri(luck))
+        luck = rng.random(len(t)) if root is None else ndtr(root @ ndtri(rng.random(len(t))))
         drawn = 100*betaincinv(right+.5, images-right+.5, luck) # Jeffreys
         first, who = {}, zip(t.get('key', t.index), p, n) # the same number of the same run is drawn once
         moved = np.array([first.setdefault(w, d) for w,d in zip(who, drawn)])-100*p
