@@ -18,17 +18,19 @@ from ..papers.spat_figures import arc_distances, arc_net, arcs
 def tidy(
     runs:pd.DataFrame, # a row a net: dims, seed and the columns of `blind_spots`
     **settings,        # of all of them, as the picture needs: eps, n_train
-# dims, seeds, accuracy, fooled, area, within (fractions) with standard errors, drawn (seed of the picture)
+# dims, seeds, drawn (seed of the picture), and fractions with standard errors: fit, accuracy, fooled, area,
+# within, blind (nets with such an area)
 )->pd.DataFrame:
     "Means over seeds"
     drawn = runs.seed[runs.area.idxmax()]
+    runs = runs.assign(blind=(runs.area>0).where(runs.area.notna()).astype(float))
     of = runs.drop(columns='seed').groupby('dims'); mean, error = of.mean(), of.sem().add_suffix('_se')
     table = mean.join(error).assign(seeds=of.size(), drawn=drawn, **settings)
     return table.assign(key='').reset_index()          # no key: no run of the store is behind it
 
 # %% ../../nbs/fig2_1_spat.ipynb #d62dc44f
-METRICS = {'accuracy': 'right', 'fooled': 'fooled, of those', 'area': 'wrong area close to data',
-           'within': 'points with it within reach'} # column -> what a reader sees, in %
+METRICS = {'fit': 'training points right', 'accuracy': 'right', 'fooled': 'fooled, of those',
+           'area': 'wrong area close to data', 'within': 'points with it within reach'} # column -> words
 
 def view(
     ours:pd.DataFrame, # tidy

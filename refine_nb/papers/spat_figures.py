@@ -52,7 +52,7 @@ def arcs(
 def arc_net(
     dims:int=2, seed:int=0, # as for `arcs`
     n:int=200,              # training points
-    steps:int=150,          # of Adam on all points
+    steps:int=1000,         # of Adam on all points: with 16 coordinates 500 leave some of them wrong
 )->nn.Module:               # [B,dims] -> logits [B,2]
     "A small net on the two arcs"
     x,y = arcs(n, dims, seed)
@@ -66,16 +66,19 @@ def arc_net(
 # %% ../../nbs/papers/74_spat_figures.ipynb #997c2adb
 def blind_spots(
     net:nn.Module,  # as from `arc_net`
-    dims:int=2, seed:int=0, # as for `arcs`; the points are fresh
+    dims:int=2, seed:int=0, # as for `arcs`, and for `arc_net`
     eps:float=.025, # L-inf, in the square
-    n:int=400,      # points
+    n_train:int=200,# points that it was trained on
+    n:int=400,      # fresh points
     fine:int=200,   # grid lines a side
-)->dict: # accuracy, fooled, area and within (nan beyond the plane): fractions
+)->dict: # fit, accuracy, fooled, area and within (nan beyond the plane): fractions
     "How much that is near data is misclassified (thesis, Figure 2.1)"
+    x,y = arcs(n_train, dims, seed); fit = (net(x).argmax(1)==y).float().mean().item()
     x,y = arcs(n, dims, 10_000+seed); right = net(x).argmax(1)==y
     x_adv = pgd(net, x, y, eps=eps, step_size=eps/4, steps=20, generator=seeded(seed, 'attack'))
     fooled = right & (net(x_adv).argmax(1)!=y)
-    found = {'accuracy': right.float().mean().item(), 'fooled': (fooled.sum()/right.sum()).item()}
+    found = {'fit': fit, 'accuracy': right.float().mean().item(),
+             'fooled': (fooled.sum()/right.sum()).item()}
     if dims>2: return found | {'area': math.nan, 'within': math.nan}
     line = torch.linspace(0, 1, fine); grid = torch.cartesian_prod(line, line)
     reach = torch.cdist(grid, x, p=torch.inf)<=eps
