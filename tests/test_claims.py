@@ -108,8 +108,7 @@ def test_numbers_of_the_text_are_marked():
     assert (page.claim[page[OWN]=='stands in the text only'].tolist()
             == ['A9', 'A10', 'A18', 'A11', 'A11, DDN', 'A13', 'A7'])
     page = spat_page()                                 # of the thesis, those that captions alone print
-    assert (page.claim[page[OWN]=='stands in the text only'].tolist()
-            == ['L213, larger', 'T1, clean', 'T1, cats'])
+    assert page.claim[page[OWN]=='stands in the text only'].tolist() == ['T1, clean', 'T1, cats']
 
 
 def test_robust_accuracy_stands_beside_the_clean_one_of_the_same_images():
