@@ -29,24 +29,28 @@ def tidy(
             rows.append({'other': other, 'beta': beta, 's': s, 'minimum': free.loss.idxmin(),
                          'peak': None if beta is None else (1+beta)/2 if other=='still' else (1+2*beta)/4,
                          'over_turn': over[.6], 'over_sure': over[.9], 'slope_hard': free.slope[.2],
-                         'slope_sure': free.slope[.9], 'held_sure': held.slope[.9],
+                         'slope_sure': free.slope[.9], 'held_hard': held.slope[.2],
+                         'held_sure': held.slope[.9],
                          **({} if beta is None else factor_ends(beta))})
     return pd.DataFrame(rows).astype({'beta': float, 'peak': float}).assign(key='')
 
 # %% ../../nbs/fig3_4_spat.ipynb #e658192e
+_SLOPES = {'slope_hard': 'slope at 0.2', 'slope_sure': 'slope at 0.9', 'held_hard': 'slope at 0.2, held',
+           'held_sure': 'slope at 0.9, held'}
+
 def view(
     ours:pd.DataFrame, # tidy
 )->pd.DataFrame:
     "Our Figure 3.4 in numbers, as a reader sees them"
     seen = ours.assign(beta=[f'{b:g}' if b==b else 'none (NCE)' for b in ours.beta],
                        peak=[f'{min(p, 1):.3f}' if p==p else 'falls throughout' for p in ours.peak],
-                       **{c: [f'{v:+.3f}' for v in ours[c]] for c in ('slope_hard','slope_sure','held_sure')},
+                       **{c: [f'{v:+.3f}' for v in ours[c]] for c in _SLOPES},
                        **{c: [f'{v:.2f}' for v in ours[c]] for c in ('over_turn','over_sure')},
                        minimum=[f'{v:.3f}' for v in ours.minimum])
     return worded(seen.drop(columns=['s', 'key', *factor_ends()]), other='other cosine',
                   minimum='loss is least at', peak='by the formula', over_turn='times NCE at 0.6',
                   over_sure='times NCE at 0.9',
-                  slope_hard='slope at 0.2', slope_sure='slope at 0.9', held_sure='slope at 0.9, held')
+                  **_SLOPES)
 
 # %% ../../nbs/fig3_4_spat.ipynb #c1264fc2
 def picture(

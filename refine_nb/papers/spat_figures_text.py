@@ -216,11 +216,14 @@ FIG3_4 = (
           '0.6)', _THESIS+'535', lambda t: _curve(t, 'over_sure') < _curve(t, 'over_turn'),
           lambda t: f"{_curve(t, 'over_turn'):.1f} times NCE at 0.6, {_curve(t, 'over_sure'):.1f} at 0.9"),
     Claim('L535, push', 'enforcing the training process to focus more on hard class pairs (read: an image at '
-          '0.9 pushes less than one at 0.2, and not the wrong way)', _THESIS+'535',
+          '0.9 pushes less than one at 0.2, and not the wrong way, with the other cosine still and the '
+          'gradient through the factors, as released)', _THESIS+'535',
           lambda t: 0 <= -_curve(t, 'slope_sure') < -_curve(t, 'slope_hard'),
-          lambda t: f"slope {_curve(t, 'slope_hard'):+.2f} at 0.2, {_curve(t, 'slope_sure'):+.2f} at 0.9"),
-    Claim('L523', 'beta is a smoothing hyper-parameter to avoid g = 0 (read: for beta > 0 no factor is zero '
-          'at any cosine)', _THESIS+'523',
+          lambda t: f"slope {_curve(t, 'slope_hard'):+.2f} at 0.2, {_curve(t, 'slope_sure'):+.2f} at 0.9 "
+          f"through the factors, as released; {_curve(t, 'held_hard'):+.2f} and "
+          f"{_curve(t, 'held_sure'):+.2f} with factors held"),
+    Claim('L523', 'beta is a smoothing hyper-parameter to avoid g^t = 0 and g_j^f = 0 (read: for beta > 0 no '
+          'factor is zero at any cosine)', _THESIS+'523',
           lambda t: min(_curve(t, c) for c in ('true_least','false_least')) > 0, _ends),
     Claim('L523, peak', 'read: a beta > 0 leaves the loss falling up to similarity 1 (open-T12)',
           _THESIS+'523', lambda t: _curve(t, 'minimum') >= 1,
