@@ -17,7 +17,7 @@ from ..attacks import apgd, kl_pgd, sharpened_attack
 from ..evaluation import mcnemar, wilson
 from ..training import spat_pgd
 from ..runs import Audited, stored_audit
-from ..reporting import MARK, flagged
+from ..reporting import MARK, enumerated, flagged
 from .adcorda_study import holm
 from .spat import BUDGET, ablation, attackers, network, trained
 
@@ -201,12 +201,23 @@ def _tested(r, n): # with `holm`
     clear = 'a finding' if r.holm < .05 else 'no finding'
     return f"p = {r.p:.2g} before and {r.holm:.2g} after Holm's correction for the {n} attacks: {clear}"
 
+# %% ../../nbs/papers/77_spat_study.ipynb #e78cfa76
+def _audited(t): # rows of audits, in a sentence
+    if t.empty: return ''
+    each = t.groupby('method', sort=False)
+    def those(said): return [(m, list(r.check[r.raised==said])) for m,r in each if (r.raised==said).any()]
+    found, idle = ('; '.join(f'{enumerated(c)} on {m}' for m,c in those(s)) for s in ('RAISED','not run'))
+    idle = f' (not run: {idle})'*bool(idle)
+    if found: return f' Checks of the audits raised: {found}{idle}.'
+    who, n = ' or '.join(t.method.unique()), t.check.nunique()
+    return f' None of the {n} checks of the audits is raised on {who}{idle}.'
+
 # %% ../../nbs/papers/77_spat_study.ipynb #5b1c7e2d
 def found_study(
     table:pd.DataFrame, # tidy, as the page has it
 )->str:
     "What the study shows in our run"
-    lead, same, acc = (table[table.part==p] for p in ('lead', 'lead'+SAME, 'accuracy'+SAME))
+    lead, same, acc, audit = (table[table.part==p] for p in ('lead', 'lead'+SAME, 'accuracy'+SAME, 'audit'))
     ill = table[table.flag.fillna('')!=''].method.unique() if 'flag' in table else []
     falls = '; '.join(f'{_glossed(k)}: {_drop(acc, k)}' for k in acc.method.unique() if k not in ill)
     none = f" Learnt nothing, and so says nothing: {'; '.join(map(_glossed, ill))}."*bool(len(ill))
@@ -221,6 +232,6 @@ def found_study(
             f"{low.n:,.0f} images ({len(many)}) it is least under {named(low)}, "
             f"{low.lead:+.1f} [{low.low:+.1f}, {low.high:+.1f}], {_tested(low, len(own))}. "
             f"From {NAMED['x1']} to the worst case the networks lose, on the same {acc.n.iloc[0]:,.0f} "
-            f"images and in points, {falls}.{none}")
+            f"images and in points, {falls}.{none}{_audited(audit[~audit.method.isin(ill)])}")
 
 FOUND = {'study_spat': found_study} # artefact -> what we found, from its tidy table
