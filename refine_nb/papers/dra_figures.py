@@ -68,8 +68,9 @@ def regions(
 
 # %% ../../nbs/papers/97_dra_figures.ipynb #2beda4f8
 FIG1 = (
-    Claim('fig. 1a', 'Classifier 1 is accurate but not robust to adversarial samples (read: right on 99 % of '
-          'fresh points, and its boundary crosses a box)', 'DRA Figure 1 (line 101)',
+    Claim('fig. 1a', 'Classifier 1 represents the clean data pre-trained classifier which is accurate but '
+          'not robust to adversarial samples (read: right on 99 % of fresh points, and its boundary crosses '
+          'a box)', 'DRA Figure 1 (line 101)',
           lambda t: cell(t, 'accuracy', net='classifier 1') >= 99
           and cell(t, 'crossed', net='classifier 1') > 0,
           lambda t: f"{cell(t, 'accuracy', net='classifier 1'):.1f} % right, "
