@@ -10,6 +10,7 @@ __all__ = ['FIG2_1', 'FIG2_2', 'TAB3_1', 'FIG3_1', 'FIG3_2', 'FIG3_3', 'FIG3_4',
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #ed72e97f
 import pandas as pd
 
+from ..evaluation import wilson
 from ..reporting import Claim, Missing, cell
 
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #e8fca6ef
@@ -98,16 +99,22 @@ TAB3_1 = (Claim('T2', 'their values are quite stable and even for all j as shown
                 lambda t: ', '.join(f'{m}: {v:.1f} %' for m,v in evenness(t).items())),)
 
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #865ae054
+def _agreed(table): # such as '93.2 % [91.5, 94.6]', a network each
+    def one(r):
+        low, high = wilson(round(r.agree*r.images/100), int(r.images))
+        return f'{r.agree:.1f} % [{100*low:.1f}, {100*high:.1f}]'
+    return ', '.join(map(one, table.drop_duplicates('model').itertuples()))
+
 def found_tab3_1(
     table:pd.DataFrame, # tidy
 )->str:                 # two sentences
     "What Table 3.1 shows in our run"
     after,before = evenness(table), evenness(table, 'start')
-    first = table.drop_duplicates('model')
     said = ', '.join(f"{after[m]:.1f} % ({m})" for m in after)
     return (f"The norms of a network's rows vary by {said}; before training it was "
-            f"{', '.join(f'{v:.1f} %' for v in before.values())}. By logit and by cosine the hard class is "
-            f"the same for {', '.join(f'{a:.1f} %' for a in first.agree)} of the test images.")
+            f"{', '.join(f'{v:.1f} %' for v in before.values())}. For {_agreed(table)} of "
+            f"{table.images.iloc[0]:,} test images the nearest false class (the *hard class*) is the same by "
+            "logit and by cosine.")
 
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #830dec62
 def _pushed(t, true, given): return cell(t, 'percent', true=true, predicted=given)

@@ -12,7 +12,7 @@ from torch import nn
 from ..runs import SIZES
 from ..reporting import published
 from .spat import attackers, trained
-from .spat_claims import ATTACKS, lead, won
+from .spat_readings import ATTACKS, lead, won
 
 # %% ../../nbs/papers/79_spat_stated.ipynb #b36fe360
 def _trained_with()->dict: # quantity of the text -> what our recipes have

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['LONG', 'FACTORS', 'NAMED', 'SAME', 'FOUND', 'networks', 'looks', 'study', 'on_worst', 'leads', 'shown_leads',
-           'audits', 'audit_table', 'shown_audits', 'alarms', 'verdict', 'found_study']
+           'audits', 'audit_table', 'shown_audits', 'alarms', 'audit_there', 'verdict', 'found_study']
 
 # %% ../../nbs/papers/77_spat_study.ipynb #c316f89e
 from collections.abc import Iterable
 from dataclasses import replace
 
 import pandas as pd
+from IPython.display import Markdown
 
 from ..base import Call, Cell, Recipe, Robustness, Worst, call, key
 from ..attacks import apgd, kl_pgd, sharpened_attack
 from ..evaluation import mcnemar, wilson
 from ..training import spat_pgd
 from ..runs import Audited, stored_audit
-from ..reporting import MARK, enumerated, flagged
+from ..reporting import MARK, enumerated, flagged, stored
 from .adcorda_study import holm
 from .spat import BUDGET, ablation, attackers, network, trained
 
@@ -149,6 +150,16 @@ def alarms(
     def whose(rows): return '; '.join(f"{r.method} {r.numbers.replace('_', ' ')}" for r in rows.itertuples())
     return tuple(f'{check.capitalize()}: {rows.meaning.iloc[0]} {whose(rows)}.'
                  for check,rows in raised.groupby('check', sort=False))
+
+# %% ../../nbs/papers/77_spat_study.ipynb #d991c0ab
+def audit_there(
+    artefact:str,  # an id of `ARTEFACTS`
+)->Markdown:
+    "The audit that lies beside the largest run that is stored"
+    best = next(iter(stored(artefact)), None)
+    if best is None or not (kept := best.folder/'audit.md').exists():
+        return Markdown('No audit of a run on real images is stored yet.')
+    return Markdown(kept.read_text(encoding='utf-8'))
 
 # %% ../../nbs/papers/77_spat_study.ipynb #6f3b4564
 def _at(table, network, attack, column='lead'):
