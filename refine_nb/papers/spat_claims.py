@@ -80,7 +80,7 @@ def _over_fgsm(t): # points that each other attack leaves more, defence by defen
     return at.drop(columns='fgsm').sub(at.fgsm, axis=0).stack().dropna()
 def _left_out(t): # what is not compared with FGSM
     out = [_HEADS[a] for a in attacked(t) if a not in attacked(t, 'fgsm')]
-    return f'; left out, for they are of other images: {enumerated(out)}'*bool(out)
+    return f'; left out, being of another number of images: {enumerated(out)}'*bool(out)
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #a3513b35
 TAB3 = (
