@@ -94,11 +94,15 @@ class Run:
     def variant(self): return ' '.join(self.parts[2:])
     @property
     def label(self):
-        return self.preset + (f': {self.variant.replace("_", " on ", 1)}' if self.variant else '')
+        return self.preset + (f": {' on '.join(self.parted)}" if self.variant else '')
+    @property
+    def parted(self): # network and data set; the name of either may have an underscore
+        known = re.fullmatch(r'(.+?)_((?:cifar10|cifar100|cinic10|mnist|digits)(?:_.+)?)', self.variant)
+        return known.groups() if known else (self.variant,)
     @property
     def short(self): # the data set's name where another run of this scale is there
         beside = sum((r.artefact, r.preset) == (self.artefact, self.preset) for r in RUNS) > 1
-        return self.preset + (f", {self.variant.partition('_')[2]}" if beside and self.variant else '')
+        return self.preset + (f", {self.parted[-1]}" if beside and self.variant else '')
     @property
     def page(self): return '/'.join(('runs', *self.parts))
     @property
