@@ -106,7 +106,7 @@ def test_numbers_of_the_text_are_marked():
     assert published('fig1_adcorda').query('stands_in=="text"').set.tolist() == ["T'"]
     page = adcorda_page()
     assert (page.claim[page[OWN]=='stands in the text only'].tolist()
-            == ['A9', 'A10', 'A18', 'A11', 'A11, DDN', 'A13', 'A7'])
+            == ['A9', 'A10', 'A18', 'A11', 'A11, DDN', 'A13', 'A13, None', 'A7'])
     page = spat_page()                                 # of the thesis, those that captions alone print
     assert page.claim[page[OWN]=='stands in the text only'].tolist() == ['T1, clean', 'T1, cats']
 

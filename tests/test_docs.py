@@ -182,6 +182,7 @@ def test_links_are_rewritten_for_the_root_outside_code_only():
 
 def test_no_stored_report_shows_images_of_a_data_set():
     "They are their makers' to hand on: a page that could draw them is told `-p images False` first"
-    records = [p for scale in ('small', 'gpu', 'paper') for p in (ROOT/'reports').glob(f'*/{scale}/**/run.json')]
+    records = [p for scale in ('small', 'gpu', 'paper')
+               for p in (ROOT/'reports').glob(f'*/{scale}/**/run.json')]
     can = {p: json.loads(p.read_text())['settings'].get('images') for p in records}
     assert not [p.parts[-4:] for p,shown in can.items() if shown is True] and False in can.values()
