@@ -160,6 +160,12 @@ def test_no_page_scrolls_sideways_on_a_phone(browser, site, page):
         .filter(e => e.getBoundingClientRect().right > 391).slice(0, 3).map(e => e.outerHTML.slice(0, 99))''')
     assert browser.js('document.documentElement.scrollWidth') <= 390, wide
 
+def test_what_is_printed_is_not_cut_off(browser, site):
+    browser.open(f'{site}/nbs/tab2_mixture.html', width=1250, height=900)
+    shown = browser.js('''[...document.querySelectorAll(".cell_output .stream pre")].map(e =>
+        [e.scrollWidth, e.clientWidth, Math.max(...e.innerText.split("\\n").map(l => l.length))])''')
+    assert max(chars for *_,chars in shown) > 120 and all(inner <= outer for inner,outer,_ in shown)
+
 @pytest.mark.parametrize('page', PAGES)
 @pytest.mark.parametrize('theme', ['light', 'dark'])
 def test_contrast_and_names(browser, site, page, theme):

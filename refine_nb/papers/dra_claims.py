@@ -98,8 +98,8 @@ TAB3 = (
           'objective: ... preserving model\'s standard accuracy on clean data (read: '
           'above both TRADES on clean images)', 'DRA abstract (line 10)',
           lambda t: _positive(_above_trades(t, ['clean'])), lambda t: _said(_above_trades(t, ['clean']))),
-    Claim('L66', 'even very small value of 1/lambda cannot guarantee models to achieve comparable accuracy '
-          'to vanilla trained models (read: both TRADES lose a point or more)', 'DRA section II (line 66)',
+    Claim('L64', 'even very small value of 1/lambda cannot guarantee models to achieve comparable accuracy '
+          'to vanilla trained models (read: both TRADES lose a point or more)', 'DRA section II (line 64)',
           lambda t: [_over(t, k, attacks=['clean'])[0] <= -1 for k in _kinds(t, 'TRADES')],
           lambda t: _said(_over(t, k, attacks=['clean'])[0] for k in _kinds(t, 'TRADES'))),
     Claim('L210', 'the small regularization ... parameter intuitively enforces TRADES to primarily optimize '

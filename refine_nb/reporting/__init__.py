@@ -12,8 +12,8 @@ __all__ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none
            'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper', 'UNOFFICIAL', 'catalogue', 'enumerated',
            'report_folder', 'Stored', 'page_source', 'run_record', 'save_report', 'save_table', 'stored',
            'Announcement', 'announce', 'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'editions_in',
-           'nothing_found', 'ledger', 'our_tables', 'Weighed', 'drawn', 'gap_between', 'keeps_most', 'other_images',
-           'plain', 'rows_behind', 'told', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED',
+           'ledger', 'our_tables', 'Weighed', 'drawn', 'gap_between', 'keeps_most', 'other_images', 'plain',
+           'rows_behind', 'told', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED',
            'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
 
 # %% ../../nbs/reporting/99_reporting.ipynb #f5d3f17a
@@ -32,7 +32,7 @@ from .listing import (ACROSS, ARTEFACTS, Artefact, NEEDS, PAPERS, Paper, UNOFFIC
 from .reports import Stored, page_source, run_record, save_report, save_table, stored
 from .announcing import Announcement, announce, announce_figure, made_on
 from .sheet import Sheet, Unfinished, leaves
-from .openings import editions_in, nothing_found
+from .openings import editions_in
 from .all_claims import ledger, our_tables
 from .direction import (Weighed, drawn, gap_between, keeps_most, other_images,
     plain, rows_behind, told, weigh, with_intervals)
@@ -50,7 +50,7 @@ _all_ = ['between', 'one_whole', 'parameters', 'whole_numbers', 'whole_or_none',
          'with_correlations', 'ACROSS', 'ARTEFACTS', 'Artefact', 'NEEDS', 'PAPERS', 'Paper',
          'UNOFFICIAL', 'catalogue', 'enumerated', 'report_folder', 'Stored', 'page_source',
          'run_record', 'save_report', 'save_table', 'stored', 'Announcement', 'announce',
-         'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'editions_in', 'nothing_found',
-         'ledger', 'our_tables', 'Weighed', 'drawn', 'gap_between', 'keeps_most', 'other_images',
-         'plain', 'rows_behind', 'told', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES',
-         'SCORED', 'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
+         'announce_figure', 'made_on', 'Sheet', 'Unfinished', 'leaves', 'editions_in', 'ledger',
+         'our_tables', 'Weighed', 'drawn', 'gap_between', 'keeps_most', 'other_images', 'plain',
+         'rows_behind', 'told', 'weigh', 'with_intervals', 'Board', 'PRINT_MARKS', 'SCALES', 'SCORED',
+         'VERDICT_MARKS', 'ours_of', 'quoted', 'scored']
