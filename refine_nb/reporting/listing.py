@@ -162,8 +162,8 @@ NEEDS = {'cifar10': "CIFAR-10 (`load_data('cifar10', download=True)` fetches 170
 # data sets that are not as published -> what they are
 UNOFFICIAL = {
     'cifar10_resplit': 'CIFAR-10 without loss, split again. Of its 10,000 test images the first 1,000 are '
-    'official ones, and attacks in small runs look at no others; 9,000 are official training images, which '
-    'these networks have not seen: 41,000 are left to train and to choose by',
+    'official ones, and attacks in small runs look at no others; 9,000 are official training images, held '
+    'out of all training here: 41,000 are left to train and to choose by',
     'cifar10_jpeg': 'the JPEG edition, CIFAR-10 in its own split with images compressed as JPEG'}
 
 # %% ../../nbs/reporting/40_listing.ipynb #e1790351
