@@ -61,7 +61,7 @@ def test_images_of_every_common_kind_are_read(folder, ending):
 def test_an_image_that_is_not_read_is_named(folder):
     for k in 'ab': at = folder(f'mine/{k}/0.png')
     folder('mine/b/moving.gif')
-    with pytest.raises(ValueError, match='moving.gif is an image of a kind that is not read: save it as PNG'):
+    with pytest.raises(ValueError, match='moving.gif has a format that is not read: save it as PNG'):
         own_images(at/'mine')
 
 def test_parts_are_found_in_capitals_and_not_twice(folder):
@@ -86,7 +86,7 @@ def test_transparent_pixels_are_no_colour(folder):
         for i in range(6): at = folder(f'mine/{k}/{i}.png', 30*i, 'RGBA')
     assert len(load_data(own_images(at/'mine')).train) # opaque
     folder('mine/a/0.png', 5, 'RGBA', alpha=100)
-    with pytest.raises(ValueError, match='0.png .has transparent pixels: lay it on a background'):
+    with pytest.raises(ValueError, match='0.png .has transparent pixels: flatten it onto a background'):
         load_data(own_images(at/'mine'))
 
 def test_arrays_of_several_shapes_are_refused(tmp_path):

@@ -31,7 +31,7 @@ def augment(
     kind:str,    # 'none', 'flip' or 'crop_flip'
     draws:Tensor,# [B,3] in [0,1), from `draws`, on the device of `x`
 )->Tensor:       # [B,C,H,W]
-    "Flip, or crop and flip, every image by its own draws"
+    "Flip, or crop and flip, every image according to its own draws"
     if choose(kind, _augmentations, 'augmentation')=='none': return x
     B,C,H,W = x.shape
     ph,pw = (H//8,W//8) if kind=='crop_flip' else (0,0)
@@ -68,7 +68,7 @@ def batches(
     augment:str='none',    # 'none', 'flip' or 'crop_flip'
     shuffle:bool=True,     # False: in stored order
     drop_last:bool=True,   # leave out a last batch that is not full
-    device:str|torch.device='cpu', # where the batches are
+    device:str|torch.device='cpu', # where the batches go
 )->Iterator[tuple[Tensor,Tensor,Tensor]]: # x [B,C,H,W] float32 in [0,1], y [B], index in `split` [B]
     "One epoch of batches, the same on every device"
     n = len(split)

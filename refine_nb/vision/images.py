@@ -37,9 +37,9 @@ class Data:
     "A data set, split and ready to batch"
     name:str                # one of `data_names`
     classes:tuple[str,...]  # K names, label k is classes[k]
-    train:Split             # what is fitted
-    valid:Split             # what chooses an epoch
-    test:Split              # what is reported
+    train:Split             # to train with
+    valid:Split             # to choose an epoch by
+    test:Split              # to report on
     fingerprint:str         # sha256 of the contents and of the split
     size:int|None=None      # pixels, side of the model input; None: as published
     @property
@@ -63,10 +63,10 @@ def fingerprint(
 # %% ../../nbs/vision/00_images.ipynb #7413b834
 def to_input(
     x:Tensor,           # [B,C,H,W], uint8, or float in [0,1], which is only resized
-    size:int|None=None, # pixels, side of the result; None: as it is
-    model:nn.Module|None=None, # who is shown them: images follow its weights' precision; None: float32
+    size:int|None=None, # pixels, side of the result; None: unchanged
+    model:nn.Module|None=None, # that will see them: they take its weights' precision; None: float32
 )->Tensor:              # [B,C,size,size], in [0,1]
-    "Make stored images a model's input"
+    "Turn stored images into a model's input"
     if not isinstance(x, Tensor) or x.ndim!=4:
         raise ValueError("images must be a tensor [B,C,H,W], "
                          f"got {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
@@ -80,12 +80,12 @@ def to_input(
                          antialias=True).clamp(0,1).to(kind)
 
 # %% ../../nbs/vision/00_images.ipynb #d011264f
-SLIP = 1e-6 # a pixel may be so far out of [0,1]: resizing and rounding to float32 can leave that
+SLIP = 1e-6 # how far outside [0,1] a pixel may be: resizing and rounding to float32 can do that
 
 def clipped(
     x:Tensor, # [B,...], float, should be in [0,1]
-)->Tensor:    # the same; pixels that are out by at most `SLIP` are cut off
-    "Images in [0,1], or a sentence that says what came"
+)->Tensor:    # the same; pixels outside by at most `SLIP` are clipped
+    "Images in [0,1], or a `ValueError` that says what range they have"
     if not x.numel(): return x
     low,high = (v.item() for v in x.detach().aminmax())
     if low>=0 and high<=1: return x
