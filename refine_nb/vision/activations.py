@@ -47,7 +47,7 @@ KINDS = {'straight': straight_relu,                              # the mixture d
 
 # %% ../../nbs/vision/35_activations.ipynb #8deaaad2
 class SmoothReLU(nn.Module):
-    "A smooth stand-in for `nn.ReLU`, which it is itself while `on` is False"
+    "A smooth stand-in for `nn.ReLU`; while `on` is False it is an ordinary ReLU"
     def __init__(self,
         alpha:float=10.,      # slope at the kink, > 0 and finite; 10 is Xie et al.'s, as the document says
         kind:str='straight',  # one of `KINDS`
@@ -108,7 +108,7 @@ def _functional(model, shape)->dict: # name of the module in `model` -> name of 
 def smooth(
     model:nn.Module,      # with `nn.ReLU` modules; not changed
     *,
-    alpha:float=10.,      # slope, > 0; unstated for the document's runs, 10 is what it quotes
+    alpha:float=10.,      # slope, > 0; the document quotes 10, but does not state its own
     kind:str='straight',  # 'straight' (the document's), 'softplus' or 'swish' (smooth in both passes)
     where:str='both',     # 'both': attacks and updates; 'attack': only inside `with smoothing(model):`
     shape:tuple[int,...]=(1,3,32,32), # of a dummy batch, to look for kinks that are not nn.ReLU modules
@@ -118,7 +118,7 @@ def smooth(
     if where=='attack' and kind!='straight':
         raise ValueError("where='attack' is for kind='straight': "
                          f"with {kind!r} the attack would see another network")
-    SmoothReLU(alpha, kind)                                             # says what is wrong with them
+    SmoothReLU(alpha, kind)                                             # raises where one is wrong
     out,n = replaced(model, nn.ReLU, lambda m: SmoothReLU(alpha, kind, on=where=='both'))
     if hidden := _functional(out, shape):
         raise ValueError(f"{type(model).__name__} has kinks that are not nn.ReLU modules, "
@@ -133,12 +133,12 @@ def smoothing(
     model:nn.Module,  # made by `smooth`
     on:bool=True,     # False: true derivatives of ReLU inside the block
 )->Iterator[nn.Module]: # the same model
-    "Switch the smooth derivatives on, or off, for the length of a `with` block"
+    "Switch the smooth derivatives on, or off, for the duration of a `with` block"
     acts = [m for m in model.modules() if isinstance(m, SmoothReLU)]
     if not acts:
         raise ValueError(f"{type(model).__name__} has no smooth ReLU: convert it with smooth(model) first")
     if not on and any(m.kind!='straight' for m in acts):
-        raise ValueError("a network that is smooth in its forward pass is another one without: "
+        raise ValueError("without its smooth forward pass this would be another network: "
                          "only kind='straight' can be switched off")
     before = [m.on for m in acts]
     try:
@@ -153,8 +153,8 @@ def smooth_attack(
     x:Tensor,              # [B,C,H,W], float in [0,1]
     y:Tensor,              # [B], true labels
     *,
-    attack:Call|Callable,  # which attack sees the smooth derivatives
-    generator:torch.Generator|None=None, # handed on to an attack that draws
+    attack:Call|Callable,  # the attack that sees the smooth derivatives
+    generator:torch.Generator|None=None, # passed on to an attack that draws random numbers
 )->Tensor:                 # [B,C,H,W], what the attack returns
     "An attack that follows the smooth derivatives, whatever the model's updates do (SAT, where='attack')"
     accepts = attack.accepts if isinstance(attack, Call) else inspect.signature(attack).parameters
@@ -164,7 +164,7 @@ def smooth_attack(
 # %% ../../nbs/vision/35_activations.ipynb #744b9c2b
 def operated(
     *, num_classes:int,   # K, at least 2
-    base:Call,            # (num_classes) -> the network before, e.g. call(classifier, name='resnet18')
+    base:Call,            # (num_classes) -> the base network, e.g. call(classifier, name='resnet18')
     norms:str='single',   # 'single', or 'dual' for AdvProp
     relu:str='exact',     # 'exact', or for SAT 'straight', 'softplus' or 'swish'
     alpha:float=10.,      # of a smooth ReLU, > 0

@@ -20,7 +20,7 @@ def _impulse_noise(x, c, rng):
 
 # %% ../../nbs/vision/40_distortions.ipynb #1b60a5cc
 def _smooth(x, sigma, truncate=4., mode='nearest'):
-    from scipy.ndimage import gaussian_filter # here, as all of scipy: it takes a while
+    from scipy.ndimage import gaussian_filter # imported here, as all of scipy: it takes a while
     return gaussian_filter(x, (sigma,sigma)+(0,)*(x.ndim-2), mode=mode, truncate=truncate)
 
 def _gaussian_blur(x, sigma, rng): return 255*_smooth(x, sigma)
@@ -59,7 +59,7 @@ def _moved(x, radius, sigma, angle): # [H,W,...], values 0 to 255; angle in degr
 def _motion_blur(x, c, rng): return _moved(np.round(255*x), *c, rng.uniform(-45, 45))
 
 # %% ../../nbs/vision/40_distortions.ipynb #c8b17025
-def _enlarged(x, by): # [H,H,C]: the middle, as large as before
+def _enlarged(x, by): # [H,H,C]: the middle, at the original size
     from scipy.ndimage import zoom
     side = len(x); part = math.ceil(side/by); top = (side-part)//2
     big = zoom(x[top:top+part,top:top+part], (by,by,1), order=1); trim = (len(big)-side)//2

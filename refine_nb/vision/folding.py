@@ -20,14 +20,14 @@ class Leaves(fx.Tracer):
     def is_leaf_module(self,
         m:nn.Module, # of the model that is traced
         name:str,    # its name there
-    )->bool:         # no step inside it is seen
+    )->bool:         # True: one step, nothing inside it is traced
         return not list(m.children())
 
 # %% ../../nbs/vision/25_folding.ipynb #7561363c
 def foldable(
-    model:nn.Module, # that can be traced: its path does not depend on its input
+    model:nn.Module, # must be traceable: its path does not depend on its input
 )->Iterator[tuple[str,str]]: # names of a convolution and of its batch norm, in the order in which they run
-    "The pairs of convolution and batch norm that can be one convolution at evaluation"
+    "The pairs of convolution and batch norm that can become one convolution for evaluation"
     graph,modules = Leaves().trace(model), dict(model.named_modules())
     calls = [n for n in graph.nodes if n.op=='call_module']
     once = {n.target for n in calls if sum(c.target==n.target for c in calls)==1
@@ -57,7 +57,7 @@ def fold(
         out.set_submodule(norm, nn.Identity().eval())
     out.folded_pairs = pairs
     out.requires_grad_(False).to(memory_format=getattr(out, 'laid', torch.channels_last))
-    for m in [*out.modules()][1:]: # a whole before its parts
+    for m in [*out.modules()][1:]: # a module before its parts
         if hasattr(m, 'laid'): m.to(memory_format=m.laid)
     return out
 
@@ -66,15 +66,15 @@ def fold_if_same(
     model:nn.Module, # in evaluation mode
     x:Tensor,        # [B,C,H,W], images on which both have to agree
 )->tuple[nn.Module, str|None]: # a folded copy, and None; or the model itself, and why
-    "`fold`, where it can be done and changes nothing but last digits"
+    "`fold`, if that is possible and changes nothing but the last digits"
     try: fast = fold(model)
     except ValueError: return model, "the model cannot be folded: used as it is, which takes longer"
     with torch.no_grad(), suiting(model), suiting(fast): a,b = model(x),fast(x)
     if (a-b).abs().max()<=1e-3*b.abs().max(): return fast, None # as fine as TF32, the coarsest in use
-    return model, "the folded model answers otherwise: the model is used as it is, which takes longer"
+    return model, "the folded model gives other outputs: the model is used as it is, which takes longer"
 
 # %% ../../nbs/vision/25_folding.ipynb #03527d95
-def _tensors(m): # by name; buffers too that no state dict has
+def _tensors(m): # by name, also buffers that are in no state dict
     return {k: t for k,t in (m.state_dict() | dict(m.named_buffers())).items() if isinstance(t, Tensor)}
 
 @torch.no_grad()

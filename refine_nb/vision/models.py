@@ -50,7 +50,7 @@ def _network(name, num_classes, stem): # torchvision's network with fresh weight
     if name in thin_names: return _thin(num_classes, stem, blocks=(int(name[6:])-2)//6)
     if stem=='cifar' and not name.startswith('resnet'):
         raise ValueError(f"stem='cifar' is for ResNets, {name} has only its own: use stem='imagenet'")
-    from torchvision.models import get_model # here, as it takes three seconds
+    from torchvision.models import get_model # imported here, as it takes three seconds
     net = get_model(name, weights=None, num_classes=num_classes)
     if stem=='cifar':
         net.conv1,net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
@@ -97,7 +97,7 @@ def _published(name, weights): # torchvision's entry for these weights
 # %% ../../nbs/vision/20_models.ipynb #c75b5ebc
 _WRAPPED = ('module.', '_orig_mod.') # what DataParallel and torch.compile put before a name
 
-def _bare(name): # without what wrappers put before it, in whatever order
+def _bare(name): # without the prefixes of wrappers, in any order
     while rest := next((name.removeprefix(p) for p in _WRAPPED if name.startswith(p)), None): name = rest
     return name
 
@@ -188,7 +188,7 @@ def classifier(
     "A network from images in [0,1] to logits"
     net = _network(name, num_classes, stem)
     if weights is None and weights_file:
-        raise ValueError("weights_file is given but not what it is: "
+        raise ValueError("weights_file is given without its kind: "
                          "say weights='imagenet' or weights='places365'")
     if weights is not None:
         choose(weights, (*_editions,'places365'), 'weights')

@@ -18,10 +18,10 @@ from .copying import copied
 # %% ../../nbs/vision/30_norms.ipynb #15349f30
 def replaced(
     model:nn.Module,           # not changed
-    kinds:type|tuple[type,...],# of the modules that go
-    make:Callable,             # (module) -> the one in its place
+    kinds:type|tuple[type,...],# of the modules to replace
+    make:Callable,             # (module) -> its replacement
 )->tuple[nn.Module,int]:       # a copy of `model`, and how many modules were replaced in it
-    "A copy of a model with other modules in place of those of some kind"
+    "A copy of a model in which all modules of some kind are replaced"
     out = copied(model)
     new = {m: make(m) for m in out.modules() if isinstance(m, kinds)}
     for name,m in list(out.named_modules(remove_duplicate=False)):
@@ -30,7 +30,7 @@ def replaced(
 
 # %% ../../nbs/vision/30_norms.ipynb #e734c13d
 class DualNorm(nn.Module):
-    "Two batch norms in one place; `stream` says which one works (AdvProp; mixture document, figure 1)"
+    "Two batch norms in one place; `stream` says which one is active (AdvProp; mixture document, figure 1)"
     def __init__(self,
         norm:nn.Module, # a batch norm: it becomes the main one, a copy of it the auxiliary one
     ):
@@ -47,12 +47,12 @@ def _duals(model): return [m for m in model.modules() if isinstance(m, DualNorm)
 
 def dual_norms(
     model:nn.Module, # with batch norms; not changed
-)->nn.Module:        # a copy; its stream is the main one, so it computes what `model` does
+)->nn.Module:        # a copy; its main stream is active, so it computes what `model` does
     "AdvProp's network: every batch norm becomes a pair, all else is shared"
     if _duals(model): raise ValueError("the model has auxiliary batch norms already: convert it once")
     out,n = replaced(model, _NORMS, DualNorm)
     if not n:
-        raise ValueError(f"{type(model).__name__} has no batch norm, and AdvProp is a second set of them: "
+        raise ValueError(f"{type(model).__name__} has no batch norm, and AdvProp adds a second set of them: "
                          "choose a network with batch norms, such as a ResNet")
     return out
 
@@ -60,8 +60,8 @@ def dual_norms(
 @contextmanager
 def auxiliary(
     model:nn.Module, # made by `dual_norms`
-)->Iterator[nn.Module]: # the same model, its auxiliary norms at work
-    "Send what comes through the auxiliary batch norms, for the length of a `with` block"
+)->Iterator[nn.Module]: # the same model, with its auxiliary norms active
+    "Make the auxiliary batch norms the active ones for the duration of a `with` block"
     norms = _duals(model)
     if not norms:
         raise ValueError(f"{type(model).__name__} has no auxiliary batch norms: "

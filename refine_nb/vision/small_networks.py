@@ -15,7 +15,7 @@ from ..base import choose, number
 # %% ../../nbs/vision/22_small_networks.ipynb #0e5337fb
 small_names = ('small_cnn', 'two_convs', 'lenet5')
 
-def _layers(*parts): # names as state dicts have them: a number and the kind
+def _layers(*parts): # each layer is named by its kind and number
     return nn.Sequential(OrderedDict((f'{type(m).__name__.lower()}{i}', m) for i,m in enumerate(parts)))
 
 def _conv(a, b, k, padding=0, pool=False, drop=False):
@@ -39,7 +39,7 @@ def _lenet5(K):
 def small_network(
     name:str='small_cnn',  # one of `small_names`
     *, num_classes:int,    # K, at least 2
-    zero_head:bool|None=None, # start the last layer at zero; None: as published, for 'small_cnn' alone
+    zero_head:bool|None=None, # start the last layer at zero; None: as published, only for 'small_cnn'
 )->nn.Module:              # [B,1,28,28] in [0,1] -> logits [B,K]
     "A network for MNIST with fresh weights (TRADES' code; LeCun et al. 1998)"
     made = {'small_cnn': _small_cnn, 'two_convs': _two_convs, 'lenet5': _lenet5}

@@ -79,7 +79,7 @@ def _elastic(x, c, rng):
     side = len(x); amount,sigma,reach = (side*v for v in c); m,s = side//2,side//3
     here = np.array([[m+s,m+s],[m+s,m-s],[m-s,m-s]], dtype=float)  # (column, row)
     there = here+rng.uniform(-reach, reach, size=here.shape)
-    back = np.linalg.solve(np.c_[there,np.ones(3)], here).T        # where a pixel of the result is from
+    back = np.linalg.solve(np.c_[there,np.ones(3)], here).T        # where each pixel comes from
     rows = back[::-1][:,[1,0]]                                     # as (row, column)
     moved = np.stack([affine_transform(v, rows, back[::-1,2], order=1, mode='mirror')
                       for v in np.moveaxis(x, 2, 0)], 2)

@@ -34,7 +34,7 @@ class WideBlock(nn.Module):
 def wide_resnet(
     *, num_classes:int, # K, at least 2
     depth:int=34,       # 6n+4
-    width:int=10,       # k, how many times the channels of an ordinary network
+    width:int=10,       # k, multiplies the channels of an ordinary network
 )->nn.Module:           # [B,3,32,32] in [0,1] -> logits [B,K]
     "A wide residual network with fresh weights (TRADES, `models/wideresnet.py`)"
     K,depth,width = (number(k, v, whole=True) for k,v in
