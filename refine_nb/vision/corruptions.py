@@ -112,7 +112,7 @@ def corrupted(
         found = official_corruption(name, severity, root=root); n = len(split)
         if not torch.equal(found.y[:n], split.y):
             raise ValueError("the official files show the test images of 'cifar10' in their own order, and "
-                             "these labels are others: take that data set, or official=False")
+                             "these labels differ: take that data set, or official=False")
         return Split(found.x[:n], split.y)
     frost = data_root(root)/'frost' if name=='frost' and (data_root(root)/'frost').is_dir() else None
     return Split(corrupt(split.x, name, severity, seed=seed, frost=frost), split.y)

@@ -50,7 +50,7 @@ def shipped(
     "A trained network that comes with a package, as our `classifier` builds it"
     choose(name, SHIPPED, 'shipped network'); choose(weights, ('shipped', None), 'weights')
     if number('num_classes', num_classes, whole=True) != 10:
-        raise ValueError(f"{name} tells the 10 classes of CIFAR-10 apart, asked for {num_classes}: "
+        raise ValueError(f"{name} tells the 10 classes of CIFAR-10 apart, got num_classes={num_classes}: "
                          "evaluate it on all classes of CIFAR-10")
     model = classifier('resnet18', num_classes=10, stem='cifar', mean=(0.,)*3, std=(1.,)*3)
     if weights:

@@ -57,8 +57,8 @@ def _frost(x, c, rng, folder=None):
         raise ValueError(f"{file} is not there or cannot be read ({type(e).__name__}): frost needs all "
                          f"five of {', '.join(FROST)}") from e
     if min(photo.shape[:2]) <= side: # every fifth, from the third
-        raise ValueError(f"{file} is too small for images of {side} pixels: it wants more than "
-                         f"{5*side+2} a side")
+        raise ValueError(f"{file} is too small for images of {side} pixels: it needs more than "
+                         f"{5*side+2} per side")
     top,left = (rng.integers(0, n-side) for n in photo.shape[:2])
     return a*255*x + b*photo[top:top+side,left:left+side].astype(float)
 
