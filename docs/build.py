@@ -1,4 +1,4 @@
-"Build the site: python docs/build.py [TARGET], by default _docs/html. Nothing is run, no network is asked"
+"Build the site: python docs/build.py [TARGET], by default _docs/html. Runs no notebook, needs no network"
 import shutil, sys
 from pathlib import Path
 

@@ -200,7 +200,7 @@ def test_a_scoreboard_sorts_and_filters(browser, tmp_path):
         browser.js('document.querySelectorAll("th button")[2].click()')
         assert browser.js(shown).endswith('A1,A2')
         labels = browser.js('[...document.querySelectorAll("label")].map(l => l.firstChild.data).join()')
-        assert labels == 'document,scale,verdict,words'
+        assert labels == 'document,scale,verdict,search'
         assert choose(2, 'not judged') == 'T1' and choose(2, '') == 'T1,A1,A2'
         assert choose(0, 'AdCorDA') == 'A1,A2' and choose(1, 'paper') == 'A1' and choose(1, 'small') == 'A2'
         assert browser.js('document.querySelector("output").textContent') == '1 of 3'

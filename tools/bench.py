@@ -1,10 +1,10 @@
-"""Speed side by side: our attacks and training steps against the codes that people use
+"""Speed side by side: our attacks and training steps against widely used code
 
 Markdown and JSON go to reports/bench/<device kind>/. `make bench` measures every row in about an hour,
-`make bench ARGS=--quick` in some minutes. Ours and theirs do the same work from the same start; how they are
-timed is said in `bench_harness.py`. `bench_switches.py` adds rows for each switch that makes us fast, with
-and without it. `make bench ARGS=--again` runs rows of the stored report again that were not measured, and
-those that it lacks.
+`make bench ARGS=--quick` in a few minutes. Ours and theirs do the same work from the same start;
+`bench_harness.py` says how they are timed. `bench_switches.py` adds a row for each switch that makes us fast,
+with and without it. `make bench ARGS=--again` reruns the rows that the stored report could not
+measure, and adds those that it lacks.
 """
 import argparse, json, os, sys
 from functools import partial
@@ -31,7 +31,7 @@ REPORTS = Path(__file__).resolve().parents[1]/'reports'/'bench'
 def our_kl_pgd(net, x, y): return kl_pgd(net, x, y, eps=EPS, step_size=STEP, steps=STEPS)
 
 def passes(net, x, y):
-    "What no attack of ten steps can do without: ten times forward, and backward to the images"
+    "The least that an attack of ten steps needs: ten forward passes and ten backward passes to the images"
     with attacking(net):
         for _ in range(STEPS):
             at = x.detach().requires_grad_()
@@ -46,7 +46,7 @@ def foolbox_pgd(net, x, y):
 def torchattacks_pgd(net, x, y): return needs('torchattacks').PGD(net, eps=EPS, alpha=STEP, steps=STEPS)(x, y)
 
 def recomputing_kl_pgd(net, x, y):
-    "The inner attack as in TRADES' published code: the clean image goes through the net again at every step"
+    "The inner attack as in TRADES' published code: the net sees the clean image again at every step"
     at = x+.001*torch.randn(x.shape, device=x.device, dtype=x.dtype)
     for _ in range(STEPS):
         at.requires_grad_()
@@ -56,7 +56,7 @@ def recomputing_kl_pgd(net, x, y):
     return at
 
 def attack_contest(s, ours, theirs):
-    "Ours on a folded channels-last copy of the net, made inside the clock; theirs on the net as it is"
+    "Ours on a folded channels-last copy of the net, its making timed too; theirs on the net as it is"
     net, (x, y) = s.net(), s.images(s.batch)
     folded, x_last = fold(net), last(x)
     def on_a_copy(net, x, y): return ours(fold(net), last(x), y)
@@ -85,9 +85,9 @@ def kl_pgd_recomputing(s): return attack_contest(s, our_kl_pgd, recomputing_kl_p
 # ---- AutoAttack --------------------------------------------------------------------------------------------
 
 def verdicts_compared(ours, theirs): # bool [seeds, images] each: who withstood
-    """How many images: judged otherwise at the first seed; broken by every seed of one side and none of the
-    other; on which a side's own seeds differ; each of these with (ours, theirs) by seed. And which are
-    opposed"""
+    """How many verdicts differ at the first seed; how many images are broken by every seed of one side and by
+    none of the other; on how many a side's own seeds differ; each of these with (ours, theirs) by seed. Also
+    the opposed images"""
     def unsure(v): return (v != v[0]).any(0)
     opposed = ((ours[0] != theirs[0]) & ~unsure(ours) & ~unsure(theirs)).nonzero()[:,0]
     return {'changed': (ours[0] != theirs[0]).sum().item(), 'ours_unsure': unsure(ours).sum().item(),
@@ -96,15 +96,15 @@ def verdicts_compared(ours, theirs): # bool [seeds, images] each: who withstood
                 unsure(ours) | unsure(theirs) | (ours[0] != theirs[0])).nonzero()[:,0].tolist()}}, opposed
 
 def set_apart(ours, theirs, images): # each: (seed, images) -> bool [images], who withstood
-    """Images that chance does not explain, by Fisher's exact test at 2 %.
-    Both sides are asked again, with eight seeds that had no part in their choice"""
+    """Images whose verdicts differ beyond chance, by Fisher's exact test at 2 %.
+    Both sides run again, with eight seeds that played no part in choosing the images"""
     a, b = (torch.stack([f(seed, images) for seed in range(3, 11)]).sum(0).cpu() for f in (ours, theirs))
     return [i for i,m,n in zip(images.tolist(), a.tolist(), b.tolist())
             if fisher_exact([[m, 8-m], [n, 8-n]]).pvalue < .02]
 
 def verdict_contest(s, *, taught_at, share, eps=None, **about):
     """Which images withstand AutoAttack's standard version, by our code and by the authors'.
-    Timed at seed 0; agreement asks for seeds 0, 1, 2 of both, and again where they oppose each other"""
+    Timed at seed 0; agreement is checked at seeds 0, 1, 2 of both, and at more where the sides are opposed"""
     autoattack, theirs = needs('refine_nb.attacks').autoattack, needs('pyautoattack').AutoAttack
     net, x, y = digits(s, taught_at)
     eps = eps or budget(net, x, y, share)
@@ -172,7 +172,7 @@ def our_step(attack, objective, **mode): # -> (net, x, y, optimiser) -> loss, as
     return stepping(needs('refine_nb.training').adversarial(attack, objective, folded=not mode, **mode))
 
 def stepping(step):
-    "A step of ours on a batch, with the optimiser's"
+    "A step of ours on a batch, including the optimiser's step"
     def make(net, x, y, optimiser):
         loss, _ = step(net.train(), (x, y, torch.Generator(x.device).manual_seed(2)), 0.)
         optimiser.zero_grad(set_to_none=True); loss.backward(); optimiser.step()
@@ -181,7 +181,7 @@ def stepping(step):
 
 def train_mode_step(net, x, y, optimiser):
     """The net attacked in training mode with `backward`,
-    which also adds up gradients of the weights that nobody uses"""
+    which also accumulates weight gradients that are never used"""
     net.train(); at = near(x+torch.empty_like(x).uniform_(-EPS, EPS), x)
     for _ in range(STEPS):
         at = at.detach().requires_grad_()
@@ -203,7 +203,7 @@ def eval_mode_step(net, x, y, optimiser):
     return loss.detach()
 
 def trades_step(net, x, y, optimiser, beta=6.):
-    "TRADES with the clean logits computed anew at every inner step, and a third forward of the loss"
+    "TRADES with the clean logits recomputed at every inner step, and a third forward pass for the loss"
     net.eval(); at = recomputing_kl_pgd(net, x, y)
     net.train(); optimiser.zero_grad()
     robust = F.kl_div(F.log_softmax(net(at), 1), F.softmax(net(x), 1), reduction='batchmean')
@@ -213,7 +213,7 @@ def trades_step(net, x, y, optimiser, beta=6.):
 
 def training_contest(s, ours, theirs, same=None, head=lambda net: net):
     """A step of SGD on equal nets, with another head where `head` gives one.
-    `same`: our step that does exactly what theirs does, timed as well, where it is not `ours`"""
+    `same`: a step of ours that does exactly what theirs does, timed as well, if `ours` does not"""
     def side(step, place, n=s.batch, size=32, dtype=torch.float32):
         net, (x, y) = place(head(s.net(dtype))), s.images(n, size, dtype)
         if place is ours_place: x = last(x)
@@ -259,10 +259,10 @@ def dra_by_the_line(s):
     return training_contest(s, stepping(step), needs('bench_loops').dra_step)
 
 
-import_module('bench_switches') # its rows come after these
+import_module('bench_switches') # adds its rows after these
 
 
-# ---- the device's own rates --------------------------------------------------------------------------------
+# ---- the rates of the device -------------------------------------------------------------------------------
 
 def rate(f, amount, clock, seconds=.5):
     "`amount` per second, in units of 1e9: the best of the runs that fit in `seconds`"
@@ -271,7 +271,7 @@ def rate(f, amount, clock, seconds=.5):
     return amount/best/1e9
 
 def device_limits(s):
-    "Matrix products, copies, and what the net reaches of them: name -> (rate, unit)"
+    "Matrix products, copies, and the rates that the net reaches: name -> (rate, unit)"
     clock, n = s.clock(), 8192 if s.cuda else 1536
     a, b, c = (torch.rand(n, n, device=s.device) for _ in range(3))
     source = torch.rand(2**28 if s.cuda else 2**25, device=s.device)
@@ -299,11 +299,12 @@ def device_limits(s):
 def arguments(argv):
     p = argparse.ArgumentParser(prog='bench.py', description=__doc__.splitlines()[0])
     p.add_argument('--quick', action='store_true',
-                   help='small batches, some minutes: does everything work?')
-    p.add_argument('--again', action='store_true', help='only what is in doubt in the stored report, or new')
-    p.add_argument('--rows', help='names with commas; all are: '+', '.join(r.name for r in ROWS))
-    p.add_argument('--out', type=Path, help='folder of bench.md and bench.json; whole, '
-                   'full runs go to reports/bench/<device kind>/')
+                   help='small batches, a few minutes: checks that everything works')
+    p.add_argument('--again', action='store_true',
+                   help='only rows that the stored report could not measure or lacks')
+    p.add_argument('--rows', help='names separated by commas, out of: '+', '.join(r.name for r in ROWS))
+    p.add_argument('--out', type=Path, help='folder for bench.md and bench.json; by default only '
+                   'full runs are kept, in reports/bench/<device kind>/')
     p.add_argument('--device', help="'cpu', 'cuda' or 'cuda:1'; the first GPU where there is one")
     return p.parse_args(argv)
 
@@ -318,7 +319,7 @@ def main(argv=None, rows=None):
         except (OSError, ValueError) as e: print(e, file=sys.stderr); return 2
     else:
         of = partial(report, setting=s, limits=device_limits(s), load=load, quick=args.quick)
-        def so_far(lines): # who stops us finds what there is, where he asked for it
+        def so_far(lines): # whoever stops the run finds the rows so far, if a folder was named
             if args.out: save(of(lines), args.out)
         made = of(run(rows, s, so_far=so_far, **how))
     folder = args.out or (None if args.quick or args.rows else REPORTS/s.kind)

@@ -1,11 +1,11 @@
 """The harness of `bench.py`: how two sides are timed and judged, what the report says, and what both work on
 
-A row first shows that its sides agree, then runs A, B, A at least three times, where A is the mean of both,
-so that a machine that slows down or wakes up does so for both. It reports the median of the ratios with its
-range, in wall and in processor time, beside the load and the processor time that it got. Where the ratios
-span a factor of 1.3 or more in wall time, which others on the machine can take away, the processor time
-counts, and is said to. Where that wavers as much the rounds are run anew; after three times the row is not
-measured, and says so.
+A row first shows that its sides agree, then runs A, B, A at least three times, where A is the mean of its two
+runs, so that a machine that speeds up or slows down does so for both. It reports the median of the ratios and
+their range, in wall and in processor time, beside the load and the processor time that it got. Wall time
+depends on what else the machine is doing: where its ratios span a factor of 1.3 or more, processor time
+counts instead, and the report says so. Where that varies as much, the rounds are repeated; after three tries
+the row counts as not measured, and says so.
 """
 import json, os, re, resource, statistics, sys, time
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from refine_nb.vision import classifier
 from refine_nb.attacks import pgd
 from refine_nb.reporting import show_table
 
-EPS, STEP, STEPS = 8/255, 2/255, 10 # of an attack, where its row says nothing else
+EPS, STEP, STEPS = 8/255, 2/255, 10 # of an attack, unless its row says otherwise
 
 
 # ---- the harness -------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def processor_time():
 
 @dataclass(frozen=True)
 class Clock:
-    "Two clocks in seconds, and what to wait for before reading them"
+    "Two clocks, in seconds, and what to wait for before reading them"
     wall: Callable[[], float] = time.perf_counter
     cpu: Callable[[], float] = processor_time
     sync: Callable[[], None] = lambda: None
@@ -48,15 +48,15 @@ class Clock:
 
 @dataclass(frozen=True)
 class Contest:
-    "Functions that do the same work: 'ours', 'theirs', perhaps others, which are timed beside them"
+    "Functions that do the same work: 'ours', 'theirs' and perhaps others, timed beside them"
     sides: dict[str, Callable[[], object]]
-    # what each side gave -> whether they agree, and a line that says how well
+    # what each side returned -> whether they agree, and a line that says how well
     agree: Callable[[dict], tuple[bool, str]]
     size: str                                 # of the work, for the table
-    # a side of ours and one of theirs that do it in the same way on the same net,
-    # where 'ours' and 'theirs' do not
+    # a side of ours and one of theirs that work in the same way on the same net,
+    # if 'ours' and 'theirs' do not
     alike: tuple[str,str]|None = None
-    warm: bool = True                         # one round before the clock; a long contest may count its first
+    warm: bool = True                         # one untimed round first; a long contest may time its first
     about: dict = field(default_factory=dict) # what else the JSON should hold
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Row:
     make: Callable
     at_least: float|None = None
     at_most: float|None = None
-    switch: bool = False                      # ours is with it and theirs without: a table of its own
-    counts: tuple[str,...] = ('wall', 'cpu')  # clocks that may count, where the device's do, too
+    switch: bool = False                      # ours is with the switch, theirs without: in a table of its own
+    counts: tuple[str,...] = ('wall', 'cpu')  # clocks that may count, if they count on the device, too
 
     def ratio(self, ours, theirs): return ours/theirs if self.at_most else theirs/ours
     def reached(self, ratio, agrees):
@@ -80,12 +80,12 @@ class Row:
         return (f'at most {self.at_most}' if self.at_most
                 else f'at least {self.at_least}' if self.at_least else '')
     @property
-    def about(self): # what a line of the report says of it, measured or not
+    def about(self): # what its line in the report says, measured or not
         return {'name': self.name, 'says': self.says, 'target': self.target} | (
             {'switch': True} if self.switch else {})
     def clocks(self, there): return tuple(c for c in there if c in self.counts)
 
-class Absent(Exception): "What a row needs is not there; the message names it"
+class Absent(Exception): "Something that a row needs is missing; the message names it"
 
 ROWS = []
 
@@ -104,8 +104,8 @@ def needs(name):
                      else f'{name} needs {e.name}, which is not installed') from None
 
 def race(contest, *, seconds, rounds, most=9, clock=Clock()):
-    """Rounds until `seconds` are over, at least `rounds`; as many again where they leave a doubt, and again.
-    Gives agreement, and the times of each side in the last of them, {side: [(wall, cpu)]}, and how many"""
+    """Rounds until `seconds` are over, at least `rounds`; repeated up to twice if the ratios vary too much.
+    Returns whether they agree, the line, the times of the last try, {side: [(wall, cpu)]}, and the tries"""
     start = clock.wall()
     if contest.warm:
         agrees, line = contest.agree({k: f() for k,f in contest.sides.items()})
@@ -117,7 +117,7 @@ def race(contest, *, seconds, rounds, most=9, clock=Clock()):
     return agrees, line, times, tries
 
 def timed(contest, end, rounds, most, clock):
-    "Rounds there and back (A, B, A): the mean times of each side in each, and what each side gave first"
+    "Rounds of A, B, A: each side's mean times in each round, and what each side returned first"
     times, longest, first = {k: [] for k in contest.sides}, 0., {}
     while (done := len(times['ours'])) < rounds or (done < most and clock.wall()+longest <= end):
         began, spent = clock.wall(), {k: [] for k in contest.sides}
@@ -128,10 +128,10 @@ def timed(contest, end, rounds, most, clock):
         longest = max(longest, clock.wall()-began)
     return times, first
 
-DOUBT = 1.3 # ratios that span this factor are of the machine, not of the codes
+DOUBT = 1.3 # ratios that span this factor reflect the machine, not the code
 
 def counting(times, clocks=('wall', 'cpu')):
-    "The first of the clocks by which the ratios don't span the factor, or None"
+    "The first clock by which the ratios span less than the factor, or None"
     for name in clocks:
         i = ('wall', 'cpu').index(name)
         ratios = [b[i]/a[i] for a,b in zip(times['ours'], times['theirs']) if a[i] > 0]
@@ -148,7 +148,7 @@ def judge(row, contest, agrees, line, times, tries=1, clocks=('wall', 'cpu')):
     return {**made, **timings(row, agrees, times, clocks, contest.alike), 'tries': tries}
 
 def timings(row, agrees, times, clocks, alike=None):
-    "What the times of a row say, and by which clock"
+    "What a row's times show, and by which clock"
     def ratios(i, ours='ours', theirs='theirs'):
         return spread(
             [row.ratio(a[i], b[i]) for a,b in zip(times[ours], times[theirs]) if min(a[i], b[i]) > 0] or [0.])
@@ -164,7 +164,7 @@ def timings(row, agrees, times, clocks, alike=None):
             'reached': row.reached(found[by]['median'], agrees) if by else False if row.target else None}
 
 def chosen(names, rows):
-    "The rows of these names, or `ValueError` that names the unknown ones"
+    "The rows with these names, or a `ValueError` that lists the unknown ones"
     there = {r.name: r for r in rows}
     if unknown := [n for n in names if n not in there]:
         raise ValueError(f"there is no row {', '.join(unknown)}: choose from {', '.join(there)}")
@@ -172,7 +172,7 @@ def chosen(names, rows):
 
 def run(rows, setting, *, seconds, rounds, clock=Clock(), load=lambda: os.getloadavg()[0],
         say=lambda s: print(s, file=sys.stderr, flush=True), so_far=lambda made: None):
-    "Every row in turn, each with its share of the seconds that are left; `so_far` is called after each"
+    "Run every row in turn, each with its share of the seconds left; `so_far` is called after each"
     start, made = clock.wall(), []
     for i,r in enumerate(rows):
         began, own = clock.wall(), replace(clock, counts=r.clocks(clock.counts))
@@ -188,7 +188,7 @@ def run(rows, setting, *, seconds, rounds, clock=Clock(), load=lambda: os.getloa
 
 
 def reread(stored, rows, clocks):
-    "The lines of a stored report by name, judged anew by their times"
+    "The lines of a stored report by name, judged again from their times"
     there, lines = {r.name: r for r in rows}, {}
     for line in stored['rows']:
         line = {'source': stored['source'], **line}
@@ -200,11 +200,11 @@ def reread(stored, rows, clocks):
     return lines
 
 def once_more(stored, setting, rows, **how):
-    "A stored report with those of its rows measured again that are in doubt, or were not there"
+    "A stored report, with the rows that it could not measure or lacks measured now"
     here = device_name(setting.device), torch.get_num_threads()
     if here != (stored['device'], stored['threads']):
-        raise ValueError(f"the report is of {stored['device']} and {stored['threads']} threads, this is "
-                         f"{here[0]} and {here[1]}: measure all rows")
+        raise ValueError(f"the report is of {stored['device']} and {stored['threads']} threads, but this "
+                         f"machine is {here[0]} with {here[1]}: measure all rows")
     kept = reread(stored, rows, setting.clock().counts)
     new = run([r for r in rows if not kept.get(r.name, {}).get('by')], setting, **how)
     found = kept | {line['name']: line for line in new}
@@ -216,7 +216,7 @@ def once_more(stored, setting, rows, **how):
 def shown(s): return f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
 
 def line(r):
-    "A row as the table shows it"
+    "A row, as the table shows it"
     made = {'what': r['says'], 'size': r.get('size', ''), 'ours (s)': '', 'theirs (s)': '',
             'ratio, wall': r['status'], 'ratio, CPU': '', 'counts': '', 'like for like': '',
             'load': f"{r['load']:.1f}" if 'load' in r else '',
@@ -230,55 +230,55 @@ def line(r):
             'like for like': f"{r['ratios']['alike']['median']:.2f}" if 'alike' in r['ratios'] else ''}
 
 def switches(rows):
-    "The table of what makes us fast, each with and without; nothing where there are no such rows"
+    "The table of switches, each with and without; empty where there are no such rows"
     if not rows: return ''
     table = pd.DataFrame([line(r) for r in rows]).rename(
         columns={'ours (s)': 'with (s)', 'theirs (s)': 'without (s)'})
     table = table.drop(columns=[c for c in ('like for like', 'target', 'reached') if not table[c].any()])
     notes = ['Each row does the same work with one of our switches and without it, all else equal. '
-             'Ratios are without over with: below 1 the switch costs time on this device. '
-             'The agreement says how far it changes what is found.']
+             'Ratios are the time without over the time with it: below 1, the switch costs time on this '
+             'device. The agreement says how far it changes the results.']
     return '\n' + show_table(table, 'What each switch is worth here', notes).data
 
 def markdown(report):
     "The tables of a report, with the machine named"
     limits, rows = report['limits'], [r for r in report['rows'] if not r.get('switch')]
-    notes = ['Ratios are theirs over ours, except where the target says "at most"; '
+    notes = ['Ratios are their time over ours, except where the target says "at most": '
              'the median over rounds of A, B, A, and the range. '
-             '"Like for like" is the ratio where both do exactly the same: theirs attacks our folded, '
+             '"Like for like" is the ratio when both do exactly the same: theirs attacks our folded, '
              'channels-last copy of the net, or ours attacks in training mode as theirs does.',
-             'The load is what the machine was asked for in the last minute of a row, "processors got" the '
-             'processor seconds that both sides had in a second. Ratios that span a factor of '
-             f'{DOUBT} or more are of the machine: where those in wall time do, those in CPU time count; '
-             'where both do, the rounds are run anew, and after three times the row is not measured.',
-             'PGD rows: ours is what a user gets who attacks `fold(model)`; training rows: what a training '
-             'run does, which brings a folded copy up to date at every step. Folding is inside the clock.']
+             'The load is the average of the machine over the last minute of a row; "processors got" is the '
+             'processor time that both sides got in each second. Ratios that span a factor of '
+             f'{DOUBT} or more reflect the machine: if those in wall time do, those in CPU time count; '
+             'if both do, the rounds are repeated, and after three tries the row counts as not measured.',
+             'In PGD rows, ours is what a user gets by attacking `fold(model)`; in training rows, it is what '
+             'a training run does, which updates a folded copy at every step. Folding is timed, too.']
     if report['kind'] == 'cpu':
         notes.append('Targets were set for two AVX2 cores, before anything was measured. '
-                     'Where our loop takes no longer than its passes (first row), '
+                     'Where our loop takes no longer than its passes alone (first row), '
                      'a ratio can only come from what a pass costs: weight gradients, batch norms, layout.')
     if report['quick']:
-        notes.insert(0, 'A quick run: small batches and few rounds, to see that everything works. '
-                     'Its ratios are not to be quoted.')
+        notes.insert(0, 'A quick run: small batches and few rounds, to check that everything works. '
+                     'Do not quote its ratios.')
     if report.get('held_to'):
         notes.append(f"The processor can do more: oneDNN was held to {report['held_to']}, "
                      f"PyTorch's own kernels to {report['capability']}, as on an older machine.")
     if report['load'] > .5*report['cores']:
-        notes.append(f"The machine was busy: {report['load']:.1f} processes wanted its {report['cores']} "
+        notes.append(f"The machine was busy: its load was {report['load']:.1f} on {report['cores']} "
                      "cores when the run began.")
     made_at = {(r['source']['commit'][:8] + ' (changed)'*r['source']['dirty']): 0 for r in report['rows']
                if r.get('source', {}).get('commit')}
     if len(made_at) > 1: notes.append(f"Rows were measured at the commits {', '.join(made_at)}.")
     held = f", held to {report['held_to']}" if report.get('held_to') else ''
     title = f"Speed on {report['device']}{held}{', a quick run' if report['quick'] else ''}"
-    lines = [line(r) for r in rows] or [{'what': 'no row of this table was asked for'}]
+    lines = [line(r) for r in rows] or [{'what': 'no row of this table was run'}]
     table = show_table(pd.DataFrame(lines), title, notes).data
     table += switches([r for r in report['rows'] if r.get('switch')])
     rates = pd.DataFrame([{'what': k, 'rate': f'{v:,.0f} {unit}'} for k,(v,unit) in limits.items()])
     return table + ('\n' + show_table(rates, 'What this device can do').data if limits else '')
 
 def report(rows, setting, *, limits, load, quick):
-    "All that a run found and what made it"
+    "All results of a run, and what made them"
     return {'device': device_name(setting.device), 'kind': setting.kind, 'threads': torch.get_num_threads(),
             'cores': os.cpu_count(), 'load': load, 'quick': quick,
             'capability': torch.backends.cpu.get_cpu_capability(),
@@ -295,11 +295,11 @@ def save(made, folder):
         with whole(Path(folder)/name) as new: new.write_text(text, encoding='utf-8')
 
 
-# ---- what is measured on -----------------------------------------------------------------------------------
+# ---- what both sides work on -------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Setting:
-    "The device, and how large the work is"
+    "The device and the size of the work"
     device: str
     quick: bool = False
 
@@ -315,7 +315,7 @@ class Setting:
     def clock(self): return Clock(sync=torch.cuda.synchronize, counts=('wall',)) if self.cuda else Clock()
 
     def net(self, dtype=torch.float32):
-        "A ResNet-18 for CIFAR with the statistics of some noise, in evaluation mode, as its user holds it"
+        "A ResNet-18 for CIFAR with random batch-norm statistics, in evaluation mode, not folded"
         torch.manual_seed(0)
         net = classifier('resnet18', num_classes=10, stem='cifar')
         for m in net.modules():
@@ -338,8 +338,8 @@ def seeded(f, *args):
     torch.manual_seed(2)
     return f(*args)
 
-def same_pixels(s, ours, theirs): # each: (net, x, y) -> x_adv, from the net as its user holds it
-    "Every pixel of an attack in float64, where rounding can turn no sign; in float32 the share that is equal"
+def same_pixels(s, ours, theirs): # each: (net, x, y) -> x_adv, from the net as it is, not folded
+    "Compares all pixels in float64, where rounding flips no sign; in float32, gives the share that is equal"
     def agree(found):
         net, (x, y) = s.net(torch.float64), s.images(4, 16, torch.float64)
         worst = (seeded(ours, net, x, y)-seeded(theirs, net, x, y)).abs().max().item()
@@ -349,7 +349,7 @@ def same_pixels(s, ours, theirs): # each: (net, x, y) -> x_adv, from the net as 
     return agree
 
 def digits_net(x, y, *, eps, steps=150):
-    "A small net on digits: taught with PGD at `eps`, or plainly at 0"
+    "A small net on digits, trained with PGD at `eps`; 0 is plain training"
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
                         nn.Flatten(), nn.Linear(256, 10))
@@ -360,7 +360,7 @@ def digits_net(x, y, *, eps, steps=150):
     return net.eval()
 
 def digits(s, taught_at): # -> net, x, y, on the CPU
-    "The small net, and digits that it was not taught on"
+    "The small net, and digits that it was not trained on"
     data = load_digits()
     x, y = torch.tensor(data.images[:, None]/16, dtype=torch.float32), torch.tensor(data.target)
     return digits_net(x[:1200], y[:1200], eps=taught_at), x[1200:1200+s.digits], y[1200:1200+s.digits]

@@ -1,8 +1,8 @@
-"""Training steps as published loops write them: plain PyTorch, beside which `bench.py` can time ours
+"""Training steps as in published loops: plain PyTorch, which `bench.py` times beside ours
 
-Each is (net, x, y, optimiser) -> loss and does what our step does: from the same draws it attacks the same
-images in evaluation mode, and minimises the same loss. What differs is what is computed twice, and that the
-network itself is attacked, with its batch norms.
+Each is (net, x, y, optimiser) -> loss and does what our step does: with the same random draws it attacks the
+same images in evaluation mode, and minimises the same loss. The differences: some things are computed twice,
+and the network itself is attacked, with its batch norms unfolded.
 """
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ def spat_robustness(cos_adv, cos, s, alpha):
     return (k*(k+alpha)).sum()
 
 def spat_step(net, x, y, optimiser, *, s=5., alpha=.2, beta=.2, lam=6., eps=EPS, step=STEP, steps=STEPS):
-    "SPAT as released (spat.py): a net of cosines, which sees the clean images again at every inner step"
+    "SPAT as released (spat.py): a net with a cosine head, which sees the clean images at every inner step"
     net.eval(); at = noisy(x)
     for _ in range(steps):
         at.requires_grad_()
@@ -34,7 +34,7 @@ def spat_step(net, x, y, optimiser, *, s=5., alpha=.2, beta=.2, lam=6., eps=EPS,
     return loss.detach()
 
 def mart_step(net, x, y, optimiser, *, beta=5., eps=EPS, step=STEP, steps=STEPS):
-    "MART as released (mart.py): cross-entropy inside, then a forward of clean and one of attacked images"
+    "MART as released (mart.py): inner cross-entropy, then a forward pass each of clean and attacked images"
     net.eval(); at = noisy(x)
     for _ in range(steps):
         at.requires_grad_()
@@ -53,8 +53,8 @@ def mart_step(net, x, y, optimiser, *, beta=5., eps=EPS, step=STEP, steps=STEPS)
     return loss.detach()
 
 def dra_step(net, x, y, optimiser, *, eps=2/255, p=1/3, steps=5):
-    """DRA has no released code: Algorithm 1 line by line, by the reading of `dra`,
-    then clean and attacked images half and half"""
+    """DRA has no released code: Algorithm 1 line by line, read as in `dra`,
+    then clean and attacked images in equal parts"""
     net.eval(); at = x.clone()
     for _ in range(steps):
         at.requires_grad_()

@@ -1,7 +1,7 @@
-"""What each switch that makes us fast is worth on the device at hand: rows of `bench.py`, with it and without
+"""What each switch that makes us fast gains on the device at hand: rows of `bench.py`, with it and without it
 
-Both sides are ours and differ in the switch alone; the one without is called theirs, as in the other rows.
-What they find is compared as closely as the switch allows: by the bit, by the pixel in float64, or within
+Both sides are ours and differ only in the switch; the one without it is called theirs, as in the other rows.
+Their results are compared as closely as the switch allows: bit by bit, pixel by pixel in float64, or within
 a tolerance that the row states.
 """
 from collections import deque
@@ -31,8 +31,8 @@ def needs_gpu(s, why):
 
 # ---- attacks -----------------------------------------------------------------------------------------------
 
-def attack_contest(s, ours, theirs): # each: (net, x, y) -> () -> x_adv, the attack made ready
-    "Two ways to attack a net in channels-last, to the same pixels"
+def attack_contest(s, ours, theirs): # each: (net, x, y) -> () -> x_adv, the attack prepared
+    "Two ways to attack a net in channels-last that must give the same pixels"
     net, (x, y) = s.net().to(memory_format=torch.channels_last), s.images(s.batch)
     x = last(x)
     def at_once(side): return lambda net, x, y: side(net, x, y)()
@@ -79,7 +79,7 @@ def sizes_contest(s):
     return attack_contest(s, padded, lambda net, x, y: shrinking(fold(net), x, y))
 
 def backward_pgd(net, x, y):
-    "PGD that calls `backward`, and so makes gradients of the weights that nobody uses"
+    "PGD that calls `backward`, and so computes weight gradients that are never used"
     at = near(x+torch.empty_like(x).uniform_(-EPS, EPS), x)
     for _ in range(STEPS):
         at = at.detach().requires_grad_()
@@ -97,7 +97,7 @@ def switch_lending(s):
 
 def step_contest(s, ours, theirs, *, loss, pixels=None): # engines, and what may differ
     """A step of adversarial training under two engines, each from the same net, images and draws.
-    Losses differ by less than the share `loss`; a share of `pixels` at least is attacked alike, if given"""
+    Losses may differ by less than the share `loss`; at least the share `pixels` must be equal, if given"""
     net, x, y = digits(s, 0) if s.quick else (s.net(), *s.images(s.batch))
     def side(on):
         own, seen, images = on.place(deepcopy(net)), deque(maxlen=1), x.to(s.device)
@@ -122,7 +122,7 @@ def step_contest(s, ours, theirs, *, loss, pixels=None): # engines, and what may
 
 @switch('a training step with PGD-10 in bfloat16, its attack in full precision; without: all in float32')
 def switch_bfloat16(s):
-    # the attack is the same, but for kernels of a GPU that add up in any order
+    # the attack is the same, except for GPU kernels that add in any order
     return step_contest(s, Engine(s.device, 'bfloat16'), Engine(s.device), loss=.03,
                         pixels=.99 if s.cuda else 1.)
 
@@ -184,7 +184,7 @@ def switch_graphs(s):
 # ---- data --------------------------------------------------------------------------------------------------
 
 def epoch_contest(s):
-    "Ordinary training from images that are moved once an epoch, and from batches that are moved one by one"
+    "Ordinary training from images that are on the device, and from batches that are moved one by one"
     n, on, g = s.batch*(2 if s.quick else 16), Engine(s.device), torch.Generator().manual_seed(1)
     there = Split(torch.randint(256, (n, 3, 32, 32), generator=g, dtype=torch.uint8),
                   torch.randint(10, (n,), generator=g))
@@ -249,7 +249,7 @@ def threads(n):
     finally: torch.set_num_threads(were)
 
 def run_contest(s):
-    "Two trainings at once and one after the other, each in a new store, by one thread each"
+    "Two trainings at once and in turn, each time in a new store, with one thread each"
     epochs = 1 if s.quick else 60 if s.cuda else 8
     base = Recipe(data=call(load_data, name='digits', n_train=64 if s.quick else None),
                   model=call(classifier, name='resnet20', stem='cifar'), method=call(fine_tune),

@@ -1,6 +1,6 @@
-"""Write the front doors: nbs/<room>/99_<room>.ipynb hands on every public name of its room's notebooks.
+"""Write the front doors: nbs/<room>/99_<room>.ipynb re-exports every public name of its room's notebooks.
 
-A new name needs only `make doors`; what the page says besides stays as it is.
+A new name needs only `make doors`; the rest of the page is left unchanged.
 """
 import ast, re, sys
 
@@ -11,7 +11,7 @@ WIDTH = 104 # of a line of names
 
 
 def exported(path):
-    "Module and public names of a notebook, in order; no module where it exports nothing"
+    "Module and public names of a notebook, in order; no module if it exports nothing"
     cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'code']
     module = next((m[1] for s in cells if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', s, re.M))), None)
     own = [n for s in cells if re.search(r'^#\|\s*export\b', s, re.M) for n in ast.parse(s).body]
@@ -28,7 +28,7 @@ def names(node):
     return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
 
 def filled(head, items, indent, end):
-    "Items behind a head, as many on a line as fit"
+    "A head followed by items, as many on a line as fit"
     lines = [head]
     for i,item in enumerate(items):
         piece = item + (', ' if i < len(items)-1 else end)

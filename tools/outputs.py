@@ -1,7 +1,7 @@
 """Which code made the outputs that a notebook stores
 
 A hash over its code cells, the modules that it imports, and the numbers that it shows. `make notebooks`
-writes the hashes to nbs/outputs.json; a test compares them with the code at hand.
+writes the hashes to nbs/outputs.json; a test compares them with the current code.
 """
 import ast, hashlib, io, json, sys, tokenize
 from functools import lru_cache
@@ -17,14 +17,14 @@ def code_of(notebook):
     return '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
 
 def bare(source):
-    "Source without comments and empty lines: what is left decides what it does"
+    "Source without comments and empty lines: only what affects its behaviour"
     lines = source.splitlines()
     for t in tokenize.generate_tokens(io.StringIO(source).readline):
         if t.type == tokenize.COMMENT: lines[t.start[0]-1] = lines[t.start[0]-1][:t.start[1]]
     return '\n'.join(line.rstrip() for line in lines if line.strip()).encode()
 
 @lru_cache(maxsize=None)
-def read(path, changed): # `changed`: when, so that a file that was written again is read again
+def read(path, changed): # `changed`: a time, so that a rewritten file is read again
     "A file of the package as a tree and as bare source"
     source = path.read_text(encoding='utf-8')
     return ast.parse(source), bare(source)
@@ -32,7 +32,7 @@ def read(path, changed): # `changed`: when, so that a file that was written agai
 def module(path): return read(path, path.stat().st_mtime_ns)
 
 def imports(tree, package):
-    "Dotted names below `package` that some code imports, relative ones resolved by the caller"
+    "Dotted names below `package` that some code imports; the caller resolves relative ones"
     for n in ast.walk(tree):
         if isinstance(n, ast.Import):
             yield from (a.name for a in n.names if a.name.partition('.')[0] == package)
@@ -49,9 +49,9 @@ def relative(tree, module, is_package):
             yield '.'.join(base)
             yield from ('.'.join([*base, a.name]) for a in n.names)
 
-@lru_cache(maxsize=None) # forgotten before the tree is looked at anew
+@lru_cache(maxsize=None) # cleared before the tree is examined again
 def files(dotted, root):
-    "The file of a module; of a room, its front door and all behind it; nothing for what is no module"
+    "The file of a module; for a room, its front door and all of its modules; nothing if it is no module"
     path = root.joinpath(*dotted.split('.'))
     if (path/'__init__.py').exists() and '.' in dotted and path.name != 'artefacts':
         return sorted(path.glob('*.py'))
@@ -74,7 +74,7 @@ def behind(names, root):
     return sorted(seen)
 
 def shown(notebook, root):
-    "The numbers that a page shows: what its document prints, and its reports; a component shows none"
+    "The files of the numbers that a page shows: those printed, and its reports; a component has none"
     if notebook.parent.name != 'nbs': return []
     paper = notebook.stem.rpartition('_')[2]
     mine = '*' if notebook.stem in ('index', 'scoreboard', 'matrix', 'errata') else f'*_{paper}'
@@ -83,11 +83,11 @@ def shown(notebook, root):
     return sorted(printed) + sorted(f for f in kept if 'demo' not in f.parts)
 
 def made_by(notebook, root=ROOT):
-    "Hash of all that decides what a notebook's outputs are"
+    "Hash of everything that determines a notebook's outputs"
     files.cache_clear()
     return hashed(notebook, root)
 
-def hashed(notebook, root): # files as they were found before
+def hashed(notebook, root): # with the files found before
     h, code = hashlib.sha256(), code_of(notebook)
     h.update(bare(code))
     for f in behind(imports(ast.parse(code), 'refine_nb'), root): h.update(module(f)[1])
@@ -103,7 +103,7 @@ def recorded(root=ROOT):
     return json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
 
 def record(done, root=ROOT):
-    "Note what made the outputs of the notebooks that were just run; forget those that are gone"
+    "Record what made the outputs of the notebooks just run; forget those that are gone"
     nbs = root/'nbs'
     there = {p.relative_to(nbs).as_posix(): p for p in notebooks(root)}
     known = {name: h for name,h in recorded(root).items() if name in there}
@@ -112,19 +112,19 @@ def record(done, root=ROOT):
     (nbs/MADE).write_text(json.dumps(dict(sorted(known.items())), indent=1)+'\n', encoding='utf-8')
 
 def stale(root=ROOT):
-    "Notebooks whose stored outputs were made by other code than is at hand, as far as it was noted"
+    "Notebooks whose stored outputs were made by other than the current code, as far as is recorded"
     known = recorded(root)
     there = {p.relative_to(root/'nbs').as_posix(): p for p in notebooks(root)}
     files.cache_clear()
     return [name for name,p in there.items() if name in known and known[name] != hashed(p, root)]
 
 def unmarked(root=ROOT):
-    "Notebooks of which it was not noted what made their outputs: they were not run since hashes are kept"
+    "Notebooks with no recorded hash: they have not been run since hashes were introduced"
     return [n for p in notebooks(root) if (n := p.relative_to(root/'nbs').as_posix()) not in recorded(root)]
 
 
 if __name__ == '__main__':
     gone = stale()
-    print('\n'.join(gone) or 'no outputs are known to be of other code than is at hand')
-    print(f'{len(unmarked())} notebooks were not run since what makes outputs is noted')
+    print('\n'.join(gone) or 'no stored output is known to come from other than the current code')
+    print(f'{len(unmarked())} notebooks have not been run since hashes were introduced')
     sys.exit(bool(gone))

@@ -1,4 +1,4 @@
-"Write README.md from nbs/index.ipynb as it is stored: prose and outputs, with links that work from the root"
+"Write README.md from the stored nbs/index.ipynb: prose and outputs, with links that work from the root"
 import re, sys
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def readme():
     "The text of README.md"
     nb = nbformat.read(ROOT/'nbs'/'index.ipynb', as_version=4)
     nb.cells = [c for c in map(shown, nb.cells) if c is not None]
-    nb.metadata['language_info'] = {'name': 'python'} # of the code fences
+    nb.metadata['language_info'] = {'name': 'python'} # for the code fences
     text, _ = MarkdownExporter().from_notebook_node(nb)
     return MARK + re.sub(r'\n{3,}', '\n\n', relinked(text)).strip() + '\n'
 
@@ -41,4 +41,4 @@ if __name__ == '__main__':
     text = readme()
     changed = not file.exists() or file.read_text(encoding='utf-8') != text
     if changed: file.write_text(text, encoding='utf-8')
-    print('README.md', 'written' if changed else 'is in step', file=sys.stderr)
+    print('README.md', 'written' if changed else 'is up to date', file=sys.stderr)

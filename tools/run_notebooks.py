@@ -14,7 +14,7 @@ from nbclient.exceptions import CellExecutionError
 from outputs import record
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
-# a room imports from those before it only
+# a room imports only from those before it
 ROOMS = ('base', 'vision', 'attacks', 'evaluation', 'training', 'refinement', 'runs', 'reporting', 'papers',
          'command')
 
@@ -27,8 +27,8 @@ PHOTOGRAPH = 10_000 # colours; antialiased lines and text make at most some thou
 
 def lean(
     png:str, # base64, as a notebook keeps it
-)->str:      # the same on white in 256 colours, a third of the size; a photograph as it came
-    "A drawing as a notebook should keep it"
+)->str:      # the same on white in 256 colours, a third of the size; a photograph unchanged
+    "A drawing as a notebook should store it"
     drawing = Image.open(io.BytesIO(base64.b64decode(png)))
     if drawing.mode == 'P': return png
     drawing = drawing.convert('RGBA')
@@ -39,7 +39,7 @@ def lean(
     return base64.b64encode(kept.getvalue()).decode()
 
 def tidy(nb):
-    "Drawings are lean; warnings, which name this machine's folders, are returned instead of kept"
+    "Shrink drawings; remove warnings, which name this machine's folders, and return them"
     told = []
     for cell in nb.cells:
         if cell.cell_type != 'code': continue
@@ -49,11 +49,11 @@ def tidy(nb):
             data['image/png'] = lean(data['image/png'])
     return told
 
-# of a drawing as text: no date, and names of its parts that follow from what they are
+# for drawings saved as text: no date, and reproducible names of their parts
 STEADY = {'SOURCE_DATE_EPOCH': '0', 'MATPLOTLIBRC': str(Path(__file__).resolve().with_name('matplotlibrc'))}
 
 def run(path):
-    "Execute one notebook in its own kernel, then replace it as a whole; what it told on stderr"
+    "Execute one notebook in its own kernel, then replace it as a whole; returns what it wrote to stderr"
     nb = nbformat.read(path, as_version=4)
     meta = dict(nb.metadata)
     NotebookClient(nb, timeout=None, kernel_name='python3',
@@ -70,7 +70,7 @@ def notebooks(nbs=NBS):
     return {p.relative_to(nbs).with_suffix('').as_posix(): p for p in there}
 
 def chosen(names, there):
-    "Those that are named, in full or by their last part; all where no name is given"
+    "The notebooks named, in full or by their last part; all if no name is given"
     ways = {n: {n, n.rpartition('/')[2]} for n in there}
     if unknown := sorted(set(names) - set().union(*ways.values())):
         sys.exit(f'nbs/ has no {", ".join(unknown)}: choose from {", ".join(there)}')

@@ -1,9 +1,9 @@
 """How the plan of all artefacts scales: their runs at the published settings, priced here, for 1 to 64 hands.
 
-`make scale` writes reports/scale/. Prices are measured on this machine: on one with a GPU the hours are
-that GPU's, elsewhere only their ratios count. A demo table is run with one worker and with two.
-ARGS="--only tab1_adcorda,tab3_4_spat" takes some pages, "--preset small" another scale, "--simulated" runs
-nothing, "--out FOLDER" writes elsewhere.
+`make scale` writes reports/scale/. Prices are measured on this machine: with a GPU the hours are those of
+that GPU; without one only their ratios count. A demo table is run with one worker and with two.
+ARGS="--only tab1_adcorda,tab3_4_spat" takes only these pages, "--preset small" another scale, "--simulated"
+runs nothing, "--out FOLDER" writes elsewhere.
 """
 import argparse, contextlib, io, json, os, sys, tempfile, time, warnings
 from pathlib import Path
@@ -17,10 +17,10 @@ NBS = Path(__file__).resolve().parents[1]/'nbs'
 
 
 class Asked(BaseException):
-    "A page has said what it needs; the rest of it is not run"
+    "Raised when a page has said what it needs; the rest of it is not run"
 
 def wants(name, preset):
-    "What a page asks for at a preset; nothing where it runs nothing"
+    "The cells that a page needs at a preset; none if it runs nothing"
     cells = json.loads((NBS/f'{name}.ipynb').read_text(encoding='utf-8'))['cells']
     space, found = {'__name__': f'page_{name}'}, []
     def ask(self, wanted, shares={}, instead=None):
@@ -40,7 +40,7 @@ def wants(name, preset):
     return found
 
 def plan_of(pages):
-    "All tasks of some pages' cells in one plan, each run once however many pages ask"
+    "All tasks of some pages' cells in one plan, each included once however many pages need it"
     return tasks(ancestors(*dict.fromkeys(s for cells in pages.values() for s in cells)))
 
 def chain_of(todo, ways):
@@ -53,7 +53,7 @@ def chain_of(todo, ways):
     return chain
 
 def measured(name='tab1_adcorda', hands=(1, 2)):
-    "Seconds that a demo table takes with so many workers, each time into an empty store"
+    "Seconds that a demo table takes with each number of workers, each time into an empty store"
     cells, took = wants(name, 'demo'), {}
     for n in hands:
         with tempfile.TemporaryDirectory() as d:
@@ -65,7 +65,8 @@ def said_of(took):
     if not took: return []
     lines = [f"{n} worker{'s'*(n > 1)} {duration(t)}, {3600/t:.0f} tables an hour" for n,t in took.items()]
     return [f"**Run here**, not simulated: Table 1 of AdCorDA at the demo preset takes {'; '.join(lines)}, "
-            f"each with one thread: {took[1]/took[2]:.2f} times as many. Starting a process is part of it."]
+            f"each with one thread: {took[1]/took[2]:.2f} times as many with two. Starting a "
+            f"process is included."]
 
 def shown(table):
     "The table as a reader sees it"
@@ -74,26 +75,26 @@ def shown(table):
     return t.assign(efficiency=[f'{100*e:.0f} %' for e in table.efficiency]).to_markdown(index=False)
 
 def summary(table, todo, price, pages, about):
-    "The page: what was put to the test, the table, what limits"
+    "The page: what was tested, the table, and what limits the speed"
     ways = weights_of_ways(todo, price); chain = chain_of(todo, ways)
     gain = (1 - table.hours/table.plan_order).max()
     unread = f" Not read: {', '.join(about['unread'])}." if about['unread'] else ''
     return '\n\n'.join([
         '# How the plan scales',
         f"The runs of {sum(map(bool, pages.values()))} pages at the preset {about['preset']}, with the "
-        f"parameters that stand in them: {sum(len(t.specs) for t in todo)} results in {len(todo)} tasks, "
+        f"parameters written in them: {sum(len(t.specs) for t in todo)} results in {len(todo)} tasks, "
         f"{duration(sum(map(price, todo)))} of work for one hand. Simulated from prices measured on "
-        f"{about['device']}, not run. A hand is a GPU, or a process, that does one task at a time; who is "
-        f"free takes the task that is ready and has the longest way behind it.{unread}",
+        f"{about['device']}, not run. A hand is a GPU, or a process, that does one task at a time; a free "
+        f"hand takes the ready task with the longest chain of work behind it.{unread}",
         shown(table), '![Hours with many hands](figure.png)',
         *said_of(about['measured']),
-        f"**What limits** is the longest chain, {duration(ways[chain[0]])}: no number of hands is faster.",
+        f"**What limits** is the longest chain, {duration(ways[chain[0]])}: no number of hands beats that.",
         '\n'.join(f'1. {t}: {duration(price(t))}' for t in chain),
-        f"**What was changed because of it**: with more than one worker the longest way goes first. Against "
-        f"the plan's own order this saves up to {gain:.0%} of the time.",
-        "**Whose hours these are**: those of the machine above. Where another one is faster by one factor "
-        "for all runs, its hours are fewer by that factor and its efficiencies the same; `make scale` there "
-        "measures them."]) + '\n'
+        f"**What was changed because of it**: with more than one worker, the task with the longest way goes "
+        f"first. Compared with the plan's own order this saves up to {gain:.0%} of the time.",
+        "**Whose hours these are**: those of the machine above. If another machine is faster by the same "
+        "factor for all runs, its hours are fewer by that factor and its efficiencies are the same; "
+        "`make scale` there measures them."]) + '\n'
 
 def picture(table, path):
     import matplotlib; matplotlib.use('Agg')
@@ -133,5 +134,5 @@ def main():
 
 
 if __name__ == '__main__':
-    with tempfile.TemporaryDirectory() as d: # pages open a store: not the user's
+    with tempfile.TemporaryDirectory() as d: # pages open a store, which must not be the user's
         os.environ['REFINE_HOME'] = d; main()

@@ -1,8 +1,8 @@
-"""What a store survives, counted: random kills, damages, full and read-only disks, a clock set back.
+"""What a store survives, counted: random kills, damaged files, full and read-only disks, a clock set back.
 
-`make soak` takes some minutes and writes reports/reliability/. ARGS="--kills 100 --damages 300" are the full
-counts, "--seed 2" draws others, "--only 'bad input'" runs one, "--out FOLDER" writes elsewhere. A figure that
-is not as promised ends it with status 1.
+`make soak` takes a few minutes and writes reports/reliability/. ARGS="--kills 100 --damages 300" gives the
+full counts, "--seed 2" other draws, "--only 'bad input'" one test; "--out FOLDER" writes elsewhere. If any
+count is not as promised, the exit status is 1.
 """
 import argparse, json, os, random, shutil, signal, sys, tempfile, time, warnings
 from collections import Counter
@@ -29,7 +29,7 @@ SUBJECTS = {
 
 
 def make(root, specs, back=0.):
-    "In a process of its own, which may be killed; its clock may be `back` by some seconds"
+    "Run in a process of its own, which may be killed; its clock may be set `back` by some seconds"
     if back: real = time.time; time.time = lambda: real()-back
     quiet(root).run(specs, executor=here())
 
@@ -46,7 +46,7 @@ def leftovers(root):
 # ---- kills -------------------------------------------------------------------------------------------------
 
 def kills(scratch, peace, specs, n, draw):
-    "Kill a process at random moments until it has been killed n times; how often it ended well meanwhile"
+    "Kill a process at random moments until it has been killed n times; counts how often it completed"
     root, said, found = scratch/'kills', scratch/'said', Counter()
     begun = time.monotonic(); Worker(said, make, root, specs).end(600); span = time.monotonic()-begun
     shutil.rmtree(root); before = {}
@@ -66,7 +66,7 @@ def kills(scratch, peace, specs, n, draw):
     return dict(found)
 
 def at_once(scratch, peace, specs, n=4):
-    "Some processes begin at the same moment; each epoch is begun once"
+    "Several processes start at the same moment; each epoch must be started only once"
     root, log = scratch/'once', scratch/'log'
     ws = [Worker(scratch/f'said{i}', make, root, specs, env={'TOY_LOG': str(log)}) for i in range(n)]
     ends = [w.end(600) for w in ws]
@@ -103,7 +103,7 @@ def asked_again(root, peace, specs):
     return 'whole' if alike(peace, root, specs) else 'wrong'
 
 def damages(scratch, peace, specs, n, draw):
-    "Harm a random file of a store in a random way, then ask for all: the same bits, or a sentence"
+    "Damage a random file of a store in a random way, then read everything: the same bits, or a message"
     found = Counter()
     for i in range(n):
         root = scratch/'damaged'; shutil.copytree(peace, root)
@@ -118,7 +118,7 @@ def damages(scratch, peace, specs, n, draw):
 # ---- disks, clocks -----------------------------------------------------------------------------------------
 
 def short_of_room(scratch, peace, specs, n, draw):
-    "No file may grow beyond a random size; then there is room again"
+    "No file may grow beyond a random size; then the limit is lifted"
     found = Counter()
     for _ in range(n):
         root, limit = scratch/'full', draw.randrange(50, 40_000)
@@ -133,7 +133,7 @@ def limited(root, specs, limit):
     import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); make(root, specs)
 
 def read_only(scratch, peace, specs):
-    "A store that may only be read gives what is there"
+    "A read-only store returns what is there"
     shared = Path(tempfile.mkdtemp())
     try:
         shutil.copytree(peace, shared/'store')
@@ -149,7 +149,7 @@ def looked(root, specs):
     for s in specs: quiet(root).get(s, make=False).tensors()
 
 def clock_back(scratch, peace, specs):
-    "A run begins, is killed, and goes on a day before it began"
+    "A run starts, is killed, and resumes with the clock set a day back"
     root = scratch/'clock'
     w = Worker(scratch/'said', make, root, specs); w.process.join(1.); w.process.kill(); w.process.join()
     code = Worker(scratch/'said', make, root, specs, back=86400.).end(600)
@@ -159,7 +159,7 @@ def clock_back(scratch, peace, specs):
 # ---- bad input ---------------------------------------------------------------------------------------------
 
 def bad_input(scratch, n, number):
-    "Bad values at public functions, one or two arguments a try; what is no sentence and no sane result"
+    "Bad values for one or two arguments of public functions; counts what gives no message and no sane result"
     import matplotlib
     from test_bad_input import counted, doors
     matplotlib.use('agg'); before = os.getcwd()
@@ -180,13 +180,13 @@ def page(found, about):
         return ', '.join(f'{n} {what}' for what,n in f.items() if (what in BAD) == bad and (n or not bad))
     lines = [f'| {what} | {row(f, False)} | {row(f, True) or "nothing"} |' for what,f in found.items()]
     return (f"# What a store survives\n\nToy runs on {about['device']}, seed {about['seed']}, "
-            f"{about['minutes']:.0f} minutes. *Wrong*: other numbers or bits than in a store in which "
-            "nothing ever happened. *Made again*: a finished result. *Leftovers*: what a killed process "
-            "left, after the next start. *No sentence*: bad input that did not end in one, nor in a sane "
-            "result. A file that may not be read, and a store's own format, are refused "
-            "with a sentence.\n\n"
+            f"{about['minutes']:.0f} minutes. *Wrong*: results whose numbers or bits differ from those of an "
+            "undisturbed store. *Made again*: finished results that were recomputed. *Leftovers*: files of a "
+            "killed process that remain after the next start. *No sentence*: bad input that gave neither an "
+            "error message nor a sane result. A file that may not be read, and a store in another "
+            "format, are refused with a message.\n\n"
             "| test | what was done | what went wrong |\n|---|---|---|\n" + '\n'.join(lines) +
-            "\n\n`make soak` gives the same on another machine.\n")
+            "\n\n`make soak` repeats this on another machine.\n")
 
 def trials(scratch, said, draw):
     "Each test by its name, to be called"
@@ -205,7 +205,7 @@ def main():
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name,n in (('kills', 30), ('damages', 60), ('full', 5), ('tries', 5000), ('seed', 1)):
         ask.add_argument(f'--{name}', type=int, default=n)
-    ask.add_argument('--only', help='one test by its name; the others stay in the report as they are')
+    ask.add_argument('--only', help='run one test, by its name; the report keeps the others as they are')
     ask.add_argument('--out', default=str(ROOT/'reports'/'reliability'))
     said = ask.parse_args(); draw = random.Random(said.seed); begun = time.monotonic()
     torch.set_num_threads(1); old = Path(said.out)/'run.json'
@@ -224,7 +224,7 @@ def main():
     with whole(said.out) as new:
         new.mkdir(); (new/'README.md').write_text(page(found, about), encoding='utf-8')
         (new/'run.json').write_text(json.dumps({**about, 'found': found}, indent=1)+'\n')
-    if any(f.get(k) for f in found.values() for k in BAD[:-1]): sys.exit('not all is as promised')
+    if any(f.get(k) for f in found.values() for k in BAD[:-1]): sys.exit('some counts are not as promised')
 
 
 if __name__ == '__main__': main()

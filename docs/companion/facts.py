@@ -1,4 +1,4 @@
-"What the repository says about itself, read from its files: nothing is imported, so torch is not needed"
+"What the repository says about itself, read from its files; nothing is imported, so torch is not needed"
 import ast, csv, json, re
 from dataclasses import dataclass
 from functools import cache

@@ -57,7 +57,7 @@ NUMBER = re.compile(r'\s*(?:<p>)?\s*([+\u2212-]?\d[^<]*?)\s*(?:</p>)?\s*', re.S)
 KEYED = re.compile(rf'<[^>]*>|{KEY.pattern}')  # a key, where it is not in a tag
 
 def keys(app, page, text):
-    "The numbers of a row lead to the record of its run; a key without one says so"
+    "Link the numbers of a row to the record of its run; a key without one says so"
     def uri(key):
         there = PAGE_OF[key]
         return f"{'' if there == page else app.builder.get_relative_uri(page, there)}#run-{key}"
@@ -96,7 +96,7 @@ def code(app, page, text):
     return re.sub(r'<pre>.*?</pre>', lambda b: SPAN.sub(link, b[0]), text, flags=re.S)
 
 def html_links(app, page, text):
-    "Links inside HTML outputs, which Sphinx hands on as they are"
+    "Links inside HTML outputs, which Sphinx passes on unchanged"
     def there(m):
         path = re.sub(r'^(?:\.\./)*(?:nbs/)?', '', m[2])
         if path.startswith('reports/'): doc = '/'.join(['runs', *path.split('/')[1:]]).removesuffix('/')
@@ -116,7 +116,7 @@ VERDICT = re.compile(r'(<td\b[^>]*>\s*(?:<p>)?[^\w<]*)(holds|fails|with|against|
 TONE = {'holds': 'good', 'with': 'good', 'fails': 'bad', 'against': 'bad'}
 
 def boards(text):
-    "Scoreboards: the theme's looks, room to scroll, a verdict in colour and word"
+    "Scoreboards: the theme's style, room to scroll, each verdict in colour and in words"
     def board(m):
         return f'<table class="table {m[1]}"{VERDICT.sub(badge, m[2])}</table>'
     def badge(v): return f'{v[1]}<span class="verdict {TONE.get(v[2], "open")}">{v[2]}</span>'
@@ -128,7 +128,7 @@ MARKS = {'\U0001f7e6': ('good', '\u25a0'), '\U0001f7e7': ('bad', '\u25a0'), '\u2
          '\U0001f539': ('good', '\u25aa'), '\U0001f538': ('bad', '\u25aa'), '\u25ab': ('', '\u25aa')}
 
 def marks(text):
-    "Coloured squares that need no font of pictures"
+    "Coloured squares that need no emoji font"
     def mark(m): return '<span class="tone {}" aria-hidden="true">{}</span>'.format(*MARKS[m[1]])
     return re.sub(f"([{''.join(MARKS)}])\ufe0f?", mark, text)
 

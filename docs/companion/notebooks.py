@@ -1,4 +1,4 @@
-"A stored notebook as a page: directives of nbdev out, code folded, public names made known, pictures named"
+"A stored notebook as a page: nbdev directives removed, code folded, public names registered, pictures named"
 import ast, json, re
 
 from .facts import MODULES, NBS, runs_of
@@ -10,7 +10,7 @@ def split(source):
     return ' '.join(lines[:n]), '\n'.join(lines[n:]).strip('\n')
 
 def signature(node):
-    "As the index has it: without annotations, whose types are explained in the code below"
+    "As the index shows it: without annotations, which the code below explains"
     if isinstance(node, ast.ClassDef): return node.name
     a = node.args
     for x in (*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))): x.annotation = None
@@ -78,7 +78,7 @@ def is_noise(output): # progress bars and warnings
     return bar or output.get('name') == 'stderr'
 
 def page(name, text):
-    "The notebook `name` (below nbs/) as it is to be read"
+    "The notebook `name` (below nbs/) as a page"
     nb, module, artefact = json.loads(text), MODULES.get(name), '/' not in name
     title, heading, cells, opened = name, '', [], False
     for c in nb['cells']:
@@ -99,7 +99,7 @@ def page(name, text):
     return json.dumps(nb)
 
 def make(write):
-    "All but the index and the front doors, whose names the pages of the rooms have"
+    "All but the index, and the front doors, whose names are on the pages of the rooms"
     for p in sorted(NBS.rglob('*.ipynb')):
         name = p.relative_to(NBS).with_suffix('').as_posix()
         if name != 'index' and '/99_' not in name and '.ipynb_checkpoints' not in p.parts:

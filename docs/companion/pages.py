@@ -1,4 +1,4 @@
-"The pages that are made: the front, one for each document, room and run, and what the documents leave open"
+"The generated pages: the front page, one for each document, room and run, and what the documents leave open"
 import json, re
 
 from .facts import (ARTEFACTS, KEY, LIBRARY, NBS, PAPERS, REPORTS, ROOMS, ROOT, RUNS,
@@ -29,7 +29,7 @@ def front(write):
     name = 'scoreboard' if top('scoreboard') else 'index'
     nb = json.loads(page(name, text_of(NBS/f'{name}.ipynb')))
     cells = [c for c in nb['cells'] if c['cell_type'] == 'markdown' or c['outputs']]
-    if name == 'index': # what was found; how to install and to use it stands in the README
+    if name == 'index': # what was found; the README says how to install and use it
         end = next((i for i,c in enumerate(cells) if c['source'].startswith('## Installation')), len(cells))
         cells = cells[:end]
     for c in cells:
@@ -40,7 +40,7 @@ def front(write):
                 if mime in o['data']: o['data'][mime] = from_top(''.join(o['data'][mime]))
     start = next(i for i,c in enumerate(cells) if c['source'].startswith('## '))
     opening = re.sub(r'^[#>] .*$', '', cells[0]['source'], flags=re.M) # without its title
-    for c in cells[start:]: # what the words mean stands where they are used: findings first
+    for c in cells[start:]: # findings first; the words are explained where they are used
         if c['source'].startswith('## All of them'): c['source'] += f'\n\n{opening}'; opening = ''
     nb['cells'] = [dict(markdown(f"{text_of(FRAME/'front.md')}\n{opening}"), id='hello'), *cells[start:],
                    dict(markdown(front_tree()), id='tree')]
@@ -81,7 +81,7 @@ def figures(its):
                   f'```{{image}} /reports/{"/".join(r.parts)}/figure.svg',
                   f':alt: {a.name}, {a.title} ({r.label})', '```', r.label, ':::']
     if not cards: return []
-    return ['## Figures', '', 'Each drawn from our largest run of it.', '',
+    return ['## Figures', '', 'Each figure is drawn from our largest run of its page.', '',
             '::::{grid} 1 1 2 2', ':gutter: 3', '', *cards, '::::', '']
 
 def ledger(paper):
@@ -100,10 +100,10 @@ def claims(paper):
     n, own = len(rows), [r[4] for r in rows]
     body = [[code, text.replace('\\|', '|') + f'<br><small>{source}</small>', *rest]
             for code,text,source,*rest in rows]
-    return ['## Claims', '', f"{n} sentences, put to the document's own numbers and to ours: "
-            f'{own.count("holds")} hold on its own numbers, {own.count("fails")} fail. '
+    return ['## Claims', '', f"{n} sentences, tested against the document's own numbers and against "
+            f'ours: on its own numbers {own.count("holds")} hold and {own.count("fails")} fail. '
             f'[With all numbers](/nbs/claims_{paper}.ipynb).', '',
-            table(['claim', 'sentence', 'stands beside', 'on its own numbers', 'on ours'], body,
+            table(['claim', 'sentence', 'page', 'on its own numbers', 'on ours'], body,
                   'scoreboard'), '']
 
 def in_nbs(text): return re.sub(r'\]\(([\w/]+\.ipynb)', r'](/nbs/\1', text)
@@ -126,9 +126,9 @@ def document(write, paper):
 
 def left_open(write, paper):
     rows = [r for p,r in conflicts().values() if p == paper]
-    of = PAPERS[paper].short if paper in PAPERS else 'the documents, one against another'
-    text = [f'# Open points of {of}', '',
-            'Where a document contradicts itself or does not say, we had to decide.', '']
+    of = f'of {PAPERS[paper].short}' if paper in PAPERS else 'between the documents'
+    text = [f'# Open points {of}', '',
+            'Where a document contradicts itself or leaves something out, we had to decide.', '']
     for r in rows:
         where = ', '.join(f'`{n}`' for n in r['notebook'].split())
         note = [f"**Note**: {r['note']}.", ''] if r.get('note') else []
@@ -140,7 +140,7 @@ def weight(row): return f" ({row['weight']})" if row.get('weight') else ''
 def named(names): return ' '.join(f'`{n}`' for n in names.split())
 
 def across(write):
-    "What looks at all documents"
+    "The page of what covers all documents"
     known = [a.id for a in ARTEFACTS.values() if a.paper in PAPERS]
     its = [n.stem for n in sorted(NBS.glob('*.ipynb')) if n.stem not in (*known, 'index')]
     bench = sorted(REPORTS.glob('bench/*/bench.md'))
@@ -175,7 +175,7 @@ def table_of(run, name):
     return in_nbs('\n'.join([*css, *lines, *([':::'] if css else [])]))
 
 def led_to(cells, tidy):
-    "Numbers of a row lead to the one run in whose tidy rows they stand; where several have one, it is left"
+    "Link a row's numbers to the one run whose tidy rows hold them; a number that several have gets no link"
     its = [r for r in tidy if set(filter(None, cells)) & set(r.values())] or tidy
     for c in cells:
         number = re.match(r'[+-]?\d+(?:\.(\d+))?', c)
@@ -196,7 +196,7 @@ def made_by(record):
     source = record.get('source', {})
     facts = {'preset': record['preset'], 'device': record['device'], 'compute': spent(record['seconds']),
              'commit': f"`{str(source.get('commit', 'not known'))[:12]}`"
-                       + (' with changes that are not in it' if source.get('dirty') else ''),
+                       + (' with uncommitted changes' if source.get('dirty') else ''),
              'versions': value(record['versions']),
              **{k: value(v) for k,v in record['settings'].items() if v is not None and k != 'preset'}}
     return table(['', ''], facts.items())
@@ -208,7 +208,7 @@ def spent(seconds):
 def anchor(key): return f'<span id="run-{key}">{key}</span>'
 
 def parts(run):
-    "All results that this run is made of; and the keys that its tables name without a record, said as such"
+    "All results that make up this run, and the keys in its tables that have no record, listed as such"
     made = run.record.get('made', [])
     rows = [(m['kind'], anchor(m['key']), spent(m['seconds']), m.get('precision') or '',
              f"`{(m.get('commit') or 'not known')[:8]}`{' (changed)' if m.get('dirty') else ''}", m['device'])
@@ -218,7 +218,7 @@ def parts(run):
     columns = ['what', 'key', 'time', 'precision', 'commit', 'device']
     text = ['### Each result', '', table(columns, rows), ''] if made else []
     return [*text, '### Without a record', '',
-            'Named in the tables; the record of this run has nothing about them.', '',
+            'These keys are named in the tables, but this run has no record of them.', '',
             *(f'- {anchor(k)}' for k in lost), ''] if lost else text
 
 HEADING = {'claims': 'Claims', 'side_by_side': 'Beside what is printed', 'table': 'Our numbers'}
@@ -246,7 +246,7 @@ def library(write):
     about = {r: title_of(ROOMS[r].notebook)[1] for r in rooms() if r in ROOMS}
     of = {r: [m for m in LIBRARY if m.room == r] for r in rooms()}
     text = ['# Library', '',
-            'One room is one folder of notebooks and one sub-package; a room builds on those above it. '
+            'A room is a folder of notebooks and a sub-package; it builds only on the rooms above it. '
             'Every public name is in the {ref}`index <genindex>` and in the search.', '',
             table(['room', 'what it holds', 'public names'],
                   [(f'[{r}]({r}.md)', about.get(r, ''), sum(len(m.public) for m in ms))
@@ -267,7 +267,7 @@ def room(r, modules, about):
             toctree([f'/nbs/{m.notebook}' for m in modules])]
 
 def cite(write):
-    text = ['# How to cite', '', 'The companion, as `CITATION.cff` has it:', '', '```yaml',
+    text = ['# How to cite', '', 'This companion, from `CITATION.cff`:', '', '```yaml',
             text_of(ROOT/'CITATION.cff').strip(), '```', '', 'The four documents:', '', '```bibtex',
             text_of(FRAME/'references.bib').strip(), '```', '']
     write('cite.md', '\n'.join(text))

@@ -1,10 +1,10 @@
-// Tables of class "scoreboard": sorted by a click on a head, filtered by words and by what a column says. No server.
+// Tables of class "scoreboard": sorted by a click on a heading, filtered by search words and by column values. No server.
 const FILTERED = ['document', 'on print', "the paper's own table", 'on its own numbers', 'on ours', 'scale', 'verdict']
 
 const said = cell => cell.textContent.trim()
 const kind = cell => cell.innerText.trim().split(/[:\n]/)[0].replace(/^[^\p{L}\d]+/u, '') // without mark and reason
 
-function compared(a, b) {                              // numbers as numbers, whatever has none behind them
+function compared(a, b) {                              // numbers by value; cells without one come last
   const number = t => { const m = t.replace('\u2212', '-').match(/^[<>~ ]*([+-]?\d+(\.\d+)?)/); return m ? +m[1] : NaN }
   const x = number(a), y = number(b)
   if (!isNaN(x) && !isNaN(y)) return x - y
@@ -43,7 +43,7 @@ function filterable(table, heads) {
   heads.forEach((head, i) => {
     if (!FILTERED.includes(said(head))) return
     const select = document.createElement('select')
-    const kinds = new Map(rows.map(r => [r, kind(r.cells[i])])) // now: of a hidden row there is no first line
+    const kinds = new Map(rows.map(r => [r, kind(r.cells[i])])) // computed now: a hidden row has no first line
     const options = [...new Set(kinds.values())].filter(Boolean).sort()
     select.append(new Option('all', ''), ...options.map(o => new Option(o, o)))
     tests.push(row => !select.value || kinds.get(row) === select.value)
@@ -53,7 +53,7 @@ function filterable(table, heads) {
   words.type = 'search'
   tests.push(row => row.textContent.toLowerCase().includes(words.value.toLowerCase()))
   words.addEventListener('input', apply)
-  bar.className = 'board-filters'; bar.append(field('words', words), count)
+  bar.className = 'board-filters'; bar.append(field('search', words), count)
   ;(table.closest('.pst-scrollable-table-container') || table).before(bar)
   apply()
 }
