@@ -1,8 +1,8 @@
-"""All that is worth running while a GPU is there, in one command and within a time
+"""Everything worth running while a GPU is at hand, in one command and within a time budget
 
 `make gpu ARGS="--budget 25m --data ~/data.tar --out gpu_out"` runs the tests that need a GPU, the bench, then
-tools/gpu_queue.json: real runs in order of worth, each at the largest preset that fits. It wants Python,
-torch and this checkout, no Jupyter. However it ends, what was done by then lies in the output folder.
+tools/gpu_queue.json: real runs, the most valuable first, each at the largest preset that fits. It needs
+Python, torch and this checkout, but no Jupyter. However it ends, the output folder holds what was done.
 """
 import argparse, ast, contextlib, hashlib, importlib.util, json, lzma, os, pickle, shutil, signal, subprocess
 import sys, tarfile, time, traceback, zipfile, zlib
@@ -15,19 +15,19 @@ NEEDED = {'torch': 'torch', 'torchvision': 'torchvision', 'numpy': 'numpy', 'PIL
           'pandas': 'pandas', 'matplotlib': 'matplotlib', 'sklearn': 'scikit-learn', 'scipy': 'scipy',
           'safetensors': 'safetensors', 'filelock': 'filelock', 'platformdirs': 'platformdirs',
           'tqdm': 'tqdm', 'fastcore': 'fastcore', 'click': 'click'} # module -> as the registry names it
-LIMIT = 16_000_000 # bytes of a file that goes out: larger ones travel in pieces
-LEAST = 10.        # seconds that a run is worth beginning in
-GRACE = 20.        # seconds in which a run that is told to stop comes to its next snapshot
+LIMIT = 16_000_000 # bytes of an output file: larger ones are split into pieces
+LEAST = 10.        # seconds that must be left for a run to be started
+GRACE = 20.        # seconds for a run that is told to stop to reach its next snapshot
 
 
 # ---- what is there -----------------------------------------------------------------------------------------
 
 def there(name):
-    "Whether a module can be imported, without importing it"
+    "Whether a module can be imported, found out without importing it"
     try: return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError): return False
 
-# as Jupyter is absent on such a machine, and pages are only written to files
+# because such a machine has no Jupyter, and pages only write files
 _SHOWN = '''class Markdown:
     def __init__(self, data=None, **options): self.data = data
 Image = Markdown
@@ -35,7 +35,7 @@ def display(*shown, **options): pass
 '''
 
 def stand_in(site):
-    "Where there is no IPython: a package of that name whose `display` shows nothing"
+    "A package named IPython, for where there is none, whose `display` shows nothing"
     (folder := Path(site)/'IPython').mkdir(parents=True, exist_ok=True)
     (folder/'__init__.py').write_text('version_info = (0, 0)\ndef get_ipython(): pass\n')
     (folder/'display.py').write_text(_SHOWN)
@@ -51,7 +51,7 @@ def carried(folder, site):
         raise ValueError(f"pip could not install the wheels in {folder}: {said}")
 
 def equipped(site, wheels=None):
-    "All that a run imports is there, or `ValueError` says what to bring; what is missing of what helps"
+    "Checks what a run imports, or `ValueError` says what to bring; returns the missing optional packages"
     sys.path.insert(1, str(site)); importlib.invalidate_caches()
     optional = 'foolbox', 'pyautoattack'
     if wheels and not all(map(there, (*NEEDED, *optional))): carried(wheels, site)
@@ -59,7 +59,7 @@ def equipped(site, wheels=None):
     if lacking := [d for m,d in NEEDED.items() if not there(m)]:
         raise ValueError(f"this Python ({sys.executable}) lacks {', '.join(lacking)}. Where there is a "
                          f"network: pip download -d wheels --no-deps {' '.join(lacking)} (for this "
-                         "Python and processor), then bring the folder and say --wheels wheels")
+                         "Python and processor), then copy the folder here and add --wheels wheels")
     if not there('IPython'): stand_in(site); importlib.invalidate_caches()
     return [m for m in optional if not there(m)]
 
@@ -97,7 +97,7 @@ _BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOF
            NotImplementedError)
 
 def unpacked(path, work):
-    "The folder of an archive's files, whole or not at all; what was unpacked before is taken as it is"
+    "The folder of an archive's files, whole or not at all; an archive unpacked before is reused"
     about = path.stat()
     mark = hashlib.sha256(f'{path.resolve()} {about.st_size} {about.st_mtime_ns}'.encode()).hexdigest()[:12]
     kept = work/'data'/mark
@@ -107,13 +107,13 @@ def unpacked(path, work):
     except _BROKEN as e:
         shutil.rmtree(new, ignore_errors=True)
         raise ValueError(f"{path} is no whole .tar, .tar.gz, .tar.xz or .zip ({type(e).__name__}: {e}): "
-                         "bring it again") from e
+                         "copy it again") from e
     except ValueError: shutil.rmtree(new, ignore_errors=True); raise
     os.replace(new, kept)
     return kept
 
 def data_folder(given, work):
-    "The folder of the data that is given, with an archive unpacked; None: as REFINE_DATA says"
+    "The folder of the given data, unpacked if it is an archive; None: as REFINE_DATA says"
     if given is None: return None
     if not (path := Path(given).expanduser()).exists():
         raise ValueError(f"there is no data at {path}: give a folder or an archive")
@@ -144,11 +144,11 @@ def _entry(at, e): # one of the queue, checked
     number(f'share of {at}', e.get('share', 1.), above=0, high=1)
     pairs = [(k, str(v)) for k,v in e.get('parameters', {}).items()]
     pairs += [('dataset', str(d)) for d in e.get('datasets', ())[:1]]
-    parameters_of(e['artefact'], pairs) # a usage error where it has none of that name
+    parameters_of(e['artefact'], pairs) # a usage error if it has no parameter of that name
     return e
 
 def queue_of(path):
-    "The runs that a file names, all of it checked before anything starts"
+    "The runs listed in a file, all checked before anything starts"
     import click
     try: found = json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise ValueError(f"the queue {path} cannot be read ({e})") from e
@@ -157,7 +157,7 @@ def queue_of(path):
     except click.UsageError as e: raise ValueError(f"the queue {path}: {e.message}") from e
 
 def settled(entry):
-    "(values, presets) of an entry for the data that is there; `ValueError` says what is missing"
+    "(values, presets) of an entry for the data that is present; `ValueError` says what is missing"
     from refine_nb.runs import PRESETS
     from refine_nb.vision import data_place, data_root
     values, presets, names = dict(entry.get('parameters', {})), entry['presets'], entry.get('datasets', [])
@@ -165,17 +165,17 @@ def settled(entry):
     if names and not found: presets = [p for p in presets if PRESETS[p].data]
     if not presets:
         from refine_nb.reporting import NEEDS
-        raise ValueError(f"none of {', '.join(names)} is in {data_root()}: bring {NEEDS[names[0]]}")
+        raise ValueError(f"none of {', '.join(names)} is in {data_root()}: provide {NEEDS[names[0]]}")
     return values | ({'dataset': (found or names)[0]} if names else {}), presets
 
 
 # ---- a page ------------------------------------------------------------------------------------------------
 
 class Page:
-    "An artefact's notebook, run in this process up to where it makes something; then to its end"
+    "An artefact's notebook, run in this process up to its first result, then to its end"
     def __init__(self, artefact, values):
         from refine_nb.reporting import Sheet
-        Sheet.plan = lambda sheet: None # nobody sees the plan, which would be priced
+        Sheet.plan = lambda sheet: None # nobody sees the plan, and pricing it takes time
         raw = json.loads((ROOT/'nbs'/f'{artefact}.ipynb').read_text(encoding='utf-8'))
         self.artefact, self.names = artefact, {'__name__': '__main__'}
         self.rest = [(''.join(c['source']), c['metadata'].get('tags', [])) for c in raw['cells']
@@ -189,7 +189,7 @@ class Page:
             exec(compile(source, f'<{self.artefact}>', 'exec'), self.names)
             if 'parameters' in tags: self.names |= values
     def report(self): self._go()
-    def of(self, rows): # the specs of some rows; of all where none are named
+    def of(self, rows): # the specs of some rows; of all rows if none are named
         from refine_nb.base import choose
         from refine_nb.reporting import leaves
         if not rows: return self.sheet.cells
@@ -200,7 +200,7 @@ class Page:
         return float(price(todo, self.sheet.engine).seconds.iloc[-1]) if todo else 0.
 
 def largest(entry, values, presets, left):
-    "The page at the first preset whose rows fit, and what each costs; no page where none does"
+    "The page at the first preset whose rows fit, and what each preset costs; no page if none fits"
     import gc
     from refine_nb.runs import duration
     costs = {}
@@ -213,7 +213,7 @@ def largest(entry, values, presets, left):
     return None, costs
 
 def entry_run(job, answer):
-    "In a process of its own: one entry of the queue. What became of it is written to `answer`, step by step"
+    "Run one entry of the queue in a process of its own; `answer` is told what became of it, step by step"
     import matplotlib
     matplotlib.use('agg')
     from refine_nb.runs import duration, whats_left
@@ -227,17 +227,17 @@ def entry_run(job, answer):
         page, costs = largest(entry, job['values'], job['presets'], left()*entry.get('share', 1.))
         priced = ', '.join(f'{p} about {duration(c)}' for p,c in costs.items())
         if page is None:
-            return note(state='skipped', says=f'no preset fits what it may take, '
+            return note(state='skipped', says=f'no preset fits into its share of the time, '
                                               f'{duration(left()*entry.get("share", 1.))}: {priced}')
-        answer.with_suffix('.cells').write_bytes(pickle.dumps(page.cells)) # for who looks what is there
-        note(preset=list(costs)[-1], state='unfinished', says=f'stopped on the way, priced {priced}')
+        answer.with_suffix('.cells').write_bytes(pickle.dumps(page.cells)) # for `gathered`
+        note(preset=list(costs)[-1], state='unfinished', says=f'stopped before its end; estimates: {priced}')
         store, rows = page.sheet.store, page.of(entry.get('rows'))
         if todo := store.run(rows, budget=left()):
             return note(says=f'the time was up: {whats_left(todo, store.engine)} left')
         if (more := page.price(page.sheet.cells)) > left():
-            return note(state='rows', says=f"its rows are there; the whole page takes {duration(more)} more")
+            return note(state='rows', says=f"its rows are made; the whole page takes {duration(more)} more")
         os.environ['REFINE_BUDGET'] = f'{left():.1f}s'
-        page.report(); note(state='report', says='its report is there')
+        page.report(); note(state='report', says='its report is written')
     except Exception as e:
         state = 'unfinished' if type(e).__name__ == 'Unfinished' else 'failed'
         note(state=state, says=f"{type(e).__name__}: {' '.join(str(e).split())[:600]}")
@@ -253,7 +253,7 @@ def _sha(path):
     return seen.hexdigest()
 
 def pieces(path, limit):
-    "The names of a file's pieces, none larger than `limit`; a small file is its own only piece"
+    "The names of a file's pieces, none larger than `limit`; a small file stays in one piece"
     if path.stat().st_size <= limit: return [path.name]
     names = []
     with open(path, 'rb') as f:
@@ -270,7 +270,7 @@ def _walk(grid, path=()): # (names, spec)
     else: yield path, grid
 
 def gathered(answers):
-    "(store, specs that are there, numbers) of the entries that were begun"
+    "(store, specs with results, numbers) of the entries that were started"
     from refine_nb.base import ancestors, key
     from refine_nb.runs import Store
     store, specs, numbers = Store(quiet=True), {}, []
@@ -284,7 +284,7 @@ def gathered(answers):
     return store, list(specs), numbers
 
 def exported(course, answers, most):
-    "Write results, weights where they fit, reports and gpu.json into the output folder, each file whole"
+    "Write results, weights if they fit, reports and gpu.json into the output folder, each file whole"
     out, new = course.out, course.work/'new'
     shutil.rmtree(new, ignore_errors=True); new.mkdir(parents=True)
     begun, numbers, weights = [a for a in answers if 'preset' in a], [], ''
@@ -296,7 +296,7 @@ def exported(course, answers, most):
             size = export_results(store, specs, new/'weights.tar')['bytes']
             if (n := -(-size//LIMIT)) > most:
                 (new/'weights.tar').unlink()
-                weights = f'left out: {n} files of 16 MB, and --pieces is {most}'
+                weights = f'left out: they need {n} files of 16 MB, and --pieces is {most}'
     if any((reports := course.work/'reports').rglob('*.*')):
         with tarfile.open(new/'reports.tar.gz', 'w:gz') as t: t.add(reports, 'reports')
     for p in list(new.iterdir()): pieces(p, LIMIT)
@@ -306,7 +306,7 @@ def exported(course, answers, most):
              **course.about}
     if weights: course.say(f'weights are {weights}')
     (new/'gpu.json').write_text(json.dumps(about, indent=1, default=str)+'\n')
-    for p in new.iterdir(): # the output folder may lie on another disk
+    for p in new.iterdir(): # the output folder may be on another disk
         shutil.move(p, half := out/f'.{p.name}'); os.replace(half, out/p.name)
     for p in out.iterdir(): # of an earlier state
         if p.name not in files and p.name.partition('.')[0] in ('results', 'weights', 'reports'): p.unlink()
@@ -316,7 +316,7 @@ def exported(course, answers, most):
 # ---- the course of it --------------------------------------------------------------------------------------
 
 class Course:
-    "A time that runs out, a log, and child processes that are told to stop before it has"
+    "A time budget, a log, and child processes that are told to stop before the time is up"
     def __init__(self, out, work, seconds, about={}):
         self.out, self.work, self.about, self.steps, self.asked = out, work, about, [], 0
         self.begun = time.monotonic(); self.end = self.begun+seconds
@@ -332,9 +332,9 @@ class Course:
     def note(self, what, state, says='', seconds=0.):
         self.steps.append({'what': what, 'state': state, 'says': says, 'seconds': round(seconds, 1)})
         self.say(f'{what}: {state}' + (f' ({says})' if says else ''))
-    def child(self, command, seconds): # its status; None where it was told to stop
+    def child(self, command, seconds): # its status; None if it was told to stop
         end = time.monotonic()+seconds
-        with open(self.out/'log.txt', 'a', encoding='utf-8') as log: # Ctrl-C is ours to hand on
+        with open(self.out/'log.txt', 'a', encoding='utf-8') as log: # we pass Ctrl-C on ourselves
             p = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         while p.poll() is None and not self.asked and time.monotonic() < end: time.sleep(.1)
         if p.poll() is not None: return p.returncode
@@ -360,7 +360,7 @@ def gpu_tests(course):
     how = {0: 'passed', None: 'stopped'}.get(status, 'failed')
     course.note('tests', how, 'in log.txt', time.monotonic()-start)
 
-def _imported(path): # names of the modules at a test file's head
+def _imported(path): # names of the modules that a test file imports at its top
     for n in ast.parse(path.read_text(encoding='utf-8')).body:
         if isinstance(n, ast.Import): yield from (a.name.partition('.')[0] for a in n.names)
         elif isinstance(n, ast.ImportFrom): yield n.module.partition('.')[0]
@@ -368,7 +368,7 @@ def _imported(path): # names of the modules at a test file's head
 def bench(course):
     long = course.left >= 2400
     if course.left < 150:
-        return course.note('bench', 'skipped', f'{course.left:.0f} s are left, of which it would take half')
+        return course.note('bench', 'skipped', f'only {course.left:.0f} s are left')
     start, where = time.monotonic(), course.work/'reports'/'bench'/'gpu'
     command = [sys.executable, str(ROOT/'tools'/'bench.py'), '--out', str(where), *['--quick']*(not long)]
     status = course.child(command, min(900., course.left/2))
@@ -385,7 +385,7 @@ def runs(course, queue, most):
         job, answer = course.work/f'job{i}.json', course.work/f'answer{i}.json'
         answer.unlink(missing_ok=True)
         job.write_text(json.dumps({'entry': e, 'values': values, 'presets': presets, 'seconds': course.left}))
-        course.say(f'{what}: begins, {e.get("why", "no reason is given")}')
+        course.say(f'{what}: starts; why: {e.get("why", "no reason is given")}')
         status = course.child([sys.executable, __file__, '--entry', str(job), str(answer)],
                               course.left+course.spare/4)
         a = {'artefact': e['artefact'], 'state': 'failed' if status else 'unfinished', 'says': ''}
@@ -400,7 +400,7 @@ def kept(course, answers, most):
     begun = time.monotonic()
     try: files = exported(course, answers, most)
     except Exception as e: return course.note('export', 'failed', f'{type(e).__name__}: {e}')
-    course.spare = max(course.spare, 1.5*(time.monotonic()-begun)) # the next one takes as long, or longer
+    course.spare = max(course.spare, 1.5*(time.monotonic()-begun)) # the next export takes as long, or longer
     said = ', '.join(f'{n} ({f["bytes"]/1e6:.2f} MB)' for n,f in files.items())
     course.say(f"kept: {said or 'nothing yet'}")
 
@@ -409,21 +409,22 @@ def kept(course, answers, most):
 
 def arguments(argv):
     p = argparse.ArgumentParser(prog='gpu.py', description=__doc__.splitlines()[0])
-    p.add_argument('--budget', default='25m', metavar='TIME', help='all of it, such as 25m or 2h [25m]')
+    p.add_argument('--budget', default='25m', metavar='TIME', help='for everything, such as 25m or 2h [25m]')
     p.add_argument('--data', metavar='PATH', 
-                   help='a folder as REFINE_DATA, or a .tar, .tar.gz, .tar.xz or .zip of one')
+                   help='a folder like REFINE_DATA, or a .tar, .tar.gz, .tar.xz or .zip of one')
     p.add_argument('--out', type=Path, default=Path(os.environ.get('OUT') or 'gpu_out'),
                    help='a few files, none above 16 MB [$OUT, or gpu_out]')
-    p.add_argument('--work', type=Path, help='store and data, from which a second call goes on [OUT_work]')
+    p.add_argument('--work', type=Path,
+                   help='for store and data; a second call resumes from it [OUT_work]')
     p.add_argument('--queue', type=Path, default=ROOT/'tools'/'gpu_queue.json', help='[tools/gpu_queue.json]')
-    p.add_argument('--wheels', metavar='FOLDER', help='of wheels for what this Python lacks')
+    p.add_argument('--wheels', metavar='FOLDER', help='with wheels of the packages that this Python lacks')
     p.add_argument('--pieces', type=int, default=3, metavar='N',
-                   help='most files for weights; else they stay [3]')
-    p.add_argument('--skip', default='', metavar='PARTS', help='some of tests,bench,runs')
+                   help='most files for weights; if they need more, they are left out [3]')
+    p.add_argument('--skip', default='', metavar='PARTS', help='any of tests,bench,runs')
     return p.parse_args(argv)
 
 def prepared(args):
-    "A course that may begin and its queue; `ValueError` before anything is done"
+    "A course ready to start, and its queue; `ValueError` before anything is done"
     out = args.out.expanduser().resolve()
     work = (args.work or out.with_name(f'{out.name}_work')).expanduser().resolve()
     lacking = equipped(work/'site', args.wheels)
@@ -441,8 +442,8 @@ def prepared(args):
     about = {'device': device_name(device), 'versions': versions(), 'source': commit(), 'budget': args.budget}
     course = Course(out, work, seconds, about)
     said = about['versions']
-    course.say(f"on {about['device']}, Python {said['python']}, torch {said['torch']}; {args.budget} for all")
-    if lacking: course.say(f"without {', '.join(lacking)}: what needs it says so")
+    course.say(f"on {about['device']}, Python {said['python']}, torch {said['torch']}; {args.budget} for everything")
+    if lacking: course.say(f"without {', '.join(lacking)}: what needs them will say so")
     return course, queue, most
 
 def main(argv=None):
