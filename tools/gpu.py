@@ -413,7 +413,7 @@ def arguments(argv):
     p.add_argument('--data', metavar='PATH', 
                    help='a folder like REFINE_DATA, or a .tar, .tar.gz, .tar.xz or .zip of one')
     p.add_argument('--out', type=Path, default=Path(os.environ.get('OUT') or 'gpu_out'),
-                   help='a few files, none above 16 MB [$OUT, or gpu_out]')
+                   help='folder for a few files, none above 16 MB [$OUT, or gpu_out]')
     p.add_argument('--work', type=Path,
                    help='for store and data; a second call resumes from it [OUT_work]')
     p.add_argument('--queue', type=Path, default=ROOT/'tools'/'gpu_queue.json', help='[tools/gpu_queue.json]')
@@ -442,7 +442,7 @@ def prepared(args):
     about = {'device': device_name(device), 'versions': versions(), 'source': commit(), 'budget': args.budget}
     course = Course(out, work, seconds, about)
     said = about['versions']
-    course.say(f"on {about['device']}, Python {said['python']}, torch {said['torch']}; {args.budget} for everything")
+    course.say(f"on {about['device']}, Python {said['python']}, torch {said['torch']}; budget {args.budget}")
     if lacking: course.say(f"without {', '.join(lacking)}: what needs them will say so")
     return course, queue, most
 

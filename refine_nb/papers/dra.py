@@ -17,7 +17,7 @@ from ..training import (adversarial_training, defence, fading, fine_tune, piecew
 
 # %% ../../nbs/papers/80_dra.ipynb #926211f0
 MODELS = ('resnet18', 'resnet34', 'resnet50', 'resnet101') # Table IV; resnet50 in the others
-CIFAR10 = ('cifar10', 'cifar10_resplit', 'cifar10_jpeg')   # as published, split again, and the JPEG edition
+CIFAR10 = ('cifar10', 'cifar10_resplit', 'cifar10_jpeg')   # as published, split differently, and a JPEG edition
 SHARES = (0., 1/6, 1/3, 1/2, 1.)                           # p of Table VI
 LAMBDAS = {'cifar10': (.05, .01), 'mnist': (1., .5, .1)}   # 1/lambda of TRADES, Tables III and II
 BUDGETS = {'cifar10': (2/255, 5/255, 8/255), 'mnist': (.1, .3)} # of PGD at evaluation
@@ -27,7 +27,7 @@ def printed_pgd(
     eps:float,    # of images in [0,1]
     steps:int=20,
 )->Call:
-    "PGD with so many steps of eps/steps (DRA, section V-A), from the image: a start of our choice"
+    "PGD in `steps` steps of eps/steps (DRA, section V-A); starting from the image itself is our choice"
     return call(pgd, eps=eps, step_size=eps/steps, steps=steps, start=zero)
 
 # %% ../../nbs/papers/80_dra.ipynb #ed445816
@@ -47,7 +47,7 @@ def vanilla(
                   epochs=epochs, batch_size=128, seed=seed, select='last')
 
 # %% ../../nbs/papers/80_dra.ipynb #f1d92283
-def _start(base): # the recipe, or a sentence
+def _start(base): # the recipe, or an error
     if isinstance(base, Recipe): return base
     raise ValueError("the second phase starts from a vanilla network: "
                      f"give its recipe, such as vanilla(), got {base!r:.60}")
@@ -62,8 +62,8 @@ def ours(
     eps:float=2.,       # largest budget of DRA, in grey levels
     p:float=1/3,        # share that keeps its change, in [0,1]
     to:float=.25,       # share of the budget at the end of the fade; 1.: constant
-    until:float=50/60,  # share of the run at which it ends
-    total:str='mean',   # of the halves: 'mean', 'sum' or 'alternating' (open-D18)
+    until:float=50/60,  # share of the run at which the fade ends
+    total:str='mean',   # of the two halves of the loss: 'mean', 'sum' or 'alternating' (open-D18)
     attack:Call|None=None, # in place of DRA, such as call(pgd, eps=2.55/255)
 )->Recipe:
     "The second phase: clean and DRA images, one to one (sections IV and V-A)"
@@ -80,12 +80,12 @@ EQUAL = {'DRA': call(dra, eps=1/255, p=1/3, steps=5),
 def control(
     base:Recipe, # from `vanilla`
 )->Recipe:
-    "As many further clean epochs: what the second phase must beat (ours)"
+    "The same number of further epochs on clean images: what the second phase must beat (our addition)"
     return _second(_start(base), base.method)
 
 # %% ../../nbs/papers/80_dra.ipynb #c479bc94
 def vanilla_mnist(
-    network:Call,         # of 28x28 gray images: two convolutions and two linear layers
+    network:Call,         # for 28x28 grey images: two convolutions and two linear layers
     seed:int=0,
     *,
     epochs:int=20,        # not stated
@@ -114,7 +114,7 @@ def madry(
     base:Recipe,           # from `vanilla`: data, network and optimiser
     attack:Call=call(pgd, eps=8/255, step_size=2/255, steps=10), # or one of `EQUAL`
 )->Recipe:
-    "Training on attacked images alone (eq. 3; Tables I and V)"
+    "Training on adversarial images alone (eq. 3; Tables I and V)"
     own = base.method['augment']
     return replace(base, method=call(adversarial_training, attack=attack, objective=ce, augment=own))
 
@@ -130,7 +130,7 @@ def trades_trained(
     return replace(base, method=method)
 
 # %% ../../nbs/papers/80_dra.ipynb #67982445
-DEFENDING = {'cifar10': dict(eps=8/255, step_size=2/255, steps=10), # of the attacks that train Table I
+DEFENDING = {'cifar10': dict(eps=8/255, step_size=2/255, steps=10), # of the training attacks of Table I
              'mnist': dict(eps=.3, step_size=.02, steps=20)}
 
 def mart_trained(

@@ -20,7 +20,7 @@ def lead(
     other:dict,
     attack:str='clean', # a column
 )->float:               # points
-    "How much better one row is than another; `Missing` where one is not there"
+    "How much better one row is than another; `Missing` if one is absent"
     return round(cell(table, attack=attack, **one) - cell(table, attack=attack, **other), 2)
 
 # %% ../../nbs/papers/92_dra_claims.ipynb #f03db1a9
@@ -28,7 +28,7 @@ def _kind(name): return {'kind': name}
 def _over(t, one, other='vanilla', attacks=PRINTED):
     return [lead(t, _kind(one), _kind(other), a) for a in attacks]
 def _said(values): return ', '.join(f'{v:+.1f}' for v in values)
-def _kinds(t, start): # those of a family that are there
+def _kinds(t, start): # the rows of a family that are present
     if not (found := [k for k in t.kind.unique() if k.startswith(start)]): raise Missing(f'kind {start}')
     return found
 def _attacked(t): # columns under PGD by steps of eps/20
@@ -63,7 +63,7 @@ TAB1 = (
 # %% ../../nbs/papers/92_dra_claims.ipynb #fe7a6b80
 def _leads(t): return _above_trades(t, _attacked(t))
 def _positive(values): return [v > 0 for v in values]
-def _above_trades(t, attacks): # points, of the document's method over each TRADES row
+def _above_trades(t, attacks): # points by which the document's method exceeds each TRADES row
     return [lead(t, _kind('ours'), _kind(k), a) for a in attacks for k in _kinds(t, 'TRADES')]
 
 TAB2 = (
@@ -115,7 +115,7 @@ TAB3 = (
           lambda t: _said(_over(t, 'ours'))))
 
 # %% ../../nbs/papers/92_dra_claims.ipynb #f9b21dc7
-def _gains4(t, attack): # points of tuned over vanilla, smallest network first
+def _gains4(t, attack): # points by which tuned exceeds vanilla, smallest network first
     nets = sorted(t.model.unique(), key=lambda m: int(m.removeprefix('resnet')))
     if len(nets) < 2: raise Missing('a second network')
     return {m: lead(t, {'kind': 'ours', 'model': m}, {'kind': 'vanilla', 'model': m}, attack) for m in nets}
@@ -142,7 +142,7 @@ TAB4 = (
           lambda t: [v >= 0 for v in _gains4(t, 'clean').values()], lambda t: _by_net(t, 'clean')))
 
 # %% ../../nbs/papers/92_dra_claims.ipynb #70ae89ea
-def _of_dra(t, kind, attack): # points of training with DRA over training with PGD
+def _of_dra(t, kind, attack): # points by which training with DRA exceeds training with PGD
     return lead(t, {'kind': kind, 'adversary': 'dra'}, {'kind': kind, 'adversary': 'pgd'}, attack)
 def _all5(t): return {k: [_of_dra(t, k, a) for a in PRINTED[1:]] for k in ('Madry', 'TRADES', 'ours')}
 def _clean5(t): return {k: _of_dra(t, k, 'clean') for k in ('Madry', 'TRADES', 'ours')}
@@ -207,7 +207,7 @@ TAB6 = (
           lambda t: _said(_clean6(t, '0', '1/6', '1/3', '1/2', '1'))))
 
 # %% ../../nbs/papers/92_dra_claims.ipynb #9cff8776
-def _corrupted(t): # corruption -> points of tuned over vanilla
+def _corrupted(t): # corruption -> points by which tuned exceeds vanilla
     if 'corruption' not in t: raise Missing("a column 'corruption'")
     at = lambda kind, c: cell(t, kind=kind, corruption=c)
     return {c: round(at('ours', c)-at('vanilla', c), 2) for c in t.corruption.unique() if c != 'clean'}
