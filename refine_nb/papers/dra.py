@@ -17,7 +17,7 @@ from ..training import (adversarial_training, defence, fading, fine_tune, piecew
 
 # %% ../../nbs/papers/80_dra.ipynb #926211f0
 MODELS = ('resnet18', 'resnet34', 'resnet50', 'resnet101') # Table IV; resnet50 in the others
-CIFAR10 = ('cifar10', 'cifar10_resplit', 'cifar10_jpeg')   # as published, split differently, and a JPEG edition
+CIFAR10 = ('cifar10', 'cifar10_resplit', 'cifar10_jpeg')   # as published, split anew, and a JPEG edition
 SHARES = (0., 1/6, 1/3, 1/2, 1.)                           # p of Table VI
 LAMBDAS = {'cifar10': (.05, .01), 'mnist': (1., .5, .1)}   # 1/lambda of TRADES, Tables III and II
 BUDGETS = {'cifar10': (2/255, 5/255, 8/255), 'mnist': (.1, .3)} # of PGD at evaluation

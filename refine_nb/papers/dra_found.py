@@ -18,7 +18,7 @@ from .dra_tables import column
 def points(
     values:Iterable[float], # differences of accuracies in %
 )->str:                     # such as '+0.6, -1.5'
-    "Differences as a sentence says them"
+    "Differences, formatted for a sentence"
     return ', '.join(f'{v:+.1f}' for v in values)
 
 def _span(values): # of the same
@@ -28,7 +28,7 @@ def _span(values): # of the same
 def _tuned(t, attack, **of): return lead(t, {'kind': 'ours', **of}, {'kind': 'vanilla', **of}, attack)
 
 # %% ../../nbs/papers/94_dra_found.ipynb #e05f35f9
-def _left(t): # who keeps most under the strongest attack, the last column, by which robust is meant
+def _left(t): # who keeps most under the strongest attack, the last column, which defines robustness here
     strongest = [a for a in t.attack if 'autoattack' in a][-1]
     rows = t[t.attack==strongest]
     return f'Under {rows.label.iloc[0]} (n = {rows.n.iloc[0]:,.0f}) {keeps_most(rows, 1)}.'
@@ -36,21 +36,21 @@ def _left(t): # who keeps most under the strongest attack, the last column, by w
 def _note(t):
     flags = t.get('flag', pd.Series('', t.index)).fillna('')
     bad = dict.fromkeys(f'{m} is marked ({f})' for m,f in zip(t.method, flags) if f)
-    return f" {'; '.join(bad)}: such numbers say nothing." if bad else ''
+    return f" {'; '.join(bad)}: such numbers mean nothing." if bad else ''
 
 # %% ../../nbs/papers/94_dra_found.ipynb #bc303fbc
-def _over_trades(t, attacks): # the ends of what Tuned has over the TRADES rows; '' without any
+def _over_trades(t, attacks): # range of Tuned's lead over the TRADES rows; '' if there are none
     rows = t[t.kind.str.startswith('TRADES') & t.accuracy.notna()]
     def ahead(columns):
         return _span([lead(t, {'kind': 'ours'}, {'kind': r.kind}, r.attack) for r in rows.itertuples()
                       if r.attack in columns])
-    return '' if rows.empty else (f" Against the TRADES rows: {ahead(attacks)} points under PGD, "
+    return '' if rows.empty else (f" Tuned against the TRADES rows: {ahead(attacks)} points under PGD, "
                                   f"{ahead(['clean'])} on clean images.")
 
 def found_against_vanilla(
     table:pd.DataFrame, # tidy, of one run of Table II or III
 )->str:                 # three sentences
-    "What fine-tuning with DRA changes in our run, and who is robust"
+    "What fine-tuning with DRA changes in our run, and which network is most robust"
     attacks = [a for a in table.attack.unique() if a.startswith('pgd_')]
     def gains(t): return '; '.join([f"{_tuned(t, 'clean'):+.1f} on clean images",
                                     *(f'{_tuned(t, a):+.1f} under {column(a)}' for a in attacks)])
@@ -60,7 +60,7 @@ def found_against_vanilla(
 # %% ../../nbs/papers/94_dra_found.ipynb #e7a2581f
 def found_tab1(
     table:pd.DataFrame, # tidy, of one run
-)->str:                 # a sentence a data set
+)->str:                 # two sentences per data set
     "What Table I shows in our run"
     def of(name):
         t = table[table.attack.str.startswith(name)]
@@ -76,7 +76,7 @@ def found_tab4(
     table:pd.DataFrame, # tidy, of one run
 )->str:                 # three sentences
     "What Table IV shows in our run"
-    nets = list(table.model.unique()) # as printed; thin ones may stand in for them
+    nets = list(table.model.unique()) # named as printed, even if thin ones stand in for them
     names = table.model.str.replace('resnet', 'ResNet-')
     def by(t, a): return points(_tuned(t, a, model=m) for m in nets)
     def changes(t): return (f"{by(t, 'clean')} points and accuracy under PGD at 2/255 by "
@@ -95,19 +95,18 @@ def _strength(t): # what the two attacks leave of the vanilla network, and wheth
     name, *ends = ('PGD', gap, low, high) if gap > 0 else ('DRA', -gap, -high, -low)
     return (f'On the vanilla network DRA at 1 leaves {left}: {name} is the stronger here, by '
             '{:.1f} [{:.1f}, {:.1f}] points'.format(*ends)
-            + ', so the two rows of a method are not at equal strength')
+            + ', so the two rows of each method are not at equal strength')
 
 def found_tab5(
     table:pd.DataFrame, # tidy, of one run
-)->str:                 # two sentences
+)->str:                 # three sentences
     "What Table V shows in our run"
     kinds = [k for k in ('Madry','TRADES','ours') if (table.kind==k).any()]
     def of(t, k): return [lead(t, *({'kind': k, 'adversary': a} for a in ('dra','pgd')), c) for c in PRINTED]
-    def said(t):
-        each = '; '.join(f"{'Tuned' if k=='ours' else k}: {points(of(t, k))}" for k in kinds)
-        return f"{each} points ({pairing(table)} intervals)"
-    return (f"Training with DRA in place of PGD changes accuracy by (clean, then PGD at 2, 5 and 8 of 255) "
-            f"{told(table, said)}. {_strength(table)}.{_note(table)}")
+    def said(t): return '; '.join(f"{'Tuned' if k=='ours' else k}: {points(of(t, k))}" for k in kinds)
+    return ('Training with DRA in place of PGD changes accuracy on clean images, then under PGD at 2, 5 and '
+            f'8 of 255, by these points ({pairing(table)} intervals). {told(table, said)}. '
+            f'{_strength(table)}.{_note(table)}')
 
 # %% ../../nbs/papers/94_dra_found.ipynb #5d0bbbeb
 def found_tab6(
@@ -131,9 +130,10 @@ def found_tab7(
     many = f'{n:,.0f}' + f', clean {clean:,.0f}'*bool(clean != n)
     def said(t):
         each = ', '.join(f"{c.replace('_', ' ')} {gain(t, c):+.1f}" for c in kinds)
-        return f"{gain(t, 'clean'):+.1f} on clean images, and on corrupted ones {each}"
+        return f"{gain(t, 'clean'):+.1f} on clean images, and on corrupted images {each}"
     return (f'Tuned against Vanilla, in points ({pairing(table)} intervals; n = {many}): '
-            f'{told(table, said)}: above it on {above}, each to be read with its interval.{_note(table)}')
+            f'{told(table, said)}. Tuned is above Vanilla on {above} corruptions; each difference must be '
+            f'read with its interval.{_note(table)}')
 
 # %% ../../nbs/papers/94_dra_found.ipynb #c4a9f409
 FOUND = {'tab1_dra': found_tab1, 'tab2_dra': found_against_vanilla, 'tab3_dra': found_against_vanilla,
