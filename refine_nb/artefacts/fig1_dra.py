@@ -18,7 +18,7 @@ from ..papers.dra_figures import arcs, regions, two_classifiers
 # %% ../../nbs/fig1_dra.ipynb #12d44e81
 def trained(
     seed:int, n:int=40,  # of points and networks; points of each class
-    reach:float=.8,      # half a side of a box over r
+    reach:float=.8,      # half side of a box, over r
 )->dict: # x, y, eps, and the classifiers as 'classifier 1' and 'classifier 2'
     "The points and the two classifiers of Figure 1"
     x, y, r = arcs(n, seed); one, two = two_classifiers(x, y, reach*r, seed)
@@ -37,7 +37,7 @@ def tidy(
         return {'net': k, 'accuracy': 100*right, **regions(d[k], d['x'], d['y'], d['eps'])}
     rows = [row(s, d, k) for s,d in drawn.items() for k in nets]
     table = pd.DataFrame(rows).groupby('net', sort=False).mean().reset_index()
-    # none of the store
+    # not in the store
     return table.assign(seeds=len(drawn), points=len(next(iter(drawn.values()))['x']), key='')
 
 # %% ../../nbs/fig1_dra.ipynb #324fb698

@@ -18,7 +18,7 @@ from ..papers.dra_tables import family
 def tidy(
     cells:dict[str,Cell], # 'vanilla' and 'ours', at the scale that was run
     store,                # where they were made
-# a row an epoch: method, epoch (through both phases), loss, eps (grey levels), clean, attacked; key
+# one row per epoch: method, epoch (through both phases), loss, eps (grey levels), clean, attacked; key
 )->pd.DataFrame:
     "Both phases, epoch by epoch: losses, budget, images shown"
     rows, before = [], 0
@@ -61,7 +61,7 @@ def picture(
     with figure_style():
         fig, (top, ax) = plt.subplots(2, 1, figsize=(7, 4), height_ratios=(1, 2.2))
         _box(top, .15, f'standard training\n{len(one)} epochs, {one.clean.sum():,} clean images', '#F5C98B')
-        _box(top, .5, f'DRA on the network of the moment\n{two.attacked.sum():,} attacked images', 'white')
+        _box(top, .5, f'DRA on the current network\n{two.attacked.sum():,} attacked images', 'white')
         _box(top, .85, f'robust training\n{len(two)} epochs, {two.clean.sum():,} clean images', '#A8DCC8')
         for a,b in ((.29,.345), (.655,.71)):
             top.annotate('', (b, .5), (a, .5), arrowprops=dict(arrowstyle='->', lw=.8))

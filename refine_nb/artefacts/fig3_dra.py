@@ -15,11 +15,11 @@ from ..papers.dra_figures import ATTACKS, saliency
 
 # %% ../../nbs/fig3_dra.ipynb #83aa7d14
 def picture(
-    net:nn.Module, x:Tensor, y:Tensor, # a few images [N,C,H,W] in [0,1], which the network reads right
+    net:nn.Module, x:Tensor, y:Tensor, # a few images [N,C,H,W] in [0,1], classified correctly
     title:str,
     whole:bool=True, # False leaves the images themselves out
 )->Figure:
-    "Image, saliency, and the noise of both attacks, an image a row"
+    "Image, saliency, and the noise of both attacks, one row per image"
     seen = saliency(net, x, y).amax(1)
     noise = {k: (a(net, x, y)-x).abs().amax(1)*255 for k,a in ATTACKS.items()}
     top = max(v.max().item() for v in noise.values()); heads = (*['image']*whole, 'saliency', *noise)

@@ -42,7 +42,7 @@ def tidy(
 def view(
     ours:pd.DataFrame, # tidy
 )->pd.DataFrame:
-    "Success in numbers: a row a network and budget, a column a share"
+    "Success in numbers: one row per network and budget, one column per share"
     text = [f'{a:.1f} / {b:.1f}' + f' {MARK}'*bool(f) for a,b,f in zip(
         ours['of all'], ours['of those right'], ours.get('flag', pd.Series('', ours.index)).fillna(''))]
     wide = ours.assign(text=text, network=[m.replace('resnet', 'ResNet-') for m in ours.model]).pivot(
@@ -54,7 +54,7 @@ def picture(
     ours:pd.DataFrame, # tidy
     title:str,
 )->Figure:
-    "Attack success against p: a panel a definition, a colour a network, dashed for eps = 2"
+    "Attack success against p: a panel per definition, a colour per network, dashed for eps = 2"
     inks = dict(zip(ours.model.unique(), ('#0072B2', '#D55E00', '#009E73', '#CC79A7')))
     shares, bad = {p: POINTS[p] for p in ours.p.unique()}, flagged(ours, 'model')
     with figure_style():

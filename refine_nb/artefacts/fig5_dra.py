@@ -17,7 +17,7 @@ from .tab7_dra import SIX
 # %% ../../nbs/fig5_dra.ipynb #e01099c3
 def shown(
     one:Split,          # a single image
-    frost:bool=False,   # whether frost is among them
+    frost:bool=False,   # whether to include frost
 )->dict[tuple[str,int],Split]: # (corruption, severity) -> the image
     "The images of the figure"
     names = [c for c in SIX if frost or c != 'frost']
@@ -27,18 +27,18 @@ def shown(
 def tidy(
     one:Split, images:dict, # the clean image; as `shown` gives them
 )->pd.DataFrame: # corruption, severity, change (mean grey levels); key
-    "How far each corruption moves the image"
+    "How much each corruption changes the image"
     x = one.x.float()
     return pd.DataFrame([{'corruption': c.replace('_', ' '), 'severity': s,
                           'change': (v.x.float()-x).abs().mean().item(),
-                          'key': ''} for (c, s),v in images.items()])  # none of the store
+                          'key': ''} for (c, s),v in images.items()])  # not in the store
 
 # %% ../../nbs/fig5_dra.ipynb #95bfe298
 def picture(
     one:Split, images:dict, # as for `tidy`
     title:str,
 )->Figure:
-    "A row a corruption, a column a severity"
+    "One row per corruption, one column per severity"
     names = list(dict.fromkeys(c for c,_ in images))
     def paint(ax, split):
         x = split.x[0].permute(1, 2, 0)

@@ -15,7 +15,7 @@ from .tab2_dra import FIRST, SECOND
 
 # %% ../../nbs/tab1_dra.ipynb #636bf745
 def defences(
-    base:Recipe, # from `vanilla` or `vanilla_mnist`, as long as a defence trains
+    base:Recipe, # from `vanilla` or `vanilla_mnist`, with the epochs of a defence
 )->dict[str,Recipe]: # row, as printed -> recipe
     "The defences of Table I, from scratch"
     budget = DEFENDING['mnist' if base.data['name']=='mnist' else 'cifar10']
@@ -28,8 +28,8 @@ def grid(
     model:str='resnet18', mnist_model:str='two_convs', # on CIFAR-10, on MNIST
     dataset:str='cifar10', seed:int=0,
     n_autoattack:int|None=1000, # as for `across`
-)->dict[tuple[str,str],dict[str,Cell|Robustness]]: # (data set, row) -> column -> what fills it
-    "The cells of Table I, and columns of ours"
+)->dict[tuple[str,str],dict[str,Cell|Robustness]]: # (data set, row) -> column -> its cell
+    "The cells of Table I, and the columns that we add"
     net = call(small_network, name=mnist_model); base = vanilla(model, dataset, seed)
     short, long = (vanilla_mnist(net, seed, epochs=e) for e in (FIRST, FIRST+SECOND))
     rows = {'cifar10': {'vanilla': base} | defences(base), 'mnist': {'vanilla': short} | defences(long)}

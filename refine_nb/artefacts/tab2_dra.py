@@ -13,7 +13,7 @@ from ..papers.dra import DEFENDING, LAMBDAS, ours_mnist, trades_trained, vanilla
 from ..papers.dra_tables import across
 
 # %% ../../nbs/tab2_dra.ipynb #cc4b3ede
-FIRST, SECOND = 50, 50 # epochs of the two phases; TRADES has as many as both, as in its own code
+FIRST, SECOND = 50, 50 # epochs of the two phases; TRADES has as many as both together, as in its own code
 
 def networks(
     model:str='two_convs',       # one of `small_names`
@@ -34,6 +34,6 @@ def grid(
     model:str='two_convs', dataset:str='mnist', seed:int=0,
     n_autoattack:int|None=1000, # as for `across`
     **choices,                  # as for `networks`
-)->dict[str,dict[str,Cell|Robustness]]: # row -> column -> what fills it, at published scale
-    "The cells of Table II, and the two columns of ours"
+)->dict[str,dict[str,Cell|Robustness]]: # row -> column -> its cell, at published scale
+    "The cells of Table II, and the two columns that we add"
     return {row: across(r, n_autoattack) for row,r in networks(model, seed, **choices).items()}

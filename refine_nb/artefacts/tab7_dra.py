@@ -22,8 +22,8 @@ SIX = ('snow', 'frost', 'zoom_blur', 'motion_blur', 'jpeg_compression', 'gaussia
 def grid(
     model:str='resnet50', dataset:str='cifar10', seed:int=0, # as for Table III
     severities:tuple[int,...]=(1,2,3,4,5), # averaged
-    official:bool=True, frost:bool=True,   # files of CIFAR-10-C, or generated; whether frost is among them
-# (row, corruption or 'clean') -> a cell a severity, at published scale
+    official:bool=True, frost:bool=True,   # files of CIFAR-10-C, or generated; with or without frost
+# (row, corruption or 'clean') -> a cell per severity, at published scale
 )->dict[tuple[str,str],tuple[Cell,...]]:
     "The cells of Table VII, and the clean ones"
     rows = {k: r for k,r in networks(model, dataset, seed).items() if k in ('vanilla','ours')}
@@ -47,7 +47,7 @@ def tidy(
 def view(
     ours:pd.DataFrame, # tidy
 )->pd.DataFrame:
-    "Our table as a reader sees it: a row a corruption, both networks, and the gain"
+    "Our table as a reader sees it: one row per corruption, with both networks and the gain"
     wide = ours.assign(text=marked(ours)).pivot(index='corruption', columns='method', values='text')
     gain = ours.pivot(index='corruption', columns='kind', values='accuracy')
     table = wide.loc[ours.corruption.unique(), ['Tuned','Vanilla']]
@@ -60,9 +60,9 @@ def view(
 def picture(
     ours:pd.DataFrame,              # tidy
     title:str,
-    printed:pd.DataFrame|None=None, # drawn where ours are at its scale
+    printed:pd.DataFrame|None=None, # drawn if ours are at its scale
 )->Figure:
-    "A line a corruption: both networks with intervals, the printed values as hollow diamonds"
+    "A line per corruption: both networks with intervals, the printed values as hollow diamonds"
     names, bad = list(ours.corruption.unique()), flagged(ours, 'kind')
     with figure_style():
         fig, ax = plt.subplots(figsize=(5, 1+.3*len(names)))

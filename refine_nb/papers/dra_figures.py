@@ -23,7 +23,7 @@ from .dra import EQUAL, printed_pgd
 def arcs(
     n:int=40,       # points of each class
     seed:int=0,
-)->tuple[Tensor,Tensor,float]: # x [2n,1,1,2] in [0,1], y [2n], r: half of the smallest distance between classes
+)->tuple[Tensor,Tensor,float]: # x [2n,1,1,2] in [0,1], y [2n], r: half the smallest distance between classes
     "An r-separated data set of two arcs"
     g = seeded(seed, 'arcs'); t = math.pi*torch.rand(2, n, generator=g)
     first = torch.stack([t[0].cos(), t[0].sin()], 1); second = torch.stack([1-t[1].cos(), .45-t[1].sin()], 1)
