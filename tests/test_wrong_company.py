@@ -44,7 +44,7 @@ def test_a_wrong_network_is_told_by_the_first_step(model, says):
 
 def test_training_takes_no_attack_that_helps():
     make = lambda attack: adversarial_training(DIGITS, batch_size=16, seed=1, attack=attack, objective=halves)
-    with pytest.raises(ValueError, match='targeted=True goes towards the labels'):
+    with pytest.raises(ValueError, match='targeted=True moves images towards the labels'):
         make(call(pgd, targeted=True))
     with pytest.raises(ValueError, match='attack wants'): make('pgd')
 
@@ -53,7 +53,7 @@ def test_a_number_is_asked_of_no_attack_that_helps():
                   optimiser=call(sgd), epochs=1, batch_size=16)
     for spec in (lambda a: Cell(base, a), lambda a: replace(base, robust=a)): # before anything is trained
         assert spec(call(pgd))
-        with pytest.raises(ValueError, match='targeted=True goes towards the labels'):
+        with pytest.raises(ValueError, match='targeted=True moves images towards the labels'):
             spec(call(pgd, targeted=True))
 
 def test_int8_calibrates_alike_in_a_step_and_between_epochs():
