@@ -285,7 +285,7 @@ def test_a_store_where_no_folder_can_be():
 @pytest.mark.parametrize('sign,says',
                          [('{"format": 99}', 'has format 99, this version of refine_nb reads format 2'),
                           ('{}', 'is empty or damaged'), ('', 'is empty or damaged'),
-                          ('{"for', 'results of the store are as they were'),
+                          ('{"for', 'results in the store are unchanged'),
                           ('[1]', 'write {"format": 2} into it')])
 def test_a_store_of_another_format(kept, sign, says):
     "refused before anything in it is touched"

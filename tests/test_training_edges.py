@@ -69,10 +69,10 @@ TOWARDS = {'call': call(pgd, targeted=True), 'partial': partial(pgd, targeted=Tr
     lambda a: adversarial_training(DIGITS, batch_size=16, seed=1, attack=a, objective=halves)],
     ids=['attacker', 'advprop_step', 'counting', 'untargeted', 'adversarial_training'])
 def test_no_step_takes_an_attack_that_helps(attack, made):
-    with pytest.raises(ValueError, match='pgd with targeted=True moves images towards the labels'): made(attack)
+    with pytest.raises(ValueError, match='pgd with targeted=True moves images towards'): made(attack)
 
 def test_a_budget_that_fades_is_of_an_attack_that_harms():
-    with pytest.raises(ValueError, match='moves images towards the labels'): regulated(call(pgd, targeted=True))
+    with pytest.raises(ValueError, match='moves images towards'): regulated(call(pgd, targeted=True))
 
 def test_an_attacker_wants_an_attack():
     for made in (attacker, advprop_step):

@@ -26,26 +26,26 @@ from .stopping import Stopped
 # %% ../../nbs/runs/10_makers.ipynb #a65cd584
 @singledispatch
 def make(spec, store)->tuple[dict,dict]:
-    "Numbers (JSON-ready) and tensors of a spec; extended for each kind of spec"
-    raise TypeError(f"nothing is known that makes a {type(spec).__name__}: register it with `make.register`")
+    "Numbers (JSON-ready) and tensors of a spec; each kind of spec registers its own maker"
+    raise TypeError(f"no maker is known for a {type(spec).__name__}: register one with `make.register`")
 
 # %% ../../nbs/runs/10_makers.ipynb #619e4e84
 def _beside(recipe:Recipe, other:dict,
-)->dict: # what `fit` hands back besides the result, as tensors of the entry
+)->dict: # the other weights that `fit` returns, as tensors of the entry
     return ({f'{name}/{k}': v for name,state in other.items() for k,v in state.items()}
             if recipe.robust or recipe.select else {})
 
 # %% ../../nbs/runs/10_makers.ipynb #c214d3ab
 class _Shown(Snapshots):
-    "Snapshots in a store, which show the state after each epoch, written or not, and stop where time is up"
-    def __init__(self, store, spec, see=lambda state: None, last=None): # after the `last` epoch all is done
+    "Snapshots in a store: `see` gets the state after each epoch, written or not; stops when the time is up"
+    def __init__(self, store, spec, see=lambda state: None, last=None): # after epoch `last` all is done
         super().__init__(store.root/'running'/key(spec), store.every, owner=key(spec))
         self.root, self.see, self.end, self.until = store.root, see, last, store.until
         self.since = time.monotonic()
     def save(self, state):
         self.see(state)
         took, self.since = time.monotonic()-self.since, time.monotonic()
-        # another one would not fit
+        # another epoch or batch would not fit
         stop = self.until is not None and self.until.left < took and state['epoch'] != self.end
         if stop: self.every = 0.
         with writing(self.root): written = super().save(state)
@@ -56,7 +56,7 @@ class _Shown(Snapshots):
 
 # %% ../../nbs/runs/10_makers.ipynb #3a425408
 def _judges(recipe, data, method, store,
-): # for `fit`: accuracy of a model on the validation images, and robust accuracy where the recipe asks for it
+): # for `fit`: accuracy of a model on the validation images, and robust accuracy if the recipe wants it
     attack, n = recipe.robust and store.resolved(recipe.robust), recipe.n_robust
     some = Split(data.valid.x[:n], data.valid.y[:n])
     def judge(m, images, **how):
@@ -67,7 +67,7 @@ def _judges(recipe, data, method, store,
     return validate, robust if attack else None
 
 # %% ../../nbs/runs/10_makers.ipynb #b2bde705
-def _rehearse(recipe, store, data, method, weights)->None: # a method that no one trains with
+def _rehearse(recipe, store, data, method, weights)->None: # `method` is not the one used for training
     part, doing = data.valid if len(data.valid) else data.train, 'stored and found again'
     two, how = Split(part.x[:2], part.y[:2]), dict(size=data.size, device=store.engine.device)
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -83,7 +83,7 @@ def _rehearse(recipe, store, data, method, weights)->None: # a method that no on
 
 # %% ../../nbs/runs/10_makers.ipynb #f24e26ff
 @make.register
-def _(recipe:Recipe, store, passing=()): # `passing`: the same recipe with fewer epochs, made on the way
+def _(recipe:Recipe, store, passing=()): # `passing`: recipes with fewer epochs, made on the way
     data, model = store.data(recipe.data), store.fresh(recipe)
     method, spare = (store.resolved(recipe.method)(data, batch_size=recipe.batch_size, seed=recipe.seed,
                                                    device=store.engine.device) for _ in range(2))
@@ -105,7 +105,7 @@ def _(recipe:Recipe, store, passing=()): # `passing`: the same recipe with fewer
     return result(log), tensors
 
 # %% ../../nbs/runs/10_makers.ipynb #a6151981
-def _part(data:Data, spec)->Split: # the images that a spec looks at
+def _part(data:Data, spec)->Split: # the images that a spec uses
     part = getattr(data, spec.split)
     n = len(part) if spec.n_eval is None else spec.n_eval
     if n > len(part):
@@ -130,7 +130,7 @@ def _(cell:Cell, store):
     part, attack, shown = _part(data, cell), cell.attack and store.resolved(cell.attack), data.fingerprint
     if cell.surrogate: part, attack = _transferred(store, cell, data, part), None
     if cell.corruption:
-        part = cell.corruption(part); shown = fingerprint(part.x, part.y) # no cell on clean images is paired
+        part = cell.corruption(part); shown = fingerprint(part.x, part.y) # never paired with clean images
     start = time.monotonic()
     found = classify(model, part, size=data.size, attack=attack, seed=cell.recipe.seed,
                      device=store.engine.device, quiet=store.quiet)
@@ -173,7 +173,7 @@ def _(spec:Correction, store):
 
 # %% ../../nbs/runs/10_makers.ipynb #7712c327
 @make.register
-def _(spec:Share, store): # the images are those of the full set: only the counts are kept
+def _(spec:Share, store): # its images are those of the full set: only the counts are stored
     t = store.value(spec)
     return {'n': len(t.right), 'wrong': t.n_wrong, 'corrected': t.n_corrected, 'seconds': 0.,
             'data': store.get(spec.full).result['data']}, {}
@@ -205,7 +205,7 @@ def _(spec:Robustness, store):
     with at_scale(model, spec.scale) if spec.scale else nullcontext():
         try: r = run(state=known and known['run'])
         except OtherRun as e:
-            warnings.warn(f"the unfinished AutoAttack {key(spec)} cannot go on ({e}): it begins again",
+            warnings.warn(f"the unfinished AutoAttack {key(spec)} cannot be continued ({e}): it begins again",
                           stacklevel=2)
             r = run()
     numbers = {**proportion(r.breaker==-1), 'label': r.label, 'survivors': r.survivors, 'seconds': r.seconds,
