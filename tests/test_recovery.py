@@ -304,7 +304,7 @@ def two(root, tmp_path, spec=RUN):
     one = Worker(tmp_path/'one', work, root, spec, env={'TOY_LOG': str(log), 'TOY_GATE': f'1:{go}'})
     until(lambda: log.exists() and 1 in epochs(log))
     other = Worker(tmp_path/'other', work, root, spec, env={'TOY_LOG': str(log)})
-    until(lambda: 'another process makes this recipe' in other.text)
+    until(lambda: 'another process is making this recipe' in other.text)
     assert key(RUN) in other.text
     return one, other, log, go
 
@@ -412,7 +412,7 @@ def test_a_plan_keeps_that_a_training_diverged(peace, root, tmp_path, monkeypatc
             and [h['epoch'] for h in store.find(RUN).result['history']] == [1, 2])
     for ask in (store.get, store.value): # of one that is there and of one that is not
         for s in (specs[0], Cell(child, n_eval=5)):
-            with pytest.raises(Diverged, match='the loss is nan at epoch 3, step 2 of 4. So it was found on'):
+            with pytest.raises(Diverged, match='the loss is nan at epoch 3, step 2 of 4. This was found on'):
                 ask(s)
     monkeypatch.delenv('TOY_DO'); monkeypatch.delenv('TOY_LOG')
     for s in ancestors(*specs):

@@ -25,15 +25,15 @@ class Store:
     "Makes specs once and finds them again"
     def __init__(self,
         root=None,           # folder; None: $REFINE_HOME, else the user's cache folder
-        engine:Engine=None,  # None: the first GPU where there is one, else the CPU
+        engine:Engine=None,  # None: the first GPU if there is one, else the CPU
         quiet=False,         # no progress bars
-        every:float=20.,     # seconds between training snapshots, at least; 0 takes one after each epoch
+        every:float=20.,     # least seconds between training snapshots; 0: one after each epoch
     ):
         if engine is not None: instance('engine', engine, Engine, 'an Engine, as engine() gives it')
         self.root, self.engine, self.quiet, self.every = home_folder(root), engine or _engine(), quiet, every
         self.until, self._data, self._locks = None, {}, {} # `until`: when what is being made is to stop
-        self._tried, self._laid = {}, {} # layouts by trial: of networks, and of what is being made
-        _tidy(self.root); loaded_commit() # before anything is made: files may change under a long run
+        self._tried, self._laid = {}, {} # layouts found by trial: of networks, and of what is being made
+        _tidy(self.root); loaded_commit() # before anything is made: files may change during a long run
     def folder(self, spec:Spec):
         name = type(instance('spec', spec, Spec, 'a cell, a recipe or another spec')).__name__.lower()
         return self.root/name/key(spec)
@@ -41,11 +41,11 @@ class Store:
 _engine = engine # the constructor's argument hides the function's name
 
 # %% ../../nbs/runs/20_store.ipynb #95b27f38
-def _folders(): # of a store: one for each kind of spec, and some for what is no result
+def _folders(): # of a store: one for each kind of spec, and some for other files
     def kinds(cls): return {cls.__name__.lower()}.union(*map(kinds, cls.__subclasses__()))
     return kinds(Spec) | {'damaged', 'executed', 'locks', 'running', 'speeds', 'weights'}
 
-def _tidy(root): # away with what killed processes left beside results that are there
+def _tidy(root): # remove what killed processes left behind, of results that are stored
     clear(root, 'store.json')
     for name in _folders(): clear(root/name)
     for run in root.glob('running/*'):
@@ -54,7 +54,7 @@ def _tidy(root): # away with what killed processes left beside results that are 
         elif run.is_dir() and not any(run.iterdir()): _drop_empty(root, run)
 
 # %% ../../nbs/runs/20_store.ipynb #c0ffee31
-def _drop_empty(root, run): # of no use to anyone but who is about to write into it
+def _drop_empty(root, run): # an empty folder, unless a process is about to write into it
     with contextlib.suppress(OSError, filelock.Timeout), _lock(root, run.name).acquire(timeout=0): run.rmdir()
 
 # %% ../../nbs/runs/20_store.ipynb #bfb5657c
@@ -63,21 +63,21 @@ def _lock(root, name):
     if locks_hold(root/'locks'): return filelock.FileLock(root/'locks'/f'{name}.lock')
     if hasattr(filelock, 'SoftFileLease'):
         return filelock.SoftFileLease(root/'locks'/f'{name}.lease', lease_duration=120.)
-    raise OSError(f"locks do not hold in the store {root}, "
+    raise OSError(f"locks do not work in the store {root}, "
                   f"and filelock {filelock.__version__} has no leases: "
-                  "install filelock>=4, mount the folder with locks, or set REFINE_HOME to another one")
+                  "install filelock>=4, mount the folder with locks, or set REFINE_HOME to another folder")
 
 @patch
 @contextlib.contextmanager
 def claimed(self:Store, spec:Spec, wait=True):
-    "Hold the right to make a spec, once or more; waits while another process holds it, or else `Timeout`"
+    "Hold the right to make a spec (re-entrant); while another process holds it, wait or raise `Timeout`"
     lock = self._locks.setdefault(spec, _lock(self.root, key(spec)))
     with writing(self.root):
         try: lock.acquire(timeout=0)
         except filelock.Timeout:
             if not wait: raise
             if not self.quiet:
-                print(f"another process makes this {type(spec).__name__.lower()} ({key(spec)}): "
+                print(f"another process is making this {type(spec).__name__.lower()} ({key(spec)}): "
                       "waiting for it", flush=True)
             lock.acquire()
     try: yield
@@ -86,7 +86,7 @@ def claimed(self:Store, spec:Spec, wait=True):
 # %% ../../nbs/runs/20_store.ipynb #9ba9c674
 @patch
 def taken(self:Store, spec:Spec)->bool:
-    "Does another process hold the right to make it?"
+    "Whether another process holds the right to make a spec"
     with writing(self.root):
         try:
             with _lock(self.root, key(spec)).acquire(timeout=0): return False
@@ -95,21 +95,21 @@ def taken(self:Store, spec:Spec)->bool:
 # %% ../../nbs/runs/20_store.ipynb #ba901acc
 def remove_entry(
     folder:Path, # of an entry in a store
-)->bool:         # False where another process holds it, or has removed it
-    "Remove a result that nobody is about, at once"
+)->bool:         # False if another process holds it, or has removed it
+    "Remove a result in one step, unless a process holds the right to make it"
     try:
         with _lock(folder.parents[1], folder.name).acquire(timeout=0): remove(folder)
     except (filelock.Timeout, FileNotFoundError): return False
     return True
 
 # %% ../../nbs/runs/20_store.ipynb #bb1559ec
-def _whole_entry(folder, name)->Entry|None: # all of it is read
+def _whole_entry(folder, name)->Entry|None: # reads all of it
     if entry := read_entry(folder, name): entry.tensors()
     return entry
 
 @patch
 def set_aside(self:Store, spec:Spec, why:Exception)->Entry|None:
-    "Move a damaged entry out of the way, with a warning; or give the one that was made again meanwhile"
+    "Move a damaged entry out of the way, with a warning; or return the one that was remade meanwhile"
     folder, aside = self.folder(spec), self.root/'damaged'
     with self.claimed(spec):
         try: return _whole_entry(folder, key(spec))
@@ -124,14 +124,14 @@ def set_aside(self:Store, spec:Spec, why:Exception)->Entry|None:
 # %% ../../nbs/runs/20_store.ipynb #e30c42f2
 @patch
 def find(self:Store, spec:Spec)->Entry|None:
-    "The stored result of a spec, or None; a damaged one is set aside"
+    "The stored result of a spec, or None; a damaged result is set aside"
     try: return read_entry(self.folder(spec), key(spec))
     except Damaged as e: return self.set_aside(spec, e)
 
 # %% ../../nbs/runs/20_store.ipynb #ce5d08e4
 @patch
 def plan(self:Store, specs)->list[Spec]:
-    "What has to be made for `specs`, in an order in which it can be made"
+    "The missing specs that have to be made for `specs`, in an order in which they can be made"
     seen = {}
     def visit(s):
         if s in seen or self.find(s): return
@@ -143,9 +143,9 @@ def plan(self:Store, specs)->list[Spec]:
 # %% ../../nbs/runs/20_store.ipynb #3b144d8a
 @patch
 def keep(self:Store, spec:Spec, result:dict, tensors:dict, seconds:float,
-         within:str|None=None, # key of the longer training on whose way it was made
+         within:str|None=None, # key of the longer training that passed through it
 )->Entry:
-    "Write a result, with what made it in how many seconds"
+    "Store a result, with what made it and how many seconds that took"
     made = {'seconds': round(seconds, 3), 'versions': versions(), 'device': device_name(self.engine.device),
             'precision': self.engine.precision, **(loaded_commit() or {}),
             **({'within': within} if within else {})}
@@ -154,14 +154,14 @@ def keep(self:Store, spec:Spec, result:dict, tensors:dict, seconds:float,
                                     'result': result, 'made': made}))
     with writing(self.root): return write_entry(self.folder(spec), record, tensors)
 
-def _name(layouts): # part -> layout, '' the whole: in words
+def _name(layouts): # part -> layout ('' is the whole network), in words
     said = {part: str(l).removeprefix('torch.').removesuffix('_format') for part,l in layouts.items()}
     return ', '.join([said.pop(''), *(f'{part} {l}' for part,l in said.items())])
 
 # %% ../../nbs/runs/20_store.ipynb #daab1d80
 @patch
 def get(self:Store, spec:Spec, make=True)->Entry|None:
-    "The result of a spec, made now where it is missing; None where it is missing and `make` is false"
+    "The result of a spec, made now if it is missing; None if it is missing and `make` is false"
     found = self.find(spec)
     if not make: return found
     for parent in () if found else self.plan([spec])[:-1]: self.get(parent)
@@ -169,36 +169,36 @@ def get(self:Store, spec:Spec, make=True)->Entry|None:
         with self.claimed(spec): found = _made(self, spec)
     return _sound(found)
 
-def _worked(result): # seconds that a result says, which counts earlier sessions of its making, too
+def _worked(result): # seconds in a result, which include earlier sessions that worked on it
     said = result.get('seconds') or 0.
     return sum(said.values()) if isinstance(said, dict) else said
 
-def _made(store:Store, spec:Spec, **also)->Entry: # by us, who may make it, or before; `also` is for `make`
+def _made(store:Store, spec:Spec, **also)->Entry: # we hold the right to make it; `also` is for `make`
     start, entry = time.monotonic(), store.find(spec)
     if not entry:
         result, tensors = make(spec, store, **also)
         entry = store.keep(spec, result, tensors, max(time.monotonic()-start, _worked(result)))
-    # of one who was killed, too
+    # those of a killed process, too
     shutil.rmtree(store.root/'running'/key(spec), ignore_errors=True)
     return entry
 
 # %% ../../nbs/runs/20_store.ipynb #d17e57ee
 @patch
 def diverged(self:Store, *specs:Spec)->str:
-    "In what way the training that one of these hangs on diverged, as a plan found; '' where none is known to"
+    "How a training that one of these specs depends on diverged, as a plan recorded; '' if none is known to"
     found = (e.result.get('diverged') for s in specs if (e := self.find(s)))
     return next(filter(None, found), '')
 
-def _sound(entry): # or an error
+def _sound(entry): # the entry, or an error
     if not (why := entry.result.get('diverged')): return entry
-    raise Diverged(why, f". So it was found on {entry.made['device']}, and is kept as the result of this "
+    raise Diverged(why, f". This was found on {entry.made['device']}, and is kept as the result of this "
                    f"{entry.record['kind'].lower()}: take a smaller learning rate, or remove the folder "
                    f"{entry.folder} to try it again")
 
 # %% ../../nbs/runs/20_store.ipynb #fc719478
-_ANY_LENGTH = ('fine_tune', 'adapt', 'equal_steps') # their steps do not ask how long the training will be
+_ANY_LENGTH = ('fine_tune', 'adapt', 'equal_steps') # their steps do not depend on the length of the training
 
-def _family(recipe:Recipe): # what recipes of one training have in common; None where the length matters
+def _family(recipe:Recipe): # what recipes of one training have in common; None if the length matters
     asks = (recipe.schedule or recipe.select or recipe.robust
             or public_name(recipe.method.fn) not in _ANY_LENGTH)
     return None if asks else replace(recipe, epochs=1)
@@ -206,7 +206,7 @@ def _family(recipe:Recipe): # what recipes of one training have in common; None 
 def passed(
     specs,                 # what is to be made
 )->dict[Recipe,Recipe]:    # shorter recipe -> the longest one that passes through it
-    "Recipes whose weights come about on the way of a longer run among `specs`"
+    "Recipes whose weights a longer run among `specs` makes on its way"
     specs = all_specs(specs)
     families = {}
     for r in specs:
