@@ -95,7 +95,7 @@ def test_a_run_that_always_dies_is_named(forked, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv('TOY_DO', 'kill:4:0'); monkeypatch.setenv('TOY_LOG', str(tmp_path/'log'))
     bad, store = replace(recipe(), epochs=5), Store(tmp_path/'store', Engine(), quiet=False, every=0.)
     with pytest.raises(Unmade, match=rf'1 run could not be made: recipe {key(bad)} \(teach\): '
-                       r'it died 4 times, at last: it was killed \(signal 9\).* '
+                       r'it died 4 times; last time: it was killed \(signal 9\).* '
                        r'1 more waits for that. All else is stored'):
         store.run([Cell(bad), Cell(recipe(seed=2))], executor=workers(2))
     assert store.find(Cell(recipe(seed=2))) and store.plan([Cell(bad)]) == [bad, Cell(bad)]

@@ -23,8 +23,8 @@ def _opened(setting): return setting.open()
 
 def on_cluster(
     setting:Setting, specs:tuple[Spec,...],
-    left:float,   # seconds, until it is to stop
-    *parents,     # how they ended, as `tried` says it
+    left:float,   # seconds until it has to stop
+    *parents,     # how they ended, as `tried` returns it
 )->tuple:         # as `tried`
     "Make one task, after its parents"
     if any(how != 'made' for how,*_ in parents): return 'waits', '', ()
@@ -32,7 +32,7 @@ def on_cluster(
     return tried(store, specs)
 
 # %% ../../nbs/runs/58_clusters.ipynb #4f4f02cd
-_BRIEF = 2e-4 # seconds an image in steps of 16, about 3 ms a step: the launches of its kernels
+_BRIEF = 2e-4 # seconds per image in steps of 16, about 3 ms a step: the time to launch its kernels
 
 def _gpu_share(spec:Spec, engine:Engine)->float:
     if not engine.device.startswith('cuda'): return 0.
@@ -40,7 +40,7 @@ def _gpu_share(spec:Spec, engine:Engine)->float:
 
 # %% ../../nbs/runs/58_clusters.ipynb #1e18d904
 class _UnderWay:
-    "Tasks that a cluster is at: reference -> task"
+    "Tasks that a cluster is working on: reference -> task"
     def wait(self):
         ended, _ = self.engine.wait(list(self.tasks), timeout=1.)
         return [(self.tasks.pop(r), *self._how(r)) for r in ended]
@@ -78,7 +78,7 @@ class _Cluster(_UnderWay):
         self.refs[task] = ref; self.tasks[ref] = task
 
 # %% ../../nbs/runs/58_clusters.ipynb #556fd56b
-def _ray(): # the package, told to send no statistics home
+def _ray(): # the package, with its usage statistics switched off
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     try: import ray as package
     except ImportError as e:
@@ -89,7 +89,7 @@ def _ray(): # the package, told to send no statistics home
 @dataclass(frozen=True)
 class ray:
     "Runs are tasks of a Ray cluster"
-    address: str|None = None  # of a cluster, 'auto' for the one that runs here; None begins one here
-    at_most: int|None = None  # tasks at once, of one that is begun here; None: as many as there are cores
+    address: str|None = None  # of a cluster; 'auto': the one running here; None: start one here
+    at_most: int|None = None  # most tasks at once on a cluster started here; None: all its cores
 
     def team(self, store:Store): return _Cluster(store, self.address, self.at_most)

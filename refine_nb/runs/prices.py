@@ -36,7 +36,7 @@ def _seconds(f, engine:Engine)->float: # wall time of one call, after the device
     return time.perf_counter()-start
 
 # %% ../../nbs/runs/50_prices.ipynb #94ab49ea
-def _measured(model, shape, num_classes, engine): # as for `speed`
+def _measured(model, shape, num_classes, engine): # arguments as for `speed`
     net = engine.place(unfilled(model)(num_classes=num_classes))
     on_gpu, small = engine.device.startswith('cuda'), shape[-1] <= 64
     large = not on_gpu and not (small and n_parameters(net) < 5e6)
@@ -56,10 +56,10 @@ def _measured(model, shape, num_classes, engine): # as for `speed`
     return {f.__name__: min(_seconds(f, engine) for _ in range(n))/batch for f,n in tries.items()}
 
 # %% ../../nbs/runs/50_prices.ipynb #3f0c1a77
-_KEPT = 24*3600 # seconds for which a speed is believed
+_KEPT = 24*3600 # seconds for which a measured speed is reused
 
 def _kept(what:dict, measure:Callable[[],dict])->dict:
-    "What was measured of late, else measured now and kept; where it cannot be kept, it is measured again"
+    "A recent measurement, or a new one, which is stored; if it cannot be, the next call measures again"
     path = home_folder()/'speeds'/f'{key(what)}.json'
     with contextlib.suppress(OSError, ValueError):
         if 0 <= time.time()-path.stat().st_mtime < _KEPT: return json.loads(path.read_text())
@@ -73,21 +73,21 @@ def speed(
     shape:tuple[int,int,int], # (C,H,W) of the input
     num_classes:int,
     engine:Engine=Engine(),
-)->dict[str,float]:      # 'forward', 'attack', 'train': seconds an image
-    "Measured seconds per image of this model on this device, of today"
+)->dict[str,float]:      # 'forward', 'attack', 'train': seconds per image
+    "Measured seconds per image of this model on this device, at most a day old"
     what = {'model': model, 'shape': shape, 'num_classes': num_classes, 'torch': torch.__version__,
             'device': device_name(engine.device), 'engine': repr(engine)}
     return _kept(what, lambda: _measured(model, shape, num_classes, engine))
 
 # %% ../../nbs/runs/50_prices.ipynb #cd24bf0e
-SIZES = { # images for training and validation together, images for the test, classes, (C,H,W)
+SIZES = { # images for training and validation together, test images, classes, (C,H,W)
     'digits': (1437, 360, 10, (1,8,8)), 'mnist': (60_000, 10_000, 10, (1,28,28)),
     'cifar10': (50_000, 10_000, 10, (3,32,32)), 'cifar10_jpeg': (50_000, 10_000, 10, (3,32,32)),
     'cifar10_resplit': (41_000, 10_000, 10, (3,32,32)), 'cifar100': (50_000, 10_000, 100, (3,32,32)),
     'cinic10': (180_000, 90_000, 10, (3,32,32))}
 
 def sizes_of(
-    name:str, # of a data set, or from `own_images`
+    name:str, # of a data set, or what `own_images` returns
 )->tuple:     # as in `SIZES`
     "How large a data set is, without reading it"
     return name.sizes if isinstance(name, OwnImages) else SIZES[choose(name, SIZES, 'data set')]
@@ -97,17 +97,17 @@ def _attacked(attack:Call|None, n:int)->Counter:
     if attack is None: return Counter()
     has = attack.all_settings
     if inner := has.get('attack'): return _attacked(inner, n) # of `smooth_attack`
-    if attack.name in ('autoattack_images','fab_t'): # as AutoAttack has them
+    if attack.name in ('autoattack_images','fab_t'): # as in AutoAttack
         return _withstood(has.get('components', ('fab-t',)), int(n*ROBUST_SHARE))
     steps, restarts = has.get('steps') or 10, has.get('restarts') or 1
     return Counter({'forward' if attack.name=='salt_and_pepper' else 'attack': steps*restarts*n})
 
 # %% ../../nbs/runs/50_prices.ipynb #12827dab
 WRONG_SHARE = .05 # of the training images, assumed for the price of a correction
-ROBUST_SHARE = .5 # of the images, assumed to stand up to all of AutoAttack: what is broken early costs little
+ROBUST_SHARE = .5 # of the images, assumed to survive all of AutoAttack; those broken early cost little
 _EACH = {'apgd-ce': Counter(attack=100), 'apgd-t': Counter(attack=900), 'fab-t': Counter(attack=1800),
          'square': Counter(forward=5000)}  # passes of an image that survives
-_AUDITED = {'attack': 440, 'forward': 300} # of one in an audit, as counted, besides the reported attack
+_AUDITED = {'attack': 440, 'forward': 300} # passes per audited image, as counted, without the reported attack
 
 def _withstood(components:tuple[str,...], n:int)->Counter:
     return Counter({kind: n*k for kind,k in sum((_EACH[c] for c in components), Counter()).items()})
@@ -135,7 +135,7 @@ def images(
                else getattr(data['name'], 'n_valid', None) or int(pool*data['valid']))
     n = min(data['n_train'] or pool, pool-n_valid)
     if isinstance(spec, Recipe): return _trained(spec, n, n_valid)
-    if isinstance(spec, (Given, Worst, Share)): return Counter() # read, or of what is priced by itself
+    if isinstance(spec, (Given, Worst, Share)): return Counter() # only read, or priced by its parts
     if isinstance(spec, Quantised): return Counter(forward=spec.n_calibrate)
     seen = (getattr(spec, 'n_eval', None)
             or {'train': n, 'valid': n_valid, 'test': test}[getattr(spec, 'split', 'test')])
@@ -164,19 +164,19 @@ def duration(
 def priceable(
     spec:Spec,
 )->bool:
-    "Whether it is known how many images there are: of published data sets and of your own"
+    "Whether the number of images is known, as for published data sets and for `own_images`"
     name = rooted(spec).data.all_settings.get('name')
     return isinstance(name, OwnImages) or name in SIZES
 
 # %% ../../nbs/runs/50_prices.ipynb #1ef7ba43
 def speed_of(
-    spec:Spec, # of images that are known, as `priceable` says
+    spec:Spec, # one that is `priceable`
     engine:Engine=Engine(),
 )->dict[str,float]: # as `speed`
-    "Seconds an image of the network behind a spec"
+    "Seconds per image for the network behind a spec"
     recipe = rooted(spec); size = recipe.data['size']
     *_, K, (C,H,W) = sizes_of(recipe.data['name'])
-    model = recipe.model.all_settings.get('base', recipe.model) # a head of cosines costs nothing
+    model = recipe.model.all_settings.get('base', recipe.model) # a cosine head adds no time to speak of
     return speed(model, (C,size,size) if size else (C,H,W), K, engine)
 
 # %% ../../nbs/runs/50_prices.ipynb #8c016f56
@@ -189,7 +189,7 @@ def cost(
     return sum(n*per[kind] for kind,n in images(spec).items())
 
 # %% ../../nbs/runs/50_prices.ipynb #c7d0482d
-def _detail(spec): # what tells runs of one kind apart
+def _detail(spec): # what distinguishes runs of one kind
     if isinstance(spec, Recipe): return spec.method.name
     if isinstance(spec, Given): return spec.model.name
     if isinstance(spec, Quantised): return spec.backend
