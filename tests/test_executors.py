@@ -2,9 +2,10 @@
 
 And whatever stops them, what was made is there: a budget, SIGTERM, Ctrl-C.
 """
-import importlib.util, os, signal, sys, threading, time
+import importlib.util, os, signal, subprocess, sys, threading, time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def importable(monkeypatch):
 @pytest.fixture
 def forked(monkeypatch):
     "Workers need not import all anew, which takes ten seconds each; those of the other tests do"
-    monkeypatch.setattr('refine_nb.runs.processes.subprocess.Popen', Forked)
+    of_workers = SimpleNamespace(**{**vars(subprocess), 'Popen': Forked}) # elsewhere `git` is still called
+    monkeypatch.setattr('refine_nb.runs.processes.subprocess', of_workers)
 
 def table():
     "Two rows of one baseline, one by a correction; an int8 network; a longer training; a cell under attack"
