@@ -24,18 +24,18 @@ BUDGET = {'mnist': dict(eps=.3, step_size=.01, steps=40),                       
           'cifar': dict(eps=8/255, step_size=2/255, steps=10)}
 
 WORDS = {"Madry's": 'training on attacked images alone',
-         'ALP': 'adversarial logit pairing, clean and attacked images shall have the same logits',
+         'ALP': 'adversarial logit pairing: clean and attacked images should get the same logits',
          'TRADES': 'clean cross-entropy and the divergence between clean and attacked predictions',
-         'MART': 'misclassification-aware training', 'GAIRAT': 'geometry-aware weights of examples',
-         'MAIL-AT': 'margin-aware weights of examples',
-         'SPAT': 'self-paced adversarial training, the method of the thesis'} # what a page calls them
+         'MART': 'misclassification-aware training', 'GAIRAT': 'geometry-aware weighting of examples',
+         'MAIL-AT': 'margin-aware weighting of examples',
+         'SPAT': 'self-paced adversarial training, the method of the thesis'} # how a page explains them
 
 # %% ../../nbs/papers/70_spat.ipynb #fb73c864
 def network(
     cosines:bool,            # with a cosine head, for SPAT
     model:str='resnet18',    # one of `MODELS`, or a small network such as 'small_cnn'
     *,
-    scale:float|None=1.,     # what others see of cosines; 1 as released (open-T27); None: plain logits
+    scale:float|None=1.,     # of the cosines returned; 1 as released (open-T27); None: plain logits
     projection:str='released', bias:bool=True, # as for `cosine_head` (open-T29)
 )->Call:
     "The network of a defence"
@@ -88,7 +88,7 @@ def ablation(
     dataset:str='cifar10', seed:int=0, # as for `trained`; not 'mnist'
     *,
     model:str='resnet18',              # as for `trained`
-)->dict[tuple,Recipe]: # (table, row) -> recipe; the default stands in each of them
+)->dict[tuple,Recipe]: # (table, row) -> recipe; each table includes the default
     "The trainings of Tables 3.6, 3.7 and 3.8"
     chosen_data(dataset, DATASETS[1:], 'data set of Tables 3.6 to 3.8')
     def with_(row='SPAT', **settings): return trained(row, dataset, seed, model=model, **settings)
@@ -104,7 +104,7 @@ def ablation(
 def attackers(
     dataset:str='cifar10', # one of `DATASETS`
 )->dict[str,Call|None]:    # column -> attack; None is clean; AutoAttack is not among them, see `judged`
-    "The columns of Tables 3.2 and 3.4, but AutoAttack"
+    "The columns of Tables 3.2 and 3.4, except AutoAttack"
     mnist = chosen_data(dataset, DATASETS)=='mnist'
     eps = BUDGET['mnist' if mnist else 'cifar']['eps']; tenth = dict(eps=eps, step_size=eps/10)
     start = dict(clamp_start=False)
@@ -128,10 +128,10 @@ def surrogate(
 
 # %% ../../nbs/papers/70_spat.ipynb #0049be7a
 def judged(
-    recipe:Recipe,               # whose weights are judged
+    recipe:Recipe,               # of the network that is evaluated
     column:str,                  # one of `attackers`, or 'AA'
     *,
-    scale:float|None=None,       # of the cosines that the attack sees; None: as the network shows them
+    scale:float|None=None,       # of the cosines that the attack sees; None: as the network returns them
     surrogate:Recipe|None=None,  # black box: on whose weights the images are made
     n_eval:int|None=None,        # first n test images
 )->Cell|Robustness:

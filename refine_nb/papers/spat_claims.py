@@ -24,21 +24,21 @@ from .spat_tables import COLUMNS
 # %% ../../nbs/papers/73_spat_claims.ipynb #dccc1989
 _HEADS = {v: k for k,v in COLUMNS.items()} # as published -> as the thesis heads it
 
-def _leads(t): # (column, points of SPAT there over another method)
+def _leads(t): # (column, points by which SPAT leads another method there)
     return [(a, lead(t, a, over=m)) for a in attacked(t)
             for m in t[(t.attack==a) & t.accuracy.notna()].method if m != 'SPAT']
 def _lost(t):
     best = {a: best_of(t, a) for a in attacked(t)}
-    return '; '.join(f'{_HEADS[a]}: {enumerated(b)}' for a,b in best.items() if 'SPAT' not in b)
+    return ', '.join(f'{_HEADS[a]} (best: {enumerated(b)})' for a,b in best.items() if 'SPAT' not in b)
 def _score(t):
     lost = _lost(t)
-    return f"best in {len(won(t))} of {len(attacked(t))} attacks" + (f'; not in {lost}' if lost else '')
+    return f"best under {len(won(t))} of {len(attacked(t))} attacks" + (f'; not under {lost}' if lost else '')
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #0edf80f4
 _WHITE, _BLACK = ('SPAT thesis section 3.5.1 (text line 643)', 'SPAT thesis section 3.5.1 (text line 649)')
 TAB2 = (
-    Claim('T3', 'SPAT achieves the highest robustness in all 4 attacks on MNIST (read: in all that the table '
-          'has, open-T5)', _WHITE, lambda t: [v >= 0 for _,v in _leads(t)], _score),)
+    Claim('T3', 'SPAT achieves the highest robustness in all 4 attacks on MNIST (read: under all that the '
+          'table has, open-T5)', _WHITE, lambda t: [v >= 0 for _,v in _leads(t)], _score),)
 TAB4 = (
     Claim('T4', 'SPAT achieves the highest robustness in ... 6 out of 7 on CIFAR-10 (read: in all but '
           'C&W)', _WHITE, lambda t: [len(attacked(t))==7, any(v < 0 for a,v in _leads(t) if a=='cw_linf'),
@@ -55,38 +55,38 @@ TAB4 = (
 # %% ../../nbs/papers/73_spat_claims.ipynb #175cb599
 def boxes(
 )->pd.DataFrame: # Tables 3.2 and 3.3, with the column `box`: 'white' or 'black'
-    "What Table 3.3 is held against: FGSM, white and black box"
+    "Tables 3.2 and 3.3 as one table, to compare FGSM white and black box"
     return pd.concat([published(f'tab3_{n}_spat').assign(box=b) for n,b in ((2,'white'), (3,'black'))],
                      ignore_index=True)
 
-def _between(t): # method -> black less white under FGSM, points
+def _between(t): # method -> black box less white box under FGSM, points
     at = {b: t[(t.box==b) & (t.attack=='fgsm')].set_index('method').accuracy for b in ('white','black')}
     if at['white'].empty or at['black'].empty: raise Missing('FGSM in both boxes')
     return (at['black']-at['white']).dropna()
 def _clean(t): return cell(t, method='SPAT', attack='clean')
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #8462a74b
-def _handed_out(t): # what SPAT keeps of the clean images, and of as many by AutoAttack
+def _handed_out(t): # what SPAT keeps of clean images, and of as many from AutoAttack
     kept = _clean(t), cell(t, method='SPAT', attack='autoattack')
-    if 'autoattack' not in attacked(t, 'clean'): raise Missing('AutoAttack on as many images as are clean')
+    if 'autoattack' not in attacked(t, 'clean'): raise Missing('AutoAttack on as many images as clean')
     return kept
 def _by_attack(t):
     at = t[t.attack.isin(attacked(t, 'fgsm'))].pivot(index='method', columns='attack', values='accuracy')
-    if len(at.columns) < 2: raise Missing('FGSM beside other attacks on as many images')
+    if len(at.columns) < 2: raise Missing('FGSM and other attacks on equally many images')
     return at
 def _fgsm_lowest(t): return _by_attack(t).idxmin(axis=1)
-def _over_fgsm(t): # points that each other attack leaves more, defence by defence
+def _over_fgsm(t): # points by which each other attack leaves more, for each defence
     at = _by_attack(t)
     return at.drop(columns='fgsm').sub(at.fgsm, axis=0).stack().dropna()
 def _left_out(t): # what is not compared with FGSM
     out = [_HEADS[a] for a in attacked(t) if a not in attacked(t, 'fgsm')]
-    return f'; left out, being of another number of images: {enumerated(out)}'*bool(out)
+    return f'; left out, as run on another number of images: {enumerated(out)}'*bool(out)
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #a3513b35
 TAB3 = (
     Claim('T6', 'white box FGSM attack is weaker than its black box counterpart on all defenses', _BLACK,
           lambda t: _between(t) < 0,
-          lambda t: 'FGSM, black less white box, in points: '
+          lambda t: 'FGSM, black box less white box, in points: '
           + ', '.join(f'{k} {v:+.2f}' for k,v in _between(t).items())),)
 TAB5 = (
     Claim('T7', 'SPAT again achieves the top performance (read: in every attacked column)', _BLACK,
@@ -110,7 +110,7 @@ def _both(t, parameter): # all values that are printed
 def _text(parameter):
     return lambda t: '; '.join(f"{a}: {', '.join(f'{v:.2f}' for v in vs)}"
                                for a,vs in zip(('clean','PGD-20'), _both(t, parameter)))
-def _boosts(t, parameter): # some value gains more under PGD-20 than it costs on clean images, over zero
+def _boosts(t, parameter): # some value gains more under PGD-20 than it costs on clean images, against zero
     clean, robust = _both(t, parameter)
     return any(r-robust[0] > max(0, clean[0]-c) for c,r in zip(clean[1:], robust[1:]))
 def _steady(values, sign): return [sign*(b-a) > 0 for a,b in zip(values, values[1:])]
@@ -120,7 +120,7 @@ TAB6 = (
     Claim('T10', 'a larger s leads to higher robustness but lower accuracy', _SWEEP,
           lambda t: _steady(_both(t, 's')[0], -1) + _steady(_both(t, 's')[1], 1), _text('s')),
     *(Claim(f'T11, {p}', 'appropriately choosing α and β can boost model robustness with little accuracy '
-            f'degradation (read: some value of {p} gains more than it costs, over 0)', _SWEEP,
+            f'degradation (read: some value of {p} gains more than it costs, against 0)', _SWEEP,
             lambda t, p=p: _boosts(t, p), _text(p)) for p in ('alpha','beta')))
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #3c985b0c
@@ -178,7 +178,7 @@ def found_white(
     def leads(t): return ', '.join(f'{lead(t, a):+.2f} {w}' for a,w in words.items() if a in set(t.attack))
     last = table[table.attack==('worst' if 'worst' in set(table.attack) else 'cw_linf')]
     what = 'the '*('worst' in set(last.attack)) + last.label.iloc[0]
-    return (f"SPAT against TRADES, in points ({pairing(table)} intervals): {told(table, leads)}. "
+    return (f"SPAT's lead over TRADES, in points ({pairing(table)} intervals): {told(table, leads)}. "
             f"Under {what} (n = {last.n.iloc[0]:,.0f}) {keeps_most(last, also='SPAT')}.")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #cab1d0e3
@@ -193,12 +193,13 @@ def found_black(
         v = t[(t.method=='SPAT') & t.attack.isin(of)].accuracy
         return f'{v.min():.2f} to {v.max():.2f} %'
     label = t.groupby('attack').label.first().str.partition(',')[0]
-    other = f', {ends(rest)} of the first {n[rest].min():,} under {enumerated(label[rest])}' if rest else ''
-    return (f"Of {n['clean']:,} images made on another network SPAT keeps {ends(alike)} ({_clean(t):.2f} % "
-            f"clean){other}. It is {highest(t)}. On clean images it is "
-            f"{said_gap(t[t.attack=='clean'], 'above the next', 'below the best', 'already ')}; against its "
-            f"own clean accuracy it loses {falls(t)}. What transfers best of {len(alike)} attacks on "
-            f"{n['clean']:,} images, on the mean over defences, is {transfers(t[t.attack.isin(alike)])}.")
+    under = f'the first {n[rest].min():,} under {enumerated(label[rest])}' if rest else ''
+    other = f', and {ends(rest)} of {under}' if rest else ''
+    return (f"Of {n['clean']:,} images made on another network, SPAT keeps {ends(alike)} ({_clean(t):.2f} % "
+            f"of clean images){other}. It is {highest(t)}. On clean images it is "
+            f"{said_gap(t[t.attack=='clean'], 'above the next', 'below the best', 'already ')}; of its own "
+            f"clean accuracy it loses {falls(t)}. Of {len(alike)} attacks on {n['clean']:,} images, the one "
+            f"that transfers best on average over defences is {transfers(t[t.attack.isin(alike)])}.")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #484c3b3f
 def found_boxes(
@@ -210,13 +211,13 @@ def found_boxes(
     def more(m): return gap_between(at.loc[('black', m)], at.loc[('white', m)], table)[1] > 0
     up, clear = (gap > 0).sum(), sum(map(more, gap.index))
     who = 'every defence' if up==len(gap) else f'{up} of {len(gap)} defences'
-    way = ', the other way round than in print' if up==len(gap) and (printed < 0).all() else ''
-    return (f"{found_black(table)} FGSM black box leaves {gap.min():+.2f} to {gap.max():+.2f} points against "
-            f"white box: more for {who}{way}, for {clear or 'none'} of them by more than the interval of the "
-            "difference.")
+    way = ', contrary to print' if up==len(gap) and (printed < 0).all() else ''
+    return (f"{found_black(table)} Compared with white box, FGSM black box leaves {gap.min():+.2f} to "
+            f"{gap.max():+.2f} points: more for {who}{way}, with the difference clear of zero for "
+            f"{clear or 'none'} of them.")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #ecae9e00
-def _bare(ran, gone): # what those values of s reach without a bias, with which nothing was learnt
+def _bare(ran, gone): # without a bias, what the values of s reach that learnt nothing with one
     t = ran[(ran.parameter=='s, no bias') & ran.value.isin(gone.value)]
     clean, robust = (t[t.attack==a].set_index('value').accuracy for a in ('clean','pgd_20'))
     said = [f's = {v:g} reaches {clean[v]:.1f} % on clean images and {robust[v]:.1f} % under PGD-20'
@@ -233,12 +234,12 @@ def found_sweep(
         clean, robust = (_swept(t, p, a) for a in ('clean','pgd_20'))
         return f'{p}: {clean[-1]-clean[0]:+.2f} clean, {robust[-1]-robust[0]:+.2f} under PGD-20'
     holds = {True: 'holds', False: 'does not hold', None: 'cannot be judged'}[TAB6[0].verdict(table)[0]]
-    lost = ', '.join(f'{r.parameter} = {r.value:g} ({r.flag})' for r in gone.itertuples())
-    lost = f' Nothing was learnt with {lost}.'*bool(lost) + _bare(ran, gone)
-    return (f"From the smallest to the largest value{' that trained'*bool(lost)} "
-            f"({told(ran, lambda t: '; '.join(ends(t, p) for p in ('alpha','beta','s')))}), "
-            f"in points ({pairing(ran)} intervals).{lost} "
-            f"The claimed trade of s for robustness {holds} step by step.")
+    lost = [f'{r.parameter} = {r.value:g} ({r.flag})' for r in gone.itertuples()]
+    lost = f' Nothing was learnt with {enumerated(lost)}.'*bool(lost) + _bare(ran, gone)
+    return (f"Changes from the smallest to the largest value{' that trained'*bool(lost)}, in points "
+            f"({pairing(ran)} intervals): "
+            f"{told(ran, lambda t: '; '.join(ends(t, p) for p in ('alpha','beta','s')))}.{lost} "
+            f"The claim that a larger s trades accuracy for robustness {holds} step by step.")
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #11812269
 def found_parts(
@@ -247,14 +248,14 @@ def found_parts(
     "What Table 3.7 shows in our run"
     def said(t):
         without = (_changes(kind, FULL)(t) for kind in (ONLY_R, ONLY_A, BARE))
-        return ("Without the self-paced factors of the accuracy loss: {}; with the KL alone as robustness: "
-                "{}; without both: {}").format(*without)
-    return f'{told(table, said)}, in points ({pairing(table)} intervals).'
+        return ("without the self-paced factors of the accuracy loss: {}; with the KL alone as robustness "
+                "loss: {}; with both changes: {}").format(*without)
+    return f'Changes from SPAT, in points ({pairing(table)} intervals): {told(table, said)}.'
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #ade67520
 _SHOWN = {FULL: 'SPAT', CE_SP: 'Self-paced cross-entropy on plain logits', CE: 'TRADES'}
 
-def _unlearnt(table, bad, lost): # sentences: which networks did not learn, and what cannot be judged without
+def _unlearnt(table, bad, lost): # sentences: which networks did not learn, and so what cannot be judged
     def one(r):
         at = [table[(table.accuracy_loss==r.accuracy_loss) & (table.robustness_loss==r.robustness_loss)
                     & (table.attack==a)].accuracy.iloc[0] for a in ('clean','pgd_20')]
@@ -275,7 +276,7 @@ def found_normal(
     ill = set(zip(bad.accuracy_loss, bad.robustness_loss))
     pairs = {'what normalisation brings': (FULL, CE_SP),
              'what self-pacing brings to plain cross-entropy': (CE_SP, CE),
-             'what SPAT has over TRADES': (FULL, CE)}
+             'what SPAT gains over TRADES': (FULL, CE)}
     fit, lost = ([(w, p) for w,p in pairs.items() if bool(ill & {*p})==off] for off in (False, True))
     def said(t): return '; '.join(f'{what}: {_changes(*p)(t)}' for what,p in fit)
     both = told(table, said); note = f'{both[:1].upper()}{both[1:]}, in points ({pairing(table)} intervals).'
@@ -292,9 +293,9 @@ def found_corrupted(
     clean = table[table.corruption=='clean']
     also = f'; on clean images it is {said_gap(clean, "ahead", "behind")}' if len(clean) else ''
     def by(t): return ' to '.join(f'{_ahead(t)[c]:+.2f} points ({c.replace("_", " ")})' for c in ends)
-    return (f"On {kind} corruptions SPAT is ahead of the other defences in {(ahead > 0).sum()} of "
-            f"{len(ahead)} types, in {clear} of them by more than the interval of the difference; by "
-            f"{told(table, by)}{also} ({pairing(table)} intervals).")
+    return (f"On {kind} corruptions SPAT is ahead of the other defences for {(ahead > 0).sum()} of "
+            f"{len(ahead)} types, with the difference clear of zero for {clear} of them; its lead over the "
+            f"best other runs from {told(table, by)}{also} ({pairing(table)} intervals).")
 
 FOUND = {'tab3_2_spat': found_white, 'tab3_3_spat': found_boxes, 'tab3_4_spat': found_white,
          'tab3_5_spat': found_black, 'tab3_6_spat': found_sweep, 'tab3_7_spat': found_parts,

@@ -19,20 +19,20 @@ _THESIS = 'SPAT thesis, text line '
 FIG2_1 = (
     Claim('L189', 'Although a well-trained classifier can correctly classify data points ..., there are '
           'still regions close to the data points that will be misclassified (read: all training points and '
-          '98 % of fresh ones right, and in most nets an area within eps of data that is wrong)',
+          '98 % of fresh ones right, and in most nets a misclassified area within eps of data)',
           _THESIS+'189', lambda t: _trained(t, 2) and cell(t, 'accuracy', dims=2) >= .98
           and cell(t, 'blind', dims=2) > .5,
           lambda t: f"{100*cell(t, 'accuracy', dims=2):.1f} % right, {100*cell(t, 'area', dims=2):.2f} % of "
           f"the area wrong, in {_nets(t)}"),
-    Claim('L207', 'adversarial examples exist for DNNs with large enough dimensionality (read: of nets '
-          'that get all training points right, the share of right points that fall grows with each step of '
-          'dimensions, by two standard errors)', _THESIS+'207',
+    Claim('L207', 'adversarial examples exist for DNNs with large enough dimensionality (read: for nets '
+          'that get all training points right, the share of right points that are fooled grows with each '
+          'increase in dimensions, by two standard errors)', _THESIS+'207',
           lambda t: (d := _by_dims(t)) and all(b[0]-a[0] > 2*max(a[1], b[1]) for a,b in zip(d, d[1:])),
           lambda t: ' < '.join(f'{100*f:.1f} %' for f,_ in _by_dims(t))))
 
-def _trained(t, d): # what well-trained is here
+def _trained(t, d): # what well-trained means here
     if cell(t, 'fit', dims=d) == 1: return True
-    raise Missing(f'nets that get all training points right, of {d} coordinates')
+    raise Missing(f'nets that get all training points right, with {d} coordinates')
 def _nets(t): # in which some area is wrong
     return f"{cell(t, 'blind', dims=2)*cell(t, 'seeds', dims=2):.0f} of {cell(t, 'seeds', dims=2):.0f} nets"
 def _by_dims(t): # [(fooled, standard error)]
@@ -48,11 +48,11 @@ def found_fig2_1(
     first,last = (table.sort_values('dims').iloc[k] for k in (0,-1))
     least = table.fit.min(); fit = 'All' if least==1 else f'{100*least:.1f} % or more'
     return (f"{fit} of the training points are right. In the plane {100*first.accuracy:.1f} % of fresh "
-            f"points are, and still {100*first.area:.2f} % of the area close to them is misclassified, in "
-            f"{_nets(table)}, within reach of {100*first.within:.1f} % of them. With {last.dims:.0f} "
-            f"coordinates, of which all but two are noise, {100*last.accuracy:.1f} % are right, and the same "
-            f"budget moves {100*last.fooled:.0f} % of these to the other side, in place of "
-            f"{100*first.fooled:.0f} %.")
+            f"points are right, too, yet {100*first.area:.2f} % of the area close to them is misclassified, "
+            f"in {_nets(table)} and within reach of {100*first.within:.1f} % of the points. With "
+            f"{last.dims:.0f} coordinates, all but two of them noise, {100*last.accuracy:.1f} % are right, "
+            f"and the same budget moves {100*last.fooled:.0f} % of these to the other side, against "
+            f"{100*first.fooled:.0f} % in the plane.")
 
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #d9e2108a
 def _cat(t, column, row): return cell(t, column, row=row)
@@ -78,10 +78,10 @@ def found_fig2_2(
     "What Figure 2.2 shows in our run"
     clean,small,large = (table[table.row==r].iloc[0] for r in ('clean','top','second'))
     return (f"{clean.accuracy:.1f} % of clean images are right, {small.accuracy:.1f} % after FGSM at "
-            f"{255*small.budget:g}/255, {large.accuracy:.1f} % at {255*large.budget:g}/255. Mean confidence "
-            f"in the true class goes from {clean.true:.0f} to {small.true:.0f} and {large.true:.0f} %; "
-            "images that are then taken for the other class are so with "
-            f"{large.wrong_confidence:.0f} % on average.")
+            f"{255*small.budget:g}/255 and {large.accuracy:.1f} % at {255*large.budget:g}/255. Mean "
+            f"confidence in the true class goes from {clean.true:.0f} % to {small.true:.0f} % and "
+            f"{large.true:.0f} %; images that are taken for the other class at "
+            f"{255*large.budget:g}/255 are so with a mean confidence of {large.wrong_confidence:.0f} %.")
 
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #e0135a09
 def evenness(
@@ -111,7 +111,7 @@ def found_tab3_1(
     "What Table 3.1 shows in our run"
     after,before = evenness(table), evenness(table, 'start')
     said = ', '.join(f"{after[m]:.1f} % ({m})" for m in after)
-    return (f"The norms of a network's rows vary by {said}; before training it was "
+    return (f"The norms of the last layer's rows vary by {said}; before training they varied by "
             f"{', '.join(f'{v:.1f} %' for v in before.values())}. For {_agreed(table)} of "
             f"{table.images.iloc[0]:,} test images the nearest false class (the *hard class*) is the same by "
             "logit and by cosine.")
@@ -125,12 +125,12 @@ FIG3_1 = (
           lambda t: f"{_pushed(t, 'all', 'right'):.2f} %"),
     Claim('T1, dogs', 'almost half of dog images are misclassified as cats (read: 40 to 50 %)', _THESIS+'354',
           lambda t: 40 <= _pushed(t, 'dog', 'cat') < 50, lambda t: f"{_pushed(t, 'dog', 'cat'):.1f} %"),
-    Claim('T1, cats', 'over 40% of the cat images are misclassified as dogs (read: 40 % or more; print '
-          'has the bound alone)', _THESIS+'354', lambda t: _pushed(t, 'cat', 'dog') >= 40,
+    Claim('T1, cats', 'over 40% of the cat images are misclassified as dogs (read: 40 % or more; only '
+          'the bound is printed)', _THESIS+'354', lambda t: _pushed(t, 'cat', 'dog') >= 40,
           lambda t: f"{_pushed(t, 'cat', 'dog'):.1f} %"),
     Claim('L342', 'are classification predictions of untargeted adversaries predictable? (read: yes, at '
-          'least half of those that fall go to their hard class)', 'SPAT thesis, text lines 342 and 467',
-          lambda t: _pushed(t, 'moved', 'hard class') >= 50,
+          'least half of those that are fooled go to their hard class)',
+          'SPAT thesis, text lines 342 and 467', lambda t: _pushed(t, 'moved', 'hard class') >= 50,
           lambda t: f"{_pushed(t, 'moved', 'hard class'):.1f} %"))
 
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #39cac12a
@@ -181,9 +181,9 @@ def found_fig3_2(
 
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #6f1b3073
 def surest(
-    table:pd.DataFrame, # tidy, with a row a group of confidence
+    table:pd.DataFrame, # tidy, with a row per group of confidence
 )->pd.Series:           # the group of the highest confidence
-    "Of the images of Lemma 1, those that come nearest to an oracle's"
+    "The group of images for which the network comes nearest to an oracle"
     if 'group' not in table: raise Missing("a column 'group'")
     return table[table.part=='group'].iloc[-1]
 
@@ -204,12 +204,12 @@ def found_fig3_3(
     "What Figure 3.3 shows in our run"
     every,sure = table[(table.part=='group') & (table.group=='all')].iloc[0],surest(table)
     stays = 'does not vanish' if sure.relative > .1 else 'vanishes' # as the claim above reads it
-    return (f"What Lemma 1 drops is {100*every.relative:.0f} % of the gradient's length on the median image, "
-            f"and {100*sure.relative:.0f} % on those of a confidence of {sure.group}: it {stays} as "
-            f"a network becomes certain. The hard class has {100*every.hard_share:.0f} % of the weight of "
-            f"all false classes, and the direction is {every.to_difference:.0f} degrees from the difference "
-            f"of its prototype and the true one, {every.to_hard:.0f} from its prototype, "
-            f"{every.to_others:.0f} from those of other classes.")
+    return (f"The part that Lemma 1 drops has {100*every.relative:.0f} % of the gradient's length on the "
+            f"median image, and {100*sure.relative:.0f} % at a confidence of {sure.group}: relative to the "
+            f"gradient, it {stays} as a network becomes certain. The hard class has "
+            f"{100*every.hard_share:.0f} % of the weight of all false classes. The attack's direction is "
+            f"{every.to_difference:.0f} degrees from the difference between its prototype and the true one, "
+            f"{every.to_hard:.0f} from its prototype and {every.to_others:.0f} from those of the other classes.")
 
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #ed52a474
 def _curve(t, column, beta=.2): return cell(t, column, beta=beta, other='still')
@@ -219,8 +219,9 @@ def _ends(t): # how near to zero the factors come
 
 FIG3_4 = (
     Claim('L535, loss', 'For those samples that can be correctly classified with high confidence '
-          '(similarity> 0.6), the relative losses are reduced (read: the loss over NCE, less at 0.9 than at '
-          '0.6)', _THESIS+'535', lambda t: _curve(t, 'over_sure') < _curve(t, 'over_turn'),
+          '(similarity> 0.6), the relative losses are reduced (read: the ratio of the loss to NCE is '
+          'smaller at 0.9 than at 0.6)', _THESIS+'535',
+          lambda t: _curve(t, 'over_sure') < _curve(t, 'over_turn'),
           lambda t: f"{_curve(t, 'over_turn'):.1f} times NCE at 0.6, {_curve(t, 'over_sure'):.1f} at 0.9"),
     Claim('L535, push', 'enforcing the training process to focus more on hard class pairs (read: an image at '
           '0.9 pushes less than one at 0.2, and not the wrong way, with the other cosine still and the '
@@ -244,12 +245,12 @@ def found_fig3_4(
     still = table[(table.other=='still') & table.beta.notna()]
     off = (still.minimum-still.peak).abs().max()
     two = table[(table.other=='opposite') & (table.beta==.2)].minimum
-    two = f' With the other cosine opposite it is least at {two.iloc[0]:.2f}.' if len(two) else ''
-    return (f"The loss is least at a similarity of {_curve(table, 'minimum'):.2f} for a beta of 0.2 and "
-            "another cosine that stays, and "
-            f"rises beyond it, as the gradient flows through the factors: over all beta its minimum is "
-            f"within {off:.3f} of (1+beta)/2 (open-T12).{two} At 0.9 it is {_curve(table, 'over_sure'):.0f} "
-            f"times the loss without factors, at 0.6 {_curve(table, 'over_turn'):.1f} times.")
+    two = f' With opposite prototypes it is least at {two.iloc[0]:.2f}.' if len(two) else ''
+    return (f"With a beta of 0.2 and the other cosine still, the loss is least at a similarity of "
+            f"{_curve(table, 'minimum'):.2f} and rises beyond it, as the gradient flows through the factors; "
+            f"for every beta its minimum is within {off:.3f} of (1+beta)/2 (open-T12).{two} At 0.9 the loss "
+            f"is {_curve(table, 'over_sure'):.0f} times the loss without factors, and at 0.6 it is "
+            f"{_curve(table, 'over_turn'):.1f} times.")
 
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #9ce5e385
 CLAIMS = {'fig2_1_spat': FIG2_1, 'fig2_2_spat': FIG2_2, 'tab3_1_spat': TAB3_1, 'fig3_1_spat': FIG3_1,

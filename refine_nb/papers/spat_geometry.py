@@ -44,8 +44,8 @@ def _angle(a, b): # degrees, over the last axis
 def lemma(
     model:nn.Module,    # ends in a linear layer
     x:Tensor, y:Tensor, # [N,C,H,W] in [0,1], [N]
-    size:int=50,        # images at once
-# sigma, right, length, error, relative, angle, hard_share, to_hard, to_difference, to_others: a row an image
+    size:int=50,        # images per batch
+# sigma, right, length, error, relative, angle, hard_share, to_hard, to_difference, to_others: a row per image
 )->pd.DataFrame:
     "Lemma 1 image by image: what it leaves out, and whether an attack goes to the hard class"
     rows = []
@@ -69,8 +69,8 @@ SURE = (0., .5, .9, .99, .999, 1.) # borders of the groups of sigma
 
 def by_confidence(
     rows:pd.DataFrame, # from `lemma`
-)->pd.DataFrame: # group ('all' first, none without an image), n, and the medians of the columns of `lemma`
-    "Lemma 1 for images of which the network is more and more certain"
+)->pd.DataFrame: # group ('all' first; no empty ones), n, and the medians of the columns of `lemma`
+    "Lemma 1 for groups of images, in order of the network's confidence"
     names = [f'{a:g} to {b:g}' for a,b in zip(SURE, SURE[1:])]
     of = pd.cut(rows.sigma, SURE, labels=names, include_lowest=True)
     groups = {'all': rows, **{n: rows[of==n] for n in names}}
@@ -83,10 +83,10 @@ def _share(true, predicted, count, n, **more): # a row, in %
             'low': 100*low, 'high': 100*high, 'hard_pair': 'no', **more}
 
 def pushed(
-    y:Tensor, clean:Tensor, attacked:Tensor, hard:Tensor, # [N]: labels, what is given, and hard classes
+    y:Tensor, clean:Tensor, attacked:Tensor, hard:Tensor, # [N]: labels, predictions, hard classes
     classes:tuple[str,...], right:float, n:int, key:str,  # right: clean accuracy in [0,1] on n images
 )->pd.DataFrame: # true, predicted, count, n, percent, low, high, hard_pair
-    "Where an attack ends: of the two classes by predicted class, over all in the hard class (Figure 3.1)"
+    "Where an attack ends: by predicted class for two classes, in the hard class over all (Figure 3.1)"
     rows = [_share('all', 'right', round(right*n), n)]
     for k in PAIR:
         of = attacked[y==k]
@@ -102,7 +102,7 @@ def neighbours(
     x:Tensor,           # [N,C,H,W] in [0,1], images of one class
     true:int,           # that class
 )->tuple[int,int]:      # hard and easy class
-    "The false classes that images of a class come nearest to, and stay farthest from"
+    "The false classes that images of a class are nearest to and farthest from, by mean logit"
     with torch.no_grad(): mean = torch.cat([model(part) for part in x.split(500)]).mean(0).cpu()
     others = [k for k in range(len(mean)) if k!=true]
     return max(others, key=lambda k: mean[k]), min(others, key=lambda k: mean[k])
@@ -126,8 +126,8 @@ def similarity_curve(
     other:str='still',      # cosine of the false class: 'still' at 0, or 'opposite'
     through:bool=True,      # gradient through the factors, as in the released code
     n:int=401,              # points
-)->pd.DataFrame: # c, loss, slope (by c, as autograd hands it on)
-    "Self-paced loss of two classes against the cosine of the true one (thesis, eq. 3.10, Figure 3.4)"
+)->pd.DataFrame: # c, loss, slope (by c, from autograd)
+    "Self-paced loss for two classes against the cosine of the true one (thesis, eq. 3.10, Figure 3.4)"
     c = torch.linspace(0, 1, n, dtype=torch.float64).requires_grad_(); y = torch.zeros(n, dtype=torch.int64)
     cos = torch.stack([c, 0*c if choose(other, ('still','opposite'), 'other')=='still' else -c], 1)
     loss = (nce(cos, y, s=s) if beta is None else
@@ -138,8 +138,8 @@ def similarity_curve(
 # %% ../../nbs/papers/76_spat_geometry.ipynb #de358d43
 def factor_ends(
     beta:float=.2,  # smoothing of the factors, >= 0
-)->dict[str,float]: # true_least: the least g^t; false_least: the least size of g^f, at a cosine of false_at
-    "How near to zero the self-paced factors come over all cosines (thesis, eq. 3.11)"
+)->dict[str,float]: # true_least: the least g^t; false_least: the least |g^f|, at a cosine of false_at
+    "How close to zero the self-paced factors come over all cosines (thesis, eq. 3.11)"
     c = torch.arange(-100, 101, dtype=torch.float64)/100
     true,false = pace(torch.stack([c, c], 1), torch.zeros(len(c), dtype=torch.int64), beta=beta).T
     at = false.abs().argmin()

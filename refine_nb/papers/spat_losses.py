@@ -18,9 +18,9 @@ from .spat import ablation, judged
 from .spat_tables import LOSSES, _PAIRS, headed
 
 # %% ../../nbs/papers/75_spat_losses.ipynb #34727feb
-LOSS_WORDS = {'NCE': 'normalised cross-entropy, that of cosines times s',
+LOSS_WORDS = {'NCE': 'normalised cross-entropy, with cosines times s as logits',
               'CE': 'cross-entropy of plain logits',
-              'KL': 'Kullback-Leibler divergence of clean and attacked predictions'} # what a page calls them
+              'KL': 'Kullback-Leibler divergence between clean and attacked predictions'} # on a page
 
 # %% ../../nbs/papers/75_spat_losses.ipynb #3cf73ed7
 def pair_grid(
@@ -60,7 +60,7 @@ def pair_picture(
     words:Mapping[tuple[str,str],str], # losses as published -> what the axis calls them
     printed:pd.DataFrame|None=None, # the paper's accuracies, drawn where ours are at its scale
 )->Figure:
-    "A panel a column, a line a pair of losses: ours with its interval; hollow: published"
+    "A panel per column, a line per pair of losses: ours with its interval; hollow: published"
     pairs = list(dict.fromkeys(zip(ours.accuracy_loss, ours.robustness_loss)))
     with figure_style():
         fig, axes = plt.subplots(1, 2, figsize=(7, .9+.3*len(pairs)), sharey=True)

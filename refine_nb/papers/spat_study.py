@@ -42,7 +42,7 @@ NAMED = {'clean': 'clean', **{f'x{f:g}': f'PGD, logits x {f:g}' for f in FACTORS
          'restarts': 'APGD-DLR, 5 restarts', 'autoattack': 'AutoAttack',
          'worst': 'worst of all'}
 
-def _own(name, eps): # what the network was trained against, with the steps of the evaluation
+def _own(name, eps): # the network's own training attack, with the steps of the evaluation
     far = dict(eps=eps, step_size=eps/10, steps=20)
     if name=='TRADES' or name=='TRADES, cosines': return call(kl_pgd, **far)
     return call(spat_pgd, s=5. if name=='SPAT' else None, **far)
@@ -73,18 +73,18 @@ def study(
 def on_worst(
     cells:dict[str,dict], # as `study` gives them, at any scale
 )->dict[str,dict]:
-    "The same cells on the images of the worst case: AutoAttack may be given fewer"
+    "The same cells on the images of the worst case, as AutoAttack may have fewer"
     return {k: dict(zip(row, row['worst'].cells)) | {'worst': row['worst']} for k,row in cells.items()}
 
 # %% ../../nbs/papers/77_spat_study.ipynb #76c78543
-SAME = ', same images' # of a part of the study: those of the worst case
+SAME = ', same images' # suffix of a part of the study: on the images of the worst case
 
 def leads(
     cells:dict[str,dict], # as `study` gives them, at the scale that was run
     store,                # where they were made
-    over:str='TRADES',    # the network that others are held against
+    over:str='TRADES',    # the network that others are compared with
 )->pd.DataFrame: # method, attack, lead, low, high (points), p, n, key
-    "How far each network is above another, image by image, under each attack"
+    "How far each network is ahead of another, paired image by image, under each attack"
     def one(name, a, x, y):
         r = mcnemar(store.value(x).right, store.value(y).right)
         points = {'lead': 'difference', 'low': 'low', 'high': 'high'}
@@ -97,7 +97,7 @@ def leads(
 def shown_leads(
     table:pd.DataFrame, # from `leads`
 )->pd.DataFrame:
-    "The leads as a reader sees them: a row an attack, a column a network"
+    "The leads as a reader sees them: a row per attack, a column per network"
     flags = table.flag.fillna('') if 'flag' in table else ['']*len(table) # of either network
     text = [f'{r.lead:+.1f} [{r.low:+.1f}, {r.high:+.1f}], p = {r.p:.2g}' + f' {MARK}'*bool(flag)
             for r,flag in zip(table.itertuples(), flags)]
@@ -110,12 +110,12 @@ def shown_leads(
 # %% ../../nbs/papers/77_spat_study.ipynb #8fc40b03
 def audits(
     cells:dict[str,dict], # network -> column -> what fills it, at the scale that is run
-    reported:str,         # column of the attack that a number is reported of
+    reported:str,         # column of the attack whose number is reported
     names:Iterable[str],  # the networks to audit, of `cells`
     n:int=100,            # first test images, >= 1
     seed:int=0,           # of the draws
 )->dict[str,Audited]:     # network -> its audit
-    "Audits of networks; the surrogate is TRADES, SPAT for TRADES, else the first other, if there is one"
+    "Audits of networks; the surrogate is TRADES, for TRADES itself SPAT, else the first other, if any"
     def one(name):
         others = [k for k in ('TRADES', 'SPAT', *cells) if k in cells and k != name]
         spec = cells[name][reported]; other = cells[others[0]][reported].recipe if others else None
@@ -127,7 +127,7 @@ def audit_table(
     specs:dict[str,Audited], # from `audits`
     store,                   # where they were made
 )->pd.DataFrame: # method, the columns of `Audit.table`, n, key
-    "What audits found, a row a network and check"
+    "What audits found: a row per network and check"
     found = {name: stored_audit(s, store) for name,s in specs.items()}
     return pd.concat([a.table().assign(method=k, key=key(specs[k]), n=a.n) for k,a in found.items()],
                      ignore_index=True)
@@ -135,7 +135,7 @@ def audit_table(
 # %% ../../nbs/papers/77_spat_study.ipynb #7c1e02af
 def shown_audits(
     found:pd.DataFrame, # from `audit_table`
-)->pd.DataFrame: # check, and a column a network, some marked: 'no', 'RAISED' or 'not run'
+)->pd.DataFrame: # check, and a column per network, some marked: 'no', 'RAISED' or 'not run'
     "Which of the twelve checks are raised"
     wide = found.pivot(index='check', columns='method', values='raised')
     wide, bad = wide.loc[found.check.unique(), found.method.unique()], flagged(found)
@@ -144,7 +144,7 @@ def shown_audits(
 # %% ../../nbs/papers/77_spat_study.ipynb #7c1e02b1
 def alarms(
     found:pd.DataFrame, # from `audit_table`
-)->tuple[str,...]:      # a sentence a check; none where nothing is raised
+)->tuple[str,...]:      # a sentence per check; none where nothing is raised
     "What the raised checks mean, and their numbers"
     raised = found[found.raised=='RAISED']
     def whose(rows): return '; '.join(f"{r.method} {r.numbers.replace('_', ' ')}" for r in rows.itertuples())
@@ -155,7 +155,7 @@ def alarms(
 def audit_there(
     artefact:str,  # an id of `ARTEFACTS`
 )->Markdown:
-    "The audit that lies beside the largest run that is stored"
+    "The audit that is stored beside the largest run"
     best = next(iter(stored(artefact)), None)
     if best is None or not (kept := best.folder/'audit.md').exists():
         return Markdown('No audit of a run on real images is stored yet.')
@@ -171,7 +171,7 @@ def _span(table, network, attack): # with its interval
     return f'{lead:+.1f} [{low:+.1f}, {high:+.1f}]'
 
 # %% ../../nbs/papers/77_spat_study.ipynb #a01f0e06
-_RELEASED = f"{NAMED['x1']}, the released attack"
+_RELEASED = f"the released attack ({NAMED['x1']})"
 
 def verdict(
     table:pd.DataFrame, # from `leads`
@@ -181,35 +181,35 @@ def verdict(
     "Whether a lead under the released attack is real"
     said = f'{_span(table, network, "x1")} points'
     if _at(table, network, 'x1', 'low') <= 0:
-        return f'{network} has no clear lead over TRADES under {_RELEASED} ({said}).'
+        return f'{network} has no clear lead over TRADES under {_RELEASED}: {said}.'
     first, last = (_at(same, network, a) for a in ('x1','worst'))
-    if first <= 0: return (f'{network} leads TRADES under {_RELEASED} ({said}), but not on the '
-                           'images that AutoAttack saw: their worst case says nothing of the lead.')
+    if first <= 0: return (f'{network} leads TRADES by {said} under {_RELEASED}, but not on the '
+                           'images that AutoAttack saw, so their worst case says nothing about the lead.')
     gone = 100*(first-last)/first
-    share = 'nothing' if gone <= 0 else 'all' if gone >= 100 else f'{gone:.0f} %'
+    share = 'none' if gone <= 0 else 'all' if gone >= 100 else f'{gone:.0f} %'
     kept = f"is {'still' if _at(same, network, 'worst', 'low') > 0 else 'no longer'} clear of zero"
-    return (f"{network} leads TRADES by {said} under {_RELEASED}; on the images of the worst case by "
-            f"{first:+.1f} under it and by {last:+.1f} under all: {share} of the lead is the attack's, and "
-            f"what is left {kept}.")
+    return (f"{network} leads TRADES by {said} under {_RELEASED}; on the images of the worst case it leads "
+            f"by {first:+.1f} under that attack and by {last:+.1f} in the worst case: {share} of the lead is "
+            f"due to the attack, and what is left {kept}.")
 
 # %% ../../nbs/papers/77_spat_study.ipynb #058229a2
-def _glossed(name): # as columns and notes have it, and what it is
+def _glossed(name): # its name in columns and notes, and what it means
     return name if LONG[name]==name else f'{name} ({LONG[name]})'
 
-def _drop(acc, name): # what the worst case takes of those that the released attack leaves: a share of n
+def _drop(acc, name): # images lost from the released attack to the worst case: a share of n
     rows = acc[acc.method==name].set_index('attack'); n = int(rows.n['worst'])
     lost = round((rows.accuracy['x1']-rows.accuracy['worst'])*n/100)
     low, high = wilson(lost, n)
     return f'{100*lost/n:.1f} [{100*low:.1f}, {100*high:.1f}]'
 
-def _weakest(acc, attack): # where an attack leaves SPAT the most, and others less
+def _weakest(acc, attack): # said of the attack that leaves SPAT the most, if one does
     rows = acc[(acc.method=='SPAT') & ~acc.attack.isin(['clean','worst'])].set_index('attack').accuracy
     n = acc.n.iloc[0]
     if attack not in rows or (rows.drop(attack) >= rows[attack]).any() or len(rows) < 2: return ''
-    return f', the weakest attack on SPAT here (it leaves {rows[attack]:.1f} % of {n:,.0f})'
+    return f', the weakest attack on SPAT here (it leaves {rows[attack]:.1f} % of {n:,.0f} images)'
 
 def _tested(r, n): # with `holm`
-    clear = 'a finding' if r.holm < .05 else 'no finding'
+    clear = 'significant' if r.holm < .05 else 'not significant'
     return f"p = {r.p:.2g} before and {r.holm:.2g} after Holm's correction for the {n} attacks: {clear}"
 
 # %% ../../nbs/papers/77_spat_study.ipynb #e78cfa76
@@ -221,7 +221,7 @@ def _audited(t): # rows of audits, in a sentence
     idle = f' (not run: {idle})'*bool(idle)
     if found: return f' Checks of the audits raised: {found}{idle}.'
     who, n = ' or '.join(t.method.unique()), t.check.nunique()
-    return f' None of the {n} checks of the audits is raised on {who}{idle}.'
+    return f" None of the audits' {n} checks is raised for {who}{idle}."
 
 # %% ../../nbs/papers/77_spat_study.ipynb #5b1c7e2d
 def found_study(
@@ -231,18 +231,18 @@ def found_study(
     lead, same, acc, audit = (table[table.part==p] for p in ('lead', 'lead'+SAME, 'accuracy'+SAME, 'audit'))
     ill = table[table.flag.fillna('')!=''].method.unique() if 'flag' in table else []
     falls = '; '.join(f'{_glossed(k)}: {_drop(acc, k)}' for k in acc.method.unique() if k not in ill)
-    none = f" Learnt nothing, and so says nothing: {'; '.join(map(_glossed, ill))}."*bool(len(ill))
+    none = f" Not counted, having learnt nothing: {'; '.join(map(_glossed, ill))}."*bool(len(ill))
     own = lead[(lead.method=='SPAT') & ~lead.attack.isin(['clean','worst'])]
     own = own.assign(holm=holm(own.p.tolist())); many = own[own.n==own.n.max()]
     low, high = many.nsmallest(1, 'lead').iloc[0], own.nlargest(1, 'lead').iloc[0]
     word = NAMED | dict(zip(acc.attack, acc.label))
     def named(r): return f'{word.get(r.attack, r.attack)}{_weakest(acc, r.attack)}'
     clean = f"On clean images SPAT's lead over TRADES is {_span(lead, 'SPAT', 'clean')} points."
-    return (f"{clean} {verdict(lead, same)} Over all attacks ({len(own)}) the difference runs from "
-            f"{own.lead.min():+.1f} to {own.lead.max():+.1f}, the latter under {named(high)}; of those on "
-            f"{low.n:,.0f} images ({len(many)}) it is least under {named(low)}, "
+    return (f"{clean} {verdict(lead, same)} Over all attacks ({len(own)}), the lead runs from "
+            f"{own.lead.min():+.1f} to {own.lead.max():+.1f} points, the latter under {named(high)}. Of the "
+            f"attacks on {low.n:,.0f} images ({len(many)}), it is smallest under {named(low)}: "
             f"{low.lead:+.1f} [{low.low:+.1f}, {low.high:+.1f}], {_tested(low, len(own))}. "
-            f"From {NAMED['x1']} to the worst case the networks lose, on the same {acc.n.iloc[0]:,.0f} "
-            f"images and in points, {falls}.{none}{_audited(audit[~audit.method.isin(ill)])}")
+            f"Points lost from {NAMED['x1']} to the worst case, on the same {acc.n.iloc[0]:,.0f} images: "
+            f"{falls}.{none}{_audited(audit[~audit.method.isin(ill)])}")
 
 FOUND = {'study_spat': found_study} # artefact -> what we found, from its tidy table
