@@ -16,10 +16,10 @@ from ..papers.spat_figures import arc_distances, arc_net, arcs
 
 # %% ../../nbs/fig2_1_spat.ipynb #52741fca
 def tidy(
-    runs:pd.DataFrame, # a row a net: dims, seed and the columns of `blind_spots`
-    **settings,        # of all of them, as the picture needs: eps, n_train
+    runs:pd.DataFrame, # a row per net: dims, seed and the columns of `blind_spots`
+    **settings,        # shared by all runs, for the picture: eps, n_train
 # dims, seeds, drawn (seed of the picture), and fractions with standard errors: fit, accuracy, fooled, area,
-# within, blind (nets with such an area)
+# within, blind (share of nets with such an area)
 )->pd.DataFrame:
     "Means over seeds"
     drawn = runs.seed[runs.area.idxmax()]
@@ -30,7 +30,7 @@ def tidy(
 
 # %% ../../nbs/fig2_1_spat.ipynb #d62dc44f
 METRICS = {'fit': 'training points right', 'accuracy': 'right', 'fooled': 'fooled, of those',
-           'area': 'wrong area close to data', 'within': 'points with it within reach'} # column -> words
+           'area': 'wrong area close to data', 'within': 'points with such area in reach'} # column -> words
 
 def view(
     ours:pd.DataFrame, # tidy
@@ -50,7 +50,7 @@ def _draw_plane(a, net, x, y, eps): # what the net says and what is true, and wh
         a.contourf(line, line, where.reshape(side).T, levels=[.5, 1.5], colors=[ink])
     for k,ink in ((0, '#0072B2'), (1, '#E69F00')):
         a.plot(*x[y==k].T, 'o^'[k], ms=1.8, color=ink, label=f'class {k}')
-    for what,style,name in ((truth, '--', 'border of the truth'), (says, '-', 'border of the net')):
+    for what,style,name in ((truth, '--', 'true border'), (says, '-', 'border of the net')):
         a.contour(line, line, what.reshape(side).T, levels=[.5], colors='k', linewidths=.9, linestyles=style)
         a.plot([], [], 'k'+style, lw=.9, label=name)
     a.set(xticks=[], yticks=[], aspect='equal', xlim=(.01, .99), ylim=(.2, .8), xlabel='first coordinate',
@@ -59,10 +59,10 @@ def _draw_plane(a, net, x, y, eps): # what the net says and what is true, and wh
 
 # %% ../../nbs/fig2_1_spat.ipynb #c384498d
 def picture(
-    ours:pd.DataFrame, # tidy: a net of its settings is drawn
+    ours:pd.DataFrame, # tidy: a net with its settings is drawn
     title:str,
 )->Figure:
-    "What is wrong close to data in the plane, and how many points fall in more dimensions"
+    "What is wrong close to data in the plane, and how many points are fooled in more dimensions"
     eps, n, seed = (ours[c].iloc[0].item() for c in ('eps','n_train','drawn'))
     with figure_style():
         fig, (a, b) = plt.subplots(1, 2, figsize=(6.4, 2.8), width_ratios=(1.5, 1))

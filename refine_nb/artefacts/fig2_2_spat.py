@@ -23,7 +23,7 @@ def tidy(
     said:pd.DataFrame,       # from `confidences`
     y:Tensor,                # [N], labels
     classes:tuple[str,...],
-    run:str,                 # key of what made them
+    run:str,                 # key of the run behind them
 # row, budget, accuracy, low, high, true (%), n, image, label, predicted, confidence, wrong_confidence, key
 )->pd.DataFrame:
     "Means over test images, and one of them"
@@ -39,7 +39,7 @@ def tidy(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/fig2_2_spat.ipynb #ea7184e2
-def _means(ax, ours): # how sure the classifier is, over all test images
+def _means(ax, ours): # accuracy and mean confidence over all test images
     at = 255*ours.budget
     ax.errorbar(at, ours.accuracy, [ours.accuracy-ours.low, ours.high-ours.accuracy], marker='o', ms=4,
                 color='#0072B2', capsize=2, label='right')
@@ -51,9 +51,9 @@ def _means(ax, ours): # how sure the classifier is, over all test images
 # %% ../../nbs/fig2_2_spat.ipynb #ea7184e3
 def picture(
     ours:pd.DataFrame,     # tidy
-    images:Tensor,         # [3,C,H,W], the image of the picture at each budget
+    images:Tensor,         # [3,C,H,W], the image at each budget
     title:str,
-    whole:bool=True,       # False shows what is added, and not the image
+    whole:bool=True,       # False shows what is added, but not the image
 )->Figure:
     "One image at three budgets, and means over all"
     with figure_style():

@@ -71,7 +71,7 @@ def picture(
         b.plot(unsure, rows.error, 'o', label='what is dropped', **ring)
         c.plot(unsure, rows.angle, 'o', **ring)
         for ax,label in ((b, 'length'), (c, 'kept part to gradient (°)')):
-            ax.set(xscale='log', xlabel=r'$1-\sigma_i$ (sure images are left)', ylabel=label); ax.grid()
+            ax.set(xscale='log', xlabel=r'$1-\sigma_i$ (confident images at left)', ylabel=label); ax.grid()
         b.set(yscale='log'); b.legend(); c.set(ylim=(0, 180), yticks=range(0, 181, 45))
         figure_title(fig, title)
     return fig

@@ -19,7 +19,7 @@ def tidy(
     s:float=5.,           # scale
 # other, beta (nan: NCE), s, what `view` shows, and the columns of `factor_ends`
 )->pd.DataFrame:
-    "What the loss does along the similarity; no key, as no run is behind it"
+    "How the loss changes with similarity; without a key, as no run is behind it"
     rows = []
     for other in ('still','opposite'):
         plain = similarity_curve(None, s, other).set_index('c')

@@ -21,7 +21,7 @@ def tidy(
     looked:dict[str,Audited], # audits, by network
 )->pd.DataFrame: # method, attack, label, accuracy or lead, n, key; part: 'accuracy' or 'lead', on all images
     # or on the same as the worst case, and 'audit'
-    "What the networks answer, tidy"
+    "All numbers of the study, tidy"
     def acc(cells):
         each = ((k, a, c) for k,row in cells.items() for a,c in row.items())
         rows = [{'method': k, 'attack': a, **measured([c], store)} for k,a,c in each]
@@ -29,7 +29,7 @@ def tidy(
     parts = [part(of).assign(part=p+same) for same,of in (('', cells), (SAME, on_worst(cells)))
              for p,part in (('accuracy', acc), ('lead', lambda c: leads(c, store)))]
     parts.append(audit_table(looked, store).assign(part='audit'))
-    # 'upper bound' where a part of it was run
+    # 'upper bound' where only a part of AutoAttack was run
     found = store.get(cells['SPAT']['autoattack'], make=False).result['label']
     words = NAMED | {'autoattack': found.removesuffix(' (standard)')}
     return pd.concat(parts, ignore_index=True).assign(label=lambda t: t.attack.map(words).fillna(''))
@@ -38,7 +38,7 @@ def tidy(
 def view(
     ours:pd.DataFrame, # tidy
 )->pd.DataFrame:
-    "What each network keeps, as a reader sees it: a row an attack, a column a network"
+    "What each network keeps, as a reader sees it: a row per attack, a column per network"
     acc = ours[ours.part=='accuracy']; n = acc.drop_duplicates('attack').set_index('attack').n
     wide = acc.assign(text=marked(acc, 1)).pivot(index='attack', columns='method', values='text')
     words = dict(zip(acc.attack, acc.label))
@@ -51,7 +51,7 @@ def picture(
     ours:pd.DataFrame, # tidy
     title:str,
 )->Figure:
-    "What each network keeps under each attack, and below SPAT's lead over TRADES, paired"
+    "What each network keeps under each attack and, below, SPAT's lead over TRADES, paired"
     acc, lead = ours[ours.part=='accuracy'], ours[(ours.part=='lead') & (ours.method=='SPAT')]
     names, bad = list(acc.attack.unique()), flagged(acc); ends = lambda t, v: [v-t.low, t.high-v]
     with figure_style():

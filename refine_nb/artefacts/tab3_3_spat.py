@@ -34,7 +34,7 @@ def tidy(
 # %% ../../nbs/tab3_3_spat.ipynb #92153a6e
 def columns(
     table:pd.DataFrame, # with `box`, and `attack` or `label`
-)->pd.DataFrame:        # the same, FGSM white box as a column of its own
+)->pd.DataFrame:        # the same, with FGSM white box as a column of its own
     "Both boxes in one table"
     white, told = table.box=='white', {'attack': '_white', 'label': ', white box'}
     return table.assign(**{c: table[c].where(~white, table[c]+end) for c,end in told.items() if c in table})

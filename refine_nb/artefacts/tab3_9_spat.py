@@ -25,7 +25,7 @@ def grid(
     images:str='generated',        # or 'official'
     severities:tuple[int,...]=(1,2,3,4,5), blur:str='gaussian_blur',
     frost:bool=False,              # whether its photographs are there; official images have it
-)->dict[str,dict[str,tuple[Cell,...]]]: # method -> corruption -> a cell a severity; 'clean' has one
+)->dict[str,dict[str,tuple[Cell,...]]]: # method -> corruption -> a cell per severity; 'clean' has one
     "The cells of Table 3.9, at published scale"
     official = images=='official'; names = [t for t in TYPES if t!='frost' or frost or official]
     def one(r, t, s):
@@ -38,7 +38,7 @@ def grid(
 def tidy(
     cells:dict[str,dict[str,tuple[Cell,...]]], # as `grid` gives them, at the scale that was run
     store,                                     # where they were made
-    images:str='generated',                    # what they are
+    images:str='generated',                    # 'generated' or 'official'
 )->pd.DataFrame: # method, corruption, accuracy, low, high (%), n, key, label, images
     "Our table, tidy"
     return pd.DataFrame([{'method': k, 'corruption': t, **averaged(list(cs), store),
@@ -49,7 +49,7 @@ def tidy(
 def view(
     ours:pd.DataFrame, # tidy
 )->pd.DataFrame:
-    "Our table as a reader sees it: a row a corruption, a column a method"
+    "Our table as a reader sees it: a row per corruption, a column per method"
     wide = ours.assign(text=marked(ours)).pivot(index='label', columns='method', values='text')
     return wide.loc[ours.label.unique(), ours.method.unique()].rename_axis(columns=None).rename_axis(
         'corruption').reset_index()
@@ -60,6 +60,6 @@ def picture(
     title:str,
     printed:pd.DataFrame|None=None, # the paper's accuracies, drawn where ours are at its scale
 )->Figure:
-    "A panel a corruption, a line a method: ours with its interval; hollow: published"
+    "A panel per corruption, a line per method: ours with its interval; hollow: published"
     heads = dict(zip(ours.corruption, ours.label))
     return dot_panels(ours, heads, title, printed, by='corruption')

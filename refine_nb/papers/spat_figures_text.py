@@ -209,7 +209,8 @@ def found_fig3_3(
             f"gradient, it {stays} as a network becomes certain. The hard class has "
             f"{100*every.hard_share:.0f} % of the weight of all false classes. The attack's direction is "
             f"{every.to_difference:.0f} degrees from the difference between its prototype and the true one, "
-            f"{every.to_hard:.0f} from its prototype and {every.to_others:.0f} from those of the other classes.")
+            f"{every.to_hard:.0f} from its prototype and {every.to_others:.0f} from "
+            "those of the other classes.")
 
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #ed52a474
 def _curve(t, column, beta=.2): return cell(t, column, beta=beta, other='still')
