@@ -31,7 +31,7 @@ WORDS = {'BL': 'baseline, the fine-tuned network',
          'LL, BIH, VBI': 'gradient steps towards the least likely class, away from the likeliest, '
                          'towards the true one',
          'DDN': 'decoupled direction and norm', 'SP': 'salt and pepper noise',
-         'control': 'ours, as many further ordinary epochs'}
+         'control': 'our addition, as many further epochs of ordinary training'}
 
 # %% ../../nbs/papers/00_adcorda.ipynb #0981b6cb
 def baseline(
@@ -53,7 +53,7 @@ def baseline(
 
 # %% ../../nbs/papers/00_adcorda.ipynb #98796afb
 CINIC_MODELS = ('resnet18', 'resnet50')                # Table 2
-# the others are not the paper's: they stand in where CINIC-10 is not at hand
+# the last two are not the paper's: they stand in where CINIC-10 is not available
 CINIC_DATASETS = ('cinic10', 'cifar10_resplit', 'cifar10_jpeg')
 
 def cinic_baseline(
@@ -61,7 +61,7 @@ def cinic_baseline(
     dataset:str='cinic10',  # one of `CINIC_DATASETS`
     seed:int=1,
     *,
-    epochs:int=100,         # not given for CINIC-10; that of CIFAR
+    epochs:int=100,         # not given for CINIC-10; taken from CIFAR
     augment:str='crop_flip',# 'none', 'flip' or 'crop_flip'
 )->Recipe:
     "The fine-tuned baseline BL of Table 2 (section 4, CINIC-10)"
@@ -98,7 +98,7 @@ def protocol_of(
 
 # %% ../../nbs/papers/00_adcorda.ipynb #5ce69ac9
 def _second_stage(base:Recipe)->Recipe:
-    p = protocol_of(base) # 20 more epochs from the baseline, as the adaptation has them
+    p = protocol_of(base) # 20 more epochs from the baseline, with the adaptation's settings
     return replace(base, optimiser=call(sgd, lr=p.lr, momentum=.9, weight_decay=1e-4), epochs=20,
                    batch_size=p.batch_size, init=base)
 
@@ -141,7 +141,7 @@ def refined_int8(
     ptsq:tuple=(),         # settings of `Quantised`, as pairs: backend, observer, n_calibrate
     **choices,             # `storage` and `pairing`, as for `refined`
 )->Quantised:
-    "PTSQ-IST: the int8 baseline, adapted from what corrects it, and requantised (sections 3.4 and 4)"
+    "PTSQ-IST: the int8 baseline, adapted from its own corrected set and requantised (sections 3.4 and 4)"
     choose(gradients, GRADIENTS, 'gradients'); full = refined(base, attack, **choices)
     source = replace(full.method['source'], recipe=Quantised(base, **dict(ptsq)))
     if gradients=='counterpart' and source.attack and source.attack.name!='salt_and_pepper':

@@ -21,10 +21,10 @@ def samples(
     model:nn.Module,  # the baseline
     data:Data,        # whose training images are T
     t:Corrected,      # T'
-    k:int=4,          # images of a set, at most
+    k:int=4,          # images per set, at most
     device='cpu',
 )->dict:              # set -> images [k,C,H,W], true and predicted labels [k]
-    "A few images of each set of Figure 1, with what the baseline says to them"
+    "A few images of each set of Figure 1, with the baseline's predictions"
     wrong = (~t.right).nonzero()[:,0]; fixed = t.index[:k]; rest = wrong[~torch.isin(wrong, t.index)]
     rows = {'T': torch.arange(len(t.right))[:k], 'T_c': t.right.nonzero()[:k,0],
             'T_w': torch.cat([fixed, rest])[:k]}
@@ -36,11 +36,11 @@ def samples(
 
 # %% ../../nbs/papers/35_adcorda_flow.ipynb #3bd6e805
 _PLACES = {'T': (0,.42), 'T_c': (.29,.76), 'T_w': (.29,.06), 'T_a': (.56,.06),
-           "T'": (.81,.42)} # lower left corners, shares of the picture
+           "T'": (.81,.42)} # lower left corners, as shares of the picture
 _ARROWS = (((.2,.54),(.28,.8)), ((.2,.46),(.28,.17)), ((.485,.13),(.555,.13)), ((.485,.83),(.84,.69)),
            ((.755,.16),(.84,.36)), ((.8,.5),(.2,.5)))
 
-def _thumbnails(ax, at, images, classes): # a row of images with what the network says
+def _thumbnails(ax, at, images, classes): # a row of images with the network's predictions
     for i,(x,y,said) in enumerate(zip(*images)):
         small = ax.inset_axes([at[0]+.048*i, at[1], .044, .15]); small.set(xticks=[], yticks=[])
         small.imshow(x.permute(1,2,0).squeeze(-1), cmap='gray', vmin=0, vmax=1)

@@ -56,7 +56,7 @@ def contrasts(
 
 # %% ../../nbs/papers/25_adcorda_study.ipynb #459390fc
 def loss_table(
-    initial:dict[str,tuple[OnSource,...]], # attack -> one a seed, at the scale that was run
+    initial:dict[str,tuple[OnSource,...]], # attack -> one per seed, at the scale that was run
     store,                                 # where they were made
 )->pd.DataFrame: # attack, set, n, loss, right (%), means over seeds, and key
     "Loss and accuracy of the baseline on the parts of T' (section 5.1)"
@@ -75,8 +75,8 @@ _EDITIONS = {'cifar10': 'CIFAR-10 as published', 'cifar10_resplit': 'the lossles
 
 def on_edition(
     dataset:str, # of the study
-)->str:          # half a sentence, after a space; '' where nothing needs to be said
-    "Names the edition of the study where Table 1's best run is on another, and no study is"
+)->str:          # in brackets, after a space; '' where nothing needs to be said
+    "Names the study's edition where Table 1's best run is on another, on which no study is stored"
     def data(artefact): return [s.tidy.dataset.iloc[0] for s in stored(artefact)]
     best = next(iter(data('tab1_adcorda')), dataset)
     if best in {dataset, *data('study_adcorda')}: return ''

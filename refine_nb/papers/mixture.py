@@ -21,7 +21,7 @@ METHODS = ('Traditional', 'Adversarial', 'AdvProp', 'ALS', 'SAT', 'ALS + SAT', '
            'ALS + AdvProp', 'ALS + SAT + AdvProp')  # Table 1
 CIFAR10 = ('cifar10', 'cifar10_resplit', 'cifar10_jpeg') # as published, split again, and the JPEG edition
 STRONG = ('SAT', 'AdvProp', 'Adversarial')               # Table 2, in its order
-NETWORKS = ('resnet18', 'resnet20', 'resnet34', 'resnet50') # that have a CIFAR stem
+NETWORKS = ('resnet18', 'resnet20', 'resnet34', 'resnet50') # those with a CIFAR stem
 STRENGTHS = {'weak': {'eps': .1, 'step_size': 2/255}, # of the training attack: Table 1
              'strong': {'eps': .5, 'step_size': .5}}  # and Table 2
 
@@ -33,7 +33,7 @@ def techniques(
     return parts | {'Adversarial'} if parts & {'SAT', 'AdvProp'} else parts
 
 # %% ../../nbs/papers/10_mixture.ipynb #c976ef4d
-def _steps(steps): # as they are, or a sentence that says what is wrong
+def _steps(steps): # unchanged, or an error that says what is wrong
     if type(steps) is not int or steps < 1:
         raise ValueError(f"steps of PGD wants a whole number >= 1, got {steps!r}: the document trains with 2")
     return steps
@@ -44,7 +44,7 @@ def training_attack(
     steps:int=2,         # section "Experiment setup"
     start=zero,          # unstated; the formula starts at x
 )->Call:
-    "The PGD that makes the images to train on"
+    "The PGD attack that makes the adversarial training images"
     return call(pgd, **STRENGTHS[choose(strength, STRENGTHS, 'strength')], steps=_steps(steps), start=start)
 
 # %% ../../nbs/papers/10_mixture.ipynb #3ae6a7f9
@@ -53,11 +53,11 @@ def network(
     *,
     model:str='resnet18',  # a network with a CIFAR stem
     alpha:float=10.,       # of SAT's smooth derivative, > 0 and finite
-    where:str='both',      # of the smooth derivative: 'both' attack and update, or 'attack'
+    where:str='both',      # the smooth derivative is used: in 'both' attack and update, or the 'attack'
 )->Call:
     "The network of a method, with its surgery"
     choose(where, ('both','attack'), 'place of the smooth derivative')
-    SmoothReLU(alpha)                                                # says what is wrong with alpha
+    SmoothReLU(alpha)                                                # raises if alpha is invalid
     parts = techniques(method)
     base = call(classifier, name=model, stem='cifar', mean=(0.,0.,0.), std=(1.,1.,1.))
     if not parts & {'SAT', 'AdvProp'}: return base
@@ -127,10 +127,10 @@ _COLUMNS = (*attackers(), 'pgd_8', 'autoattack_8')
 
 def column(
     attack:str,          # a column of the tables, or of ours at 8/255: 'pgd_8' or 'autoattack_8'
-    steps:int|None=None, # of PGD, where they are to be said
-    label:str='AutoAttack', # of ours, as its result names itself: less than AutoAttack is not called so
+    steps:int|None=None, # of PGD, if they are to be shown
+    label:str='AutoAttack', # of ours, as its result reports it: only the full AutoAttack is called so
 )->str:                  # e.g. 'PGD, 0.1 (2 steps)'
-    "A column as a page heads it, its budget written one way"
+    "A column's heading on a page, with its budget in one notation"
     kind, _, budget = choose(attack, _COLUMNS, 'column').partition('_')
     names = {'clean': 'clean', 'autoattack': label.removesuffix(' (standard)')}
     where = f", {'8/255' if budget=='8' else budget}" if budget else ''
@@ -141,7 +141,7 @@ def column(
 def headings(
     table:pd.DataFrame, # tidy: attack, n, and label, the column in words
 )->dict[str,str]:       # column -> e.g. 'FGSM, 0.1; n = 1,000'
-    "How the columns of our table are headed"
+    "The headings of our table's columns"
     first = table.groupby('attack', sort=False).first()
     return {a: f'{label}; n = {n:,}' for a,label,n in zip(first.index, first.label, first.n)}
 
