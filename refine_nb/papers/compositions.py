@@ -17,7 +17,7 @@ from ..reporting import flagged, gap_between, keeps_most, pairing
 from . import adcorda, dra as dra_document, mixture, spat
 
 # %% ../../nbs/papers/88_compositions.ipynb #41a6b246
-ATTACK = call(pgd, **spat.BUDGET['cifar'])               # of all trainings, but those of DRA
+ATTACK = call(pgd, **spat.BUDGET['cifar'])               # of all trainings, except those of DRA
 DYNAMIC = call(dra, eps=1/255, p=1/3, steps=5)           # as in Table V of DRA
 WORDS = {'Traditional': 'ordinary training', 'Adversarial': 'clean and attacked images, half and half',
          'ALS': 'adversarial label smoothing', 'SAT': 'smooth activations', 'AdvProp': 'two batch norms',
@@ -58,7 +58,7 @@ def documented(
 def composed(
     dataset:str='cifar10', seed:int=0, model:str='resnet18',
 )->dict[str,Recipe]: # name -> recipe
-    "What no document tried"
+    "Compositions that no document tried"
     made = {r: spat.trained(r, dataset, seed, model=model) for r in ('TRADES','SPAT')}
     smooth = mixture.network('SAT', model=model)
     def with_(r, **parts): return replace(made[r], method=made[r].method.but(**parts))
@@ -78,5 +78,5 @@ def found_matrix(
     gaps = [gap_between(*pair, worst) for pair in made]
     more, less = sum(low > 0 for _,low,_ in gaps), sum(high < 0 for *_,high in gaps)
     return (f'In the worst case over all columns {keeps_most(worst)}. Of {len(made)} compositions that are '
-            f"held against the method that they are made of, {more} keep{'s'*(more==1)} more there and "
+            f"compared with the method that they build on, {more} keep{'s'*(more==1)} more there and "
             f'{less} less, by the {pairing(worst)} intervals of the differences.')
