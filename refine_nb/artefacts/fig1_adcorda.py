@@ -24,7 +24,7 @@ def grid(
 # %% ../../nbs/fig1_adcorda.ipynb #3f8e0ad4
 def tidy(
     on:OnSource, store,    # as `grid` has it, at the scale that was run, and where it was made
-    **names:str,           # `model`, `dataset` and `attack`, as they shall be named
+    **names:str,           # `model`, `dataset` and `attack`, as they are to be named
 )->pd.DataFrame:           # the names, set, n (images), accuracy (%), key
     "The sets of Figure 1 as a tidy table"
     seen, source = store.get(on, make=False).result, store.value(on.source)

@@ -39,7 +39,7 @@ def _points(table): # in words, of ours and of what is printed
 
 def tidy(
     cells:dict[tuple,tuple[Cell,...]], # (panel, epochs, rate, row) -> cells, at the scale that was run
-    store, model:str, dataset:str,     # where they were made; how they shall be named
+    store, model:str, dataset:str,     # where they were made; how they are to be named
 )->pd.DataFrame: # panel, model, dataset, epochs, rate (%), attack, as for Table 1 from there, and the point
     "Our Figure 2 as a tidy table"
     table = pd.DataFrame([{'panel': panel, 'model': model, 'dataset': dataset, 'epochs': e,
@@ -51,7 +51,7 @@ def tidy(
 def view(
     ours:pd.DataFrame, # tidy
 )->pd.DataFrame:
-    "Our Figure 2 as a reader sees it: a line a length of training, or a correction rate"
+    "Our Figure 2 as a reader sees it: one row per length of training or correction rate"
     at = [p.partition(', ')[0] for p in ours.point]
     seen = ours.assign(at=at, seen=marked(ours), row=named(ours.attack), counts=[
         f'{r.corrected:.0f} of {r.total:.0f}' if pd.notna(r.total) else '' for r in ours.itertuples()])

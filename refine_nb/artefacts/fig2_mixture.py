@@ -18,9 +18,9 @@ from ..papers.mixture_figures import SMOOTHINGS, moon_net, moons
 METRICS = ('accuracy', 'confidence', 'distance', 'within', 'robust')
 
 def tidy(
-    runs:pd.DataFrame, # a row a net: loss, seed and the columns of `moon_measures`
-    **settings,        # of all of them, as the picture needs: alpha, noise, steps
-)->pd.DataFrame: # a row a loss: each metric with its gain over 'none' and the standard error of that gain
+    runs:pd.DataFrame, # one row per net: loss, seed and the columns of `moon_measures`
+    **settings,        # of all nets, for the picture: alpha, noise, steps
+)->pd.DataFrame: # one row per loss: each metric with its gain over 'none' and the standard error of that gain
     "Means over seeds, and gains that are paired by seed"
     rows, plain = [], runs[runs.loss=='none'].set_index('seed')
     for name in SMOOTHINGS:
@@ -42,10 +42,10 @@ def view(
 
 # %% ../../nbs/fig2_mixture.ipynb #c74562b0
 def picture(
-    ours:pd.DataFrame, # tidy: nets of its settings are drawn
+    ours:pd.DataFrame, # tidy: nets with its settings are drawn
     title:str,
 )->Figure:
-    "What the three nets of seed 0 say of each point of the square"
+    "What the three nets of seed 0 predict at each point of the square"
     alpha, noise, steps = (ours[c].iloc[0].item() for c in ('alpha','noise','steps'))
     line = torch.linspace(0, 1, 200); grid = torch.cartesian_prod(line, line); x,y = moons(200, noise, 0)
     sure = {loss: moon_net(loss, alpha, noise, 0, steps)(grid).softmax(1)[:,1].detach().reshape(200,200).T

@@ -19,7 +19,7 @@ from .tab1_mixture import grid as table_1
 
 # %% ../../nbs/fig4_mixture.ipynb #d532cc65
 def grid(
-    robust:tuple[str,...]=('pgd_0.1', 'pgd_0.5'), # columns of Table 1, a panel each
+    robust:tuple[str,...]=('pgd_0.1', 'pgd_0.5'), # columns of Table 1, one panel each
     **settings, # as for Table 1's grid
 # method -> 'clean' and the attackers -> what fills it, at published scale
 )->dict[str,dict[str,Cell|Robustness]]:
@@ -48,7 +48,7 @@ def picture(
     title:str,
     printed:pd.DataFrame|None=None, # Table 1's, drawn where ours are at its scale
 )->Figure:
-    "A panel an attacker, a point a method; what is only printed is hollow"
+    "One panel per attacker, one point per method; what is only printed is hollow"
     heads = headings(ours) if 'label' in ours else {a: column(a) for a in ours.attack.unique()}
     robust, hollow = [a for a in heads if a!='clean'], 'label' not in ours
     with figure_style():

@@ -32,7 +32,7 @@ def _images(cells, store, n): # the first of the test set, as the networks take 
     x, y = (t.to(store.engine.device) for t in (to_input(data.test.x[:n], data.size), data.test.y[:n]))
     return x.contiguous(memory_format=torch.channels_last), y
 
-def _walked(net, x, y): # (training, method) -> a row a step
+def _walked(net, x, y): # (training, method) -> one row per step
     return {(s, m): step_curve(net(s, m), net('weak', 'Traditional'), x, y).assign(part='steps')
             for s in STRENGTHS for m in STRONG}
 
@@ -41,7 +41,7 @@ def tidy(
     cells:dict[str,dict[str,Cell]], # as `grid` gives them, at the scale that was run
     store,                          # where they were made
     looked:dict,                    # from `audits`; the curve over steps is of the same images
-)->pd.DataFrame: # a row a step, a check, or the share that FGSM passes by (%): part, method, training, key, n
+)->pd.DataFrame: # a row per step, per check and for the overshot share (%): part, method, training, key, n
     "What the networks answer, tidy"
     net = lambda s, m: store.model(cells[s][m].recipe)
     x, y = _images(cells, store, next(iter(looked.values())).n_eval)
@@ -67,7 +67,7 @@ def picture(
     ours:pd.DataFrame, # tidy
     title:str,
 )->Figure:
-    "Accuracy, and pixels back at x, against steps; a saw tooth in both is catching. Dashed: trained weakly"
+    "Accuracy and pixels back at x, against steps; a sawtooth in both is catching. Dashed: weak training"
     walks = ours[ours.part=='steps']; ticks = [int(k) for k in walks.steps.unique()]
     with figure_style():
         fig, axes = plt.subplots(1, 2, figsize=(6, 2.4), sharex=True)

@@ -54,7 +54,7 @@ def row_of(
 def tidy(
     cells:dict[str,tuple[Cell,...]], # row -> cells, at the scale that was run
     store,
-    model:str, dataset:str,          # as they shall be named
+    model:str, dataset:str,          # as they are to be named
 )->pd.DataFrame: # model, dataset, attack, row, accuracy, std, low, high (%), delta (points), n, key, ...
     "Our Table 1 as a tidy table"
     table = pd.DataFrame([{'model': model, 'dataset': dataset, **row_of(row, c, store)}
@@ -63,7 +63,7 @@ def tidy(
 
 # %% ../../nbs/tab1_adcorda.ipynb #314b094b
 def view(
-    ours:pd.DataFrame,   # tidy; rows without an accuracy are left out, but for those that are flagged
+    ours:pd.DataFrame,   # tidy; rows without an accuracy are left out unless flagged
     columns:tuple[str,...]=('row','accuracy','std','delta','corrected','best_epoch','key'),
     **words:str,         # their headers, as for `worded`
 )->pd.DataFrame:
@@ -80,7 +80,7 @@ def picture(
     title:str,
     printed:pd.DataFrame|None=None, # with `row`, drawn where ours are at the paper's scale
 )->Figure:
-    "A line a row: our value with its interval, the printed one as a hollow diamond"
+    "One line per row: our value with its interval, the printed one as a hollow diamond"
     known = {} if printed is None else printed.set_index('row').accuracy
     rows = ours[ours.accuracy.notna()].assign(published=lambda t: [known.get(r, math.nan) for r in t.row])
     with figure_style(): return dot_interval(rows, label='row', title=title).figure

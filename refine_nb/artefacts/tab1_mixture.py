@@ -51,16 +51,16 @@ def tidy(
 def view(
     ours:pd.DataFrame, # tidy
 )->pd.DataFrame:
-    "Our table as a reader sees it: a row a method, a column an attack"
+    "Our table as a reader sees it: one row per method, one column per attack"
     heads, texts = headings(ours), ours.assign(text=marked(ours))
     wide = texts.pivot(index='method', columns='attack', values='text')
     return wide.loc[ours.method.unique(), list(heads)].set_axis(list(heads.values()), axis=1).reset_index()
 
 # %% ../../nbs/tab1_mixture.ipynb #a889c4a6
 def picture(
-    ours:pd.DataFrame,              # tidy, a row of the table only once
+    ours:pd.DataFrame,              # tidy, each row of the table only once
     title:str,
     printed:pd.DataFrame|None=None, # the paper's accuracies, drawn where ours are at its scale
 )->Figure:
-    "A panel a column, a line a method"
+    "One panel per column, one line per method"
     return dot_panels(ours, headings(ours), title, printed, across=4)

@@ -25,7 +25,7 @@ def grid(
     seeds:tuple[int,...]=(1,),
     augment:str='crop_flip',
     **choices,             # `storage` and `pairing`, as for `refined`
-)->dict[str,tuple[tuple[Cell,OnSource],...]]: # row -> (test, training) one a seed, at published scale
+)->dict[str,tuple[tuple[Cell,OnSource],...]]: # row -> (test, training), one per seed, at published scale
     "The rows of Table 2 for one model"
     def row(name, base):
         recipe = {'-': lambda: base,
@@ -40,7 +40,7 @@ def grid(
 def lacks(
     recipe:Recipe, # the baseline that is run
 )->str:            # '' for the paper's experiment
-    "What a baseline lacks of Table 2's: its images, its weights"
+    "What a baseline lacks of Table 2's: its images or its weights"
     name, weights = recipe.data['name'], recipe.model['weights']
     return ', '.join(([f'{name} in place of CINIC-10'] if name!='cinic10' else [])
                      + (['without Places365 weights'] if weights!='places365' else []))
@@ -49,7 +49,7 @@ def lacks(
 def tidy(
     cells:dict[str,tuple[tuple[Cell,OnSource],...]], # at the scale that was run
     store,
-    model:str, dataset:str,                          # as they shall be named
+    model:str, dataset:str,                          # as they are to be named
 )->pd.DataFrame: # as of Table 1, and train, train_source (%); `key` is of test and training
     "Our Table 2 as a tidy table; `train` is on T, `train_source` on T'"
     def train(pairs, part):

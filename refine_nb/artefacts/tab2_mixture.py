@@ -21,7 +21,7 @@ def grid(
     **choices, # as for Table 1's grid, without `strength`
 # training 'weak' or 'strong' -> method -> column -> what fills it, at published scale
 )->dict[str,dict[str,dict[str,Cell|Robustness]]]:
-    "The cells of Table 2, and those of Table 1 that they are held against"
+    "The cells of Table 2, and those of Table 1 that they are compared with"
     return {s: table_1((('Traditional',) if s=='weak' else ()) + STRONG, dataset, seed, strength=s, **choices)
             for s in STRENGTHS}
 
@@ -41,7 +41,7 @@ def _bold(texts, rows, better): # improvements, of networks that have learnt
 def view(
     ours:pd.DataFrame, # tidy
 )->pd.DataFrame:
-    "Our table as a reader sees it: a row a method, a column an attack, improvements over Table 1 in bold"
+    "Our table as a reader sees it: methods in rows, attacks in columns, improvements over Table 1 in bold"
     strong = ours[ours.training=='strong']; heads = headings(strong)
     texts = _bold(marked(strong), strong, improved(ours))
     wide = strong.assign(text=texts).pivot(index='method', columns='attack', values='text')
@@ -53,5 +53,5 @@ def picture(
     title:str,
     printed:pd.DataFrame|None=None, # the paper's accuracies, drawn where ours are at its scale
 )->Figure:
-    "A panel a column, a line a method, as Table 1's picture"
+    "One panel per column, one line per method, as in Table 1's picture"
     return panels(ours[ours.training=='strong'], title, printed)

@@ -16,7 +16,7 @@ from ..papers.adcorda import baseline, refined
 
 # %% ../../nbs/tab4_adcorda.ipynb #8f0a7bb3
 BUDGETS = {'5e-4': 5e-4, '5e-4 normalised': 5e-4*sum(IMAGENET_STD)/3, '8/255': 8/255} # of images in [0,1]
-ROWS, SAME = ('-', 'None', 'DDN', 'SP'), 'clean, same images' # '-' is BL; as are attacked
+ROWS, SAME = ('-', 'None', 'DDN', 'SP'), 'clean, same images' # '-' is BL; those under attack
 
 def grid(
     model:str='resnet18', dataset:str='cifar10', # of `MODELS` and `DATASETS`
@@ -34,9 +34,9 @@ def grid(
 def tidy(
     cells:dict[str,dict[str,tuple]], # as `grid` gives them, at the scale that was run
     store,                           # where they were made
-    model:str, dataset:str,          # as they shall be named
+    model:str, dataset:str,          # as they are to be named
 )->pd.DataFrame: # model, dataset, attack, row, budget, label, accuracy, std, low, high (%), n, key, ...
-    "Our Table 4, a line a row and budget: 'clean' is of all test images, `SAME` of those under attack"
+    "Our Table 4, a line per row and budget: 'clean' is of all test images, `SAME` of those under attack"
     rows = []
     for row,columns in cells.items():
         found = {b: [store.get(c, make=False).result for c in cs] for b,cs in columns.items()}
@@ -55,7 +55,7 @@ def tidy(
 # %% ../../nbs/tab4_adcorda.ipynb #e9feb6f1
 def view(
     ours:pd.DataFrame, # tidy
-)->pd.DataFrame:       # a row each, a column a budget
+)->pd.DataFrame:       # one line per row, one column per budget
     "Our Table 4 as a reader sees it"
     text = [a if pd.isna(s) else f'{a} ± {s:.2f}' for a,s in zip(marked(ours), ours['std'])]
     wide = ours.assign(text=text).pivot(index='row', columns='budget', values='text')
@@ -68,9 +68,9 @@ def view(
 def picture(
     ours:pd.DataFrame,              # tidy
     title:str,
-    printed:pd.DataFrame|None=None, # a line a row and budget, drawn where ours are at its scale
+    printed:pd.DataFrame|None=None, # a line per row and budget, drawn where ours are at its scale
 )->Figure:
-    "A panel a budget, a line a row; the printed clean accuracy stands beside that of the attacked images"
+    "A panel per budget, a line per row; the printed clean accuracy is beside that of the attacked images"
     if printed is not None: printed = printed.assign(budget=printed.budget.replace('clean', SAME))
     heads = {SAME: SAME, **{b: f'eps {b}' for b in BUDGETS}}
     return dot_panels(ours, heads, title, printed, by='budget', label='row')
