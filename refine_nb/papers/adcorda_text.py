@@ -119,7 +119,7 @@ def found_fig2(
             f"{clear(control, ddn)}.")
     try: slope, share = straightness(table)
     except Missing: return text
-    return (f"{text} A straight line from no correction to full correction "
+    return (f"{text} A straight line fitted from no correction to full correction "
             f"{'rises' if slope > 0 else 'falls'} by {abs(slope):.2f} points "
             f"and explains {100*share:.0f} % of the variance.")
 
