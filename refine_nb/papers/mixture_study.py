@@ -192,8 +192,9 @@ def found_study(
     note = ''.join(f' {m} is marked ({f}) and says nothing.' for m,f in bad.items())
     return (f"Of the {len(parts)} networks above chance level that were trained on strong examples, "
             f"{len(caught) or 'none'} {'catch' if len(caught) > 1 else 'catches'} the attack at its second "
-            f"step ({'; '.join(f'{m}: {v}' for m,v in second.items())}).{note} Their audits find "
-            f'masked gradients in {masked}, and the reported attack too weak in {weak}. '
+            f"step ({'; '.join(f'{m}: {v}' for m,v in second.items())}).{note} Audits of the "
+            f'{len(parts)} networks find masked gradients in {masked}, '
+            f'and the reported attack too weak in {weak}. '
             f'Traditional, undefended: {undefended(table)}')
 
 # %% ../../nbs/papers/45_mixture_study.ipynb #549bfde5
