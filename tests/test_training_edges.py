@@ -127,7 +127,7 @@ def test_what_fit_is_given_is_looked_at(how, says):
 
 def test_lbfgs_and_an_epoch_beyond_the_last_are_refused():
     model = net()
-    with pytest.raises(ValueError, match='LBFGS asks for the loss anew within a step'):
+    with pytest.raises(ValueError, match='LBFGS recomputes the loss within a step'):
         trained(model, optimiser=torch.optim.LBFGS(model.parameters()))
     with pytest.raises(ValueError, match=r'epoch wants a whole number in \[0, 1\], got 2'):
         train_epoch(model, plain(), sgd(model.parameters()), epoch=2, epochs=2, seed=1, quiet=True)
@@ -138,7 +138,7 @@ def test_snapshots_are_so_many_seconds_apart(every):
 
 def test_a_batch_of_one_is_told_by_its_norm():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
-    with pytest.raises(ValueError, match='wants two values a channel, got one: batch_size >= 2'):
+    with pytest.raises(ValueError, match='two values per channel or more: use batch_size >= 2'):
         trained(model, plain(1))
 
 def test_an_accuracy_and_a_rate_may_be_tensors(tmp_path):

@@ -29,7 +29,7 @@ def trained(model, optimiser=None, method=None):
 def test_an_optimiser_of_another_network_is_told():
     with pytest.raises(ValueError, match="holds none of the model's parameters"):
         trained(net(), sgd(net().parameters()))
-    with pytest.raises(ValueError, match='no parameter of the model asks for a gradient'):
+    with pytest.raises(ValueError, match='no parameter of the model requires a gradient'):
         trained(frozen := net().requires_grad_(False), sgd(frozen.parameters()))
     trained(net())
 

@@ -18,7 +18,7 @@ from .step_parts import (STEP_GIVES, asks_for, attacker, counting, mean_loss, st
                                            step_logits, train_accuracies)
 
 # %% ../../nbs/training/40_adversarial_steps.ipynb #059267fb
-_ATTACKED = ('z_adv', 'cos_adv', 'steps_to_flip')               # what there is only with an attack
+_ATTACKED = ('z_adv', 'cos_adv', 'steps_to_flip')               # available only with an attack
 _GIVES = (*STEP_GIVES, 'cos', 'cos_adv', 'steps_to_flip')
 
 def _slots(attack, objective, weight)->tuple[set,set]:
@@ -37,13 +37,13 @@ def _slots(attack, objective, weight)->tuple[set,set]:
 
 def _as_they_are(model, x, y): return x
 
-def _each(w, y): # [B], what a weight gives, or a sentence
+def _each(w, y): # what a weight returned, if it is [B]
     if getattr(w, 'shape', None)==y.shape: return w
     raise ValueError(f"a weight must return one number per example {list(y.shape)}, "
                      f"got {list(w.shape) if hasattr(w, 'shape') else type(w).__name__}")
 
 # %% ../../nbs/training/40_adversarial_steps.ipynb #5f0a11d3
-def _forwards(model, images:dict, needs:set)->dict: # what is asked for of each, from one forward
+def _forwards(model, images:dict, needs:set)->dict: # what is needed of each, from one forward pass
     given = {}
     for end,x in images.items():
         if f'cos{end}' in needs: given[f'z{end}'],given[f'cos{end}'] = step_cosines(model, x)
@@ -52,13 +52,13 @@ def _forwards(model, images:dict, needs:set)->dict: # what is asked for of each,
 
 # %% ../../nbs/training/40_adversarial_steps.ipynb #c1c33457
 def adversarial(
-    attack:Callable|None,      # (model, x, y, perhaps generator) -> x_adv; None: nothing asks for z_adv
+    attack:Callable|None,      # (model, x, y, perhaps generator) -> x_adv; None: if nothing asks for z_adv
     objective:Callable,        # asks for any of z, z_adv, z_again, y, w, progress, cos, cos_adv -> [B]
     weight:Callable|None=None, # asks for the same, or steps_to_flip -> [B]: the objective's w, a constant
     *,
     mode:str='eval',   # of the model while it is attacked: 'eval', 'train' or 'train_untouched'
     folded:bool=False, # attack a folded copy: for a step that always gets the same network, in mode 'eval'
-    see:Callable|None=None, # is shown each x_adv [B,C,H,W], such as `deque(maxlen=1).append`
+    see:Callable|None=None, # called with each x_adv [B,C,H,W], such as `deque(maxlen=1).append`
 )->Callable:           # (model, batch, progress) -> mean loss, accuracies; a batch is (x, y, generator)
     "The step of adversarial training, from an attack, an objective and a weight"
     asks,weighs = _slots(attack, objective, weight); needs = asks|weighs

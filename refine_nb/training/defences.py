@@ -31,15 +31,15 @@ DEFENCES = tuple(_PARTS)
 
 # %% ../../nbs/training/42_defences.ipynb #2ab92042
 def defence(
-    name:str,               # one of `DEFENCES`; those of SPAT want a network with a cosine head
+    name:str,               # one of `DEFENCES`; those of SPAT need a network with a cosine head
     *,
     eps:float=8/255,        # L-inf budget of the training attack
     step_size:float=2/255,  # of each step
-    steps:int=10,           # at least 1; of GAIRAT 2
+    steps:int=10,           # at least 1; for GAIRAT 2
     mode:str='eval', augment:str='crop_flip', # as for `adversarial_training`
     **settings,             # of attack, objective or weight: each goes to every part that has it
 )->Call:                    # of `adversarial_training`, for a `Recipe`
-    "A published method of adversarial training, at its authors' constants"
+    "A published method of adversarial training, with its authors' constants"
     parts = [p for p in _PARTS[choose(name, DEFENCES, 'defence')] if p]
     if name=='gairat': number('steps', steps, 2, whole=True)
     settings |= dict(eps=eps, step_size=step_size, steps=steps)

@@ -20,12 +20,12 @@ _CHOICES = {'precision': ('float32','bfloat16'), 'layout': ('channels_last','tri
 
 @dataclass(frozen=True)
 class Engine:
-    "Device, training precision and compilation; `ValueError` for a device that is not there"
+    "Device, training precision and compilation; `ValueError` for a device that is not available"
     device: str = 'cpu'          # 'cpu', 'cuda' or 'cuda:1'
     precision: str = 'float32'   # of the training step: 'float32' or 'bfloat16' (autocast)
     compiled: bool = False       # torch.compile the training step's model
-    graphs: bool = False         # and replay CUDA graphs of it: for kernels shorter than a launch
-    layout: str = 'channels_last' # of networks that are only asked; 'tried': on each, which is quicker
+    graphs: bool = False         # and replay it as CUDA graphs: for kernels shorter than their launch
+    layout: str = 'channels_last' # of networks not being trained; 'tried': whichever is quicker
 
     def __post_init__(self):
         for name,there in _CHOICES.items(): choose(getattr(self, name), there, name)
@@ -43,14 +43,14 @@ class Engine:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16)
 
 # %% ../../nbs/training/30_engines.ipynb #534722a7
-def _of_environment()->dict: # what it says about precision and layout
+def _of_environment()->dict: # the precision and layout that it sets
     said = {k: os.environ.get(f'REFINE_{k.upper()}') for k in _CHOICES}
     return {k: choose(v, _CHOICES[k], f"{k} in the environment's REFINE_{k.upper()}")
             for k,v in said.items() if v}
 
 def engine(
-    device:str|None=None, # None is the first GPU where there is one, else the CPU
-)->Engine:  # compiled on a GPU; REFINE_PRECISION, else bf16 on a GPU and float32 on a CPU; REFINE_LAYOUT
+    device:str|None=None, # None: the first GPU if there is one, else the CPU
+)->Engine:  # compiled and bf16 on a GPU, float32 on a CPU; REFINE_PRECISION and REFINE_LAYOUT override
     "The engine that suits this machine; allows TF32 matrix products and convolutions on a GPU"
     if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'
     asked = _of_environment()
@@ -69,11 +69,11 @@ def place(
     return model.to(self.device, memory_format=torch.channels_last)
 
 # %% ../../nbs/training/30_engines.ipynb #2c4b550c
-class _Copied(nn.Module): # logits that stay what they are
+class _Copied(nn.Module): # its logits outlive the next replay
     def __init__(self, model): super().__init__(); self.model = model
     def forward(self, x): return self.model(x).clone()
     @property
-    def _orig_mod(self): return self.model # compiled, too: what looks for the network finds it
+    def _orig_mod(self): return self.model # as torch.compile names what it wraps, for those who look for it
 
 @patch
 def runner(self:Engine, model:nn.Module)->nn.Module:

@@ -15,7 +15,7 @@ from ..base import instance, number
 
 # %% ../../nbs/training/32_optimisers.ipynb #a55f7c15
 def sgd(
-    params:Iterable,          # what `model.parameters()` gives, or groups of it
+    params:Iterable,          # what `model.parameters()` gives, or parameter groups
     *,
     lr:float=1e-4,            # learning rate, > 0
     momentum:float=.9,        # in [0,1)
@@ -26,12 +26,12 @@ def sgd(
     number('momentum', momentum, 0, below=1)
     if isinstance(params, (torch.nn.Module, torch.Tensor)) or not isinstance(params, Iterable):
         raise ValueError(f"params wants parameters, got {type(params).__name__}: write model.parameters()")
-    if not (params := list(params)): raise ValueError("params wants parameters, got none: there is no weight")
+    if not (params := list(params)): raise ValueError("params wants parameters, got none: nothing to train")
     return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 # %% ../../nbs/training/32_optimisers.ipynb #a204bcc3
 def _risen(progress:float, warmup:float)->tuple[float,float]:
-    "Factor of the rise, and progress of what follows it"
+    "Factor of the warm-up, and progress of what follows it"
     number('progress', progress, 0, 1); number('warmup', warmup, 0, below=1) # shares of the run
     if progress<warmup: return progress/warmup, 0.
     return 1., (progress-warmup)/(1-warmup)
@@ -72,9 +72,9 @@ def linear(
 # %% ../../nbs/training/32_optimisers.ipynb #204e58f7
 def set_rate(
     optimiser:torch.optim.Optimizer,
-    factor:float, # of what the rate of each group was at first, >= 0
+    factor:float, # of the initial rate of each group, >= 0
 )->None:
-    "Set the learning rate to a share of the first one"
+    "Set each group's learning rate to its initial one times a factor"
     instance('optimiser', optimiser, torch.optim.Optimizer, 'an optimiser of torch')
     number('factor of the learning rate', factor, 0)
     for g in optimiser.param_groups: g['lr'] = g.setdefault('initial_lr', g['lr'])*factor
