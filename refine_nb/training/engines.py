@@ -73,7 +73,7 @@ class _Copied(nn.Module): # its logits outlive the next replay
     def __init__(self, model): super().__init__(); self.model = model
     def forward(self, x): return self.model(x).clone()
     @property
-    def _orig_mod(self): return self.model # as torch.compile names what it wraps, for those who look for it
+    def _orig_mod(self): return self.model._orig_mod # the network itself, named as torch.compile names it
 
 @patch
 def runner(self:Engine, model:nn.Module)->nn.Module:
