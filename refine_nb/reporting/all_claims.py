@@ -18,12 +18,12 @@ from .shared_images import stacked
 # %% ../../nbs/reporting/80_all_claims.ipynb #e9bcda02
 def our_tables(
     artefact:str,         # an id of `ARTEFACTS`
-    apart:bool|None=None, # each run by itself; None: those of figures and studies
-)->tuple[str,dict[str,pd.DataFrame]]: # preset, variant -> tidy table; 'demo' and {} where nothing was run
+    apart:bool|None=None, # judge each run separately; None: only those of figures and studies
+)->tuple[str,dict[str,pd.DataFrame]]: # preset, variant -> tidy table; 'demo' and {} if nothing was run
     "Our numbers of an artefact, from its largest reports"
     runs = stored(artefact)
     if not runs: return 'demo', {}
-    best = {}                       # data set of a paper -> the best that stands for it
+    best = {}                       # data set of a paper -> its best edition
     of = lambda s: next((d for d in SIZES if s.variant.endswith(d)), '')
     same = [s for s in runs if s.preset==runs[0].preset
             and best.setdefault(of(s).removesuffix('_jpeg').removesuffix('_resplit'), of(s))==of(s)]
@@ -36,7 +36,7 @@ def our_tables(
 def ledger(
     claims:Mapping[str,tuple[Claim,...]],      # artefact -> its claims
     printed:Callable[[str],pd.DataFrame],      # artefact -> the paper's own table
-    reads:Mapping[str,str]={},  # artefact -> the one whose runs it is judged on, where that is another
+    reads:Mapping[str,str]={},  # artefact -> the one whose runs it is judged on, if different
     apart:bool|None=None,       # as for `our_tables`
 )->pd.DataFrame: # artefact, claim, text, source, the paper's own table, ours, numbers
     "Every claim, judged"

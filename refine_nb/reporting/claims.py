@@ -41,14 +41,14 @@ def _hits(table, where): # places of the rows with these values, at least one
     for k,v in where.items():
         instance(k, v, (str, Number, np.generic, type(None)), 'one value')
         if k not in table.columns: raise Missing(f'a column {k!r}')
-        values = table[k]   # arrays of numpy are compared quickly: no care for those that are missing
+        values = table[k]   # NumPy arrays compare quickly, without care for missing values
         hits &= ((values.to_numpy()==v).astype(bool) if isinstance(values.dtype, np.dtype)
                  else (values==v).to_numpy(dtype=bool, na_value=False))
     if not hits.any(): raise Missing(_words(where))
     return hits.nonzero()[0]
 
 # %% ../../nbs/reporting/20_claims.ipynb #5c1e7a91
-def _learnt(table): # the rows of networks that have learnt, and in words those that have not
+def _learnt(table): # the rows of networks that have learnt, and the others in words
     if 'flag' not in table: return table, ''
     flag = table['flag'].fillna('').to_numpy(dtype=object)
     if not (bad := flag != '').any(): return table, ''
@@ -59,10 +59,10 @@ def _learnt(table): # the rows of networks that have learnt, and in words those 
 
 def _each(holds): # the truth values of a sentence that says several things at once
     each = tuple(map(bool, holds)) if isinstance(holds, Iterable) else (bool(holds),)
-    if not each: raise Missing('anything to compare')
+    if not each: raise Missing('something to compare')
     return each
 
-def _answer(claim, table): # of all of its rows
+def _answer(claim, table): # from all of its rows
     try:
         rows = table.iloc[_hits(table, claim.about)] if claim.about else table
         return all(_each(claim.holds(rows))), claim.numbers(rows) if claim.numbers else ''
@@ -71,26 +71,26 @@ def _answer(claim, table): # of all of its rows
 # %% ../../nbs/reporting/20_claims.ipynb #1dbc0131
 @dataclass(frozen=True)
 class Claim:
-    "A sentence of a paper that a tidy table can carry"
+    "A sentence of a paper that a tidy table can confirm or refute"
     id: str                                        # as in the catalogue, e.g. 'A1'
     text: str                                      # the paper's sentence
     source: str                                    # document and section or line
-    # reads a tidy table with `cell`; True where the sentence is right; or several, which all have to be true
+    # reads a tidy table with `cell`; True if the sentence is right; or several values, all of them true
     holds: Callable[[pd.DataFrame], bool|Iterable[bool]]
     numbers: Callable[[pd.DataFrame], str]|None=None # what it read, in a few words
     needs: str='paper'                             # the preset whose results can be judged
-    # column=value pairs of the rows that `holds` and `numbers` may read; None is all
+    # column=value pairs of the rows that `holds` and `numbers` may read; None: all
     about: Mapping[str,str]|None=None
 
     def verdict(self, table:pd.DataFrame)->tuple[bool|None,str]:
-        "(holds, numbers) of a table; (None, what it lacks) where a row is missing, or of a marked network"
+        "(holds, numbers) for a table; (None, what is lacking) if a row is missing or its network is marked"
         fit, marked = _learnt(table)
         said = _answer(self, fit)
         lost = marked and said[0] is None and _answer(self, table) != said
         return (None, f'needs networks that have learnt: {marked}') if lost else said
 
     def parts(self, table:pd.DataFrame)->tuple[bool,...]:
-        "What it says of a table, one by one; `Missing` where a row is"
+        "The truth of each of its statements on a table; `Missing` if a row is missing"
         fit,_ = _learnt(table)
         return _each(self.holds(fit.iloc[_hits(fit, self.about)] if self.about else fit))
 
@@ -99,10 +99,10 @@ _WORDS = {True: 'holds', False: 'fails', None: 'cannot be read from it'}
 
 def on_its_own(
     claim:Claim,
-    # what the paper prints, tidy; with `stands_in`, 'table' or 'text', where some rows are of the text
+    # what the paper prints, tidy; with `stands_in`, 'table' or 'text', if some rows are from the text
     table:pd.DataFrame,
 )->tuple[str,str]:      # verdict in words, and what was read
-    "A claim put to the paper's own numbers: holds, fails, stands in the text only, cannot be read from it"
+    "A claim judged on the paper's own numbers: holds, fails, stands in the text only, cannot be read from it"
     instance('claim', claim, Claim, 'a Claim')
     instance('table', table, pd.DataFrame, 'a table of pandas')
     holds, read = claim.verdict(table)
@@ -117,8 +117,8 @@ STANDS_FOR = {'cifar10_resplit': 'cifar10', 'cifar10_jpeg': 'cifar10'}
 
 def as_named(
     table:pd.DataFrame, # tidy
-)->pd.DataFrame:        # its data sets by the names of those that they stand for
-    "A run on what stands in for a data set, as one of that"
+)->pd.DataFrame:        # each data set under the name of the one it stands for
+    "A table with stand-in data sets renamed to those they stand for"
     instance('table', table, pd.DataFrame, 'a table of pandas')
     if 'dataset' not in table: return table
     return table.assign(dataset=table.dataset.replace(STANDS_FOR))
@@ -141,11 +141,11 @@ def _ours(claim:Claim, table:pd.DataFrame|None, preset:str)->tuple[str,str]:
 def judge(
     claims:Iterable[Claim],     # in the order to be shown
     published:pd.DataFrame,     # the paper's own table, tidy
-    # our table, tidy, with the same columns, or name -> table of several; None where nothing was run
+    # our table, tidy, with the same columns; or several, name -> table; None if nothing was run
     ours:pd.DataFrame|Mapping[str,pd.DataFrame]|None,
     preset:str,                 # the preset that made ours: 'demo', 'small' or 'paper'
 )->pd.DataFrame: # a row per claim: claim, text, source, the paper's own table, ours, numbers
-    "Put every claim to the paper's own table and to ours"
+    "Judge every claim on the paper's own table and on ours"
     instance('claims', claims, Iterable, 'claims')
     instance('published', published, pd.DataFrame, 'a table of pandas')
     instance('ours', ours, (pd.DataFrame, Mapping, type(None)), 'a table, tables by name, or None')

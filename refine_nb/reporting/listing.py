@@ -24,8 +24,8 @@ class Paper:
     title: str
     authors: str
     year: int|None
-    where: str      # it was published, or what it is
-    short: str      # as titles say it
+    where: str      # where it was published, or what it is
+    short: str      # its short name, as in titles
     url: str = ''   # of the text; '' where there is none
 
     @property
@@ -61,10 +61,10 @@ class Artefact:
     # '<tab|fig><number>_<paper>' or '<study|claims>_<paper>', its notebook; or one of `ACROSS`
     id: str
     title: str         # what it shows
-    ready: bool = False # whether its notebook is there
+    ready: bool = False # whether its notebook exists
 
     @property
-    def paper(self)->str: return '' if self.id in ACROSS else self.id.rpartition('_')[2] # '' is all
+    def paper(self)->str: return '' if self.id in ACROSS else self.id.rpartition('_')[2] # '': all
     @property
     def of(self)->str: return PAPERS[self.paper].short if self.paper else 'all four documents'
     @property
@@ -127,7 +127,7 @@ ARTEFACTS = {i: Artefact(i, t, i in _READY) for i,t in _TITLES.items()}
 
 # %% ../../nbs/reporting/40_listing.ipynb #78eb8439
 def catalogue(
-    paper:str|None=None, # one of `PAPERS`; None is all
+    paper:str|None=None, # one of `PAPERS`; None: all
 )->pd.DataFrame:         # document, artefact, shows, notebook, status
     "The artefacts of a paper, in its order"
     if paper is not None: choose(paper, PAPERS, 'paper')
@@ -141,7 +141,7 @@ def report_folder(
     artefact:str,   # an id of `ARTEFACTS`
     preset:str,     # one of `PRESETS`
     variant:str='', # what the notebook was asked for, e.g. 'resnet18_cifar10'
-)->Path:            # not made here: `save_report` makes it whole
+)->Path:            # not created here: `save_report` does that
     "The folder of a report"
     instance('variant', variant, str, 'a text such as resnet18_cifar10')
     choose(artefact, ARTEFACTS, 'artefact'); choose(preset, PRESETS, 'preset')
@@ -156,14 +156,14 @@ NEEDS = {'cifar10': "CIFAR-10 (`load_data('cifar10', download=True)` fetches 170
          'mnist': "MNIST (`load_data('mnist', download=True)` fetches 12 MB)",
          'cinic10': "CINIC-10, unpacked to `CINIC-10/` below `$REFINE_DATA`", 'cifar10_jpeg': "the JPEG "
          "edition of CIFAR-10 as image folders, `cifar-10-images/` below `$REFINE_DATA`",
-         'cifar10_resplit': "CIFAR-10 without loss as PNG folders, `cifar10-resplit/` below `$REFINE_DATA`",
+         'cifar10_resplit': "lossless CIFAR-10 as PNG folders, `cifar10-resplit/` below `$REFINE_DATA`",
          'digits': "nothing that is not installed"}
 
 # data sets that are not as published -> what they are
 UNOFFICIAL = {
-    'cifar10_resplit': 'CIFAR-10 without loss, split again. Of its 10,000 test images the first 1,000 are '
-    'official ones, and attacks in small runs look at no others; 9,000 are official training images, held '
-    'out of all training here: 41,000 are left to train and to choose by',
+    'cifar10_resplit': 'lossless CIFAR-10, split again. Of its 10,000 test images, the first 1,000 are '
+    'official test images, and attacks in small runs use only these; the other 9,000 are official training '
+    'images, held out of all training here, which leaves 41,000 for training and model selection',
     'cifar10_jpeg': 'the JPEG edition, CIFAR-10 in its own split with images compressed as JPEG'}
 
 # %% ../../nbs/reporting/40_listing.ipynb #e1790351

@@ -21,7 +21,7 @@ from .sheet import Sheet
 def editions_in(
     text:str,    # such as what was found
 )->list[str]:    # Markdown, at most one paragraph
-    "What the data sets are that a text names and that are not as published"
+    "Explains those data sets named in a text that are not as published"
     its = {n: w for n,w in UNOFFICIAL.items() if n in text or w.split(',')[0].removeprefix('the ') in text}
     return [' '.join(f'*{n}*: {w}.' for n,w in its.items())]*bool(its)
 
@@ -33,7 +33,7 @@ def opening(self:Sheet,
     words:Mapping[str,str]={},     # abbreviation -> what it stands for
     table:pd.DataFrame|None=None,  # what `found` reads on a page that runs nothing; None: the largest run
 )->str:                            # Markdown
-    "Citation, what it is meant to show, abbreviations, and what we found in the largest run that is there"
+    "Citation, what it is meant to show, abbreviations, and what we found in the largest stored run"
     best = next(iter(stored(self.about.id)), None)
     lines = [f'{self.about.citation}.', shows]
     if words: lines.append('; '.join(f'**{a}**: {w}' for a,w in words.items()) + '.')
@@ -46,12 +46,12 @@ def opening(self:Sheet,
 # %% ../../nbs/reporting/72_openings.ipynb #a89be2b9
 @patch
 def paper(self:Sheet, *args, **kwargs)->None: # as for `opening`
-    "Open the page: `opening`, and the picture of the largest run that is there"
+    "Open the page: `opening`, and the picture of the largest stored run"
     display(Markdown(self.opening(*args, **kwargs)))
     best = next(iter(stored(self.about.id)), None)
     if best and (picture := best.folder/'figure.png').exists(): display(_fitting(picture))
 
-def _fitting(picture): # as wide as it needs: several panels take the page
+def _fitting(picture): # as wide as needed: several panels take the full width
     across, down = PIL.Image.open(picture).size
     return Image(picture, width=960 if across > 3*down else 640)
 
@@ -60,5 +60,5 @@ def _fitting(picture): # as wide as it needs: several panels take the page
 def found(self:Sheet,
     says:Callable[[pd.DataFrame],str], # our tidy table -> one or two sentences
 )->Markdown:
-    "*What we found* of a figure without a scale: its own numbers say it, and no run is needed"
+    "*What we found* for a figure without a scale, read from its own numbers: no run is needed"
     return Markdown(f'**What we found**: {says(self.ours)}')

@@ -20,18 +20,18 @@ from ..evaluation import correlation
 def _verdicts(row, known, store): # the images of a row, and its verdicts [N], or None
     specs = [known.get(k) for k in str(row).split()]
     if not specs or None in specs: return None
-    seen = sorted({(split, data) for split,_,data in map(store.looked_at, specs)}) # one, or one a severity
+    seen = sorted({(split, data) for split,_,data in map(store.looked_at, specs)}) # one, or one per severity
     return seen, torch.stack([store.value(s).right.double() for s in specs]).mean(0)
 
-def _spread(seen, v): # variance of its verdicts, over that of one severity
+def _spread(seen, v): # variance of its verdicts, divided by that of one severity
     p = v.mean().item()
     return v.var(correction=0).item()/(p*(1-p)) if len(seen) > 1 and 0 < p < 1 else 1.
 
 def together(
     table:pd.DataFrame,   # tidy, with `key` as `measured` writes it
-    cells:Iterable[Spec], # made already, among them those of the rows
+    cells:Iterable[Spec], # already made, including those of the rows
     store,                # where they were made
-)->pd.DataFrame:          # [row, row], by key, as for `with_correlations`; without rows of no images
+)->pd.DataFrame:          # [row, row], by key, as for `with_correlations`; without rows that have no images
     "The correlations of accuracies over the draw of the images that they share"
     if 'accuracy' not in instance('table', table, pd.DataFrame, 'a table of pandas'): return pd.DataFrame()
     keys = table.key[table.accuracy.notna()].astype(str)
@@ -72,7 +72,7 @@ def correlations(
 def spreads(
     table:pd.DataFrame, # tidy
 )->np.ndarray:          # [N], of its rows in order; 1 where nothing else is known
-    "The variance of a row's verdicts over that of one severity, p(1-p): below 1 for a mean of several"
+    "The variance of each row's verdicts over p(1-p), that of one severity: below 1 for a mean of several"
     of = correlations(table)
     if of is None or 'key' not in table: return np.ones(len(table))
     s = pd.Series(np.diag(of), of.index).reindex(table.key.astype(str)).fillna(1).to_numpy(copy=True)
@@ -94,7 +94,7 @@ def correlated(
 def pairing(
     table:pd.DataFrame, # tidy
 )->str:                 # 'paired' or 'unpaired'
-    "What kind of intervals its differences have: paired where all rows are known to share their images"
+    "Which intervals its differences have: 'paired' if the correlations of all its rows are known"
     of = correlations(table)
     if of is None or 'key' not in table: return 'unpaired'
     rows = table[table.accuracy.notna()] if 'accuracy' in table else table

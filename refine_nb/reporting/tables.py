@@ -34,7 +34,7 @@ def _there()->dict: # name -> file
     return {f.name[:-4]: f for f in folder.iterdir() if f.name.endswith('.csv')}
 
 @lru_cache(maxsize=None)
-def _read(artefact): # once: a page of errata asks for the same tables a thousand times
+def _read(artefact): # once: the page of errata needs the same tables a thousand times
     with _there()[artefact].open(encoding='utf-8') as f:
         table = pd.read_csv(f, keep_default_na=False, na_values=[''], dtype=dict.fromkeys(_COUNTS, 'Int64'))
     return table.assign(note=table.note.fillna(''))
@@ -46,34 +46,35 @@ def _known(name, v): return v if isinstance(v, Real) and v != v else number(name
 
 def mean_std(
     values:Iterable[float], # one per seed, at least one
-)->tuple[float,float]: # mean and standard deviation (n-1), in the unit of the values; one value has std nan
+)->tuple[float,float]: # mean and standard deviation (n-1), in the unit of the values; std nan for one value
     "Mean and standard deviation over seeds"
-    instance('values', values, Iterable, 'numbers, one a seed')
+    instance('values', values, Iterable, 'numbers, one per seed')
     v = np.asarray([_known('values', x) for x in values], dtype=float)
     if not len(v): raise ValueError('mean_std wants at least one value, got none')
     return float(v.mean()), float(v.std(ddof=1)) if len(v) > 1 else math.nan
 
 # %% ../../nbs/reporting/30_tables.ipynb #31e59ee6
 def over_seeds(
-    # one a seed, with `accuracy` in [0,1], None where a training diverged, and `n`, the number of images
+    # one per seed, with `accuracy` in [0,1], None if training diverged, and `n`, the number of images
     results:Iterable[Mapping],
-)->dict: # accuracy, std, low, high, all in %, nan where one has none, and n
+)->dict: # accuracy, std, low, high, all in %, nan if any seed has no accuracy, and n
     "Accuracy over seeds: mean, standard deviation, and 95 % interval for one seed's number of images"
-    instance('results', results, Iterable, 'results, one a seed')
-    results = [instance('results', r, Mapping, 'results, one a seed') for r in results]
+    instance('results', results, Iterable, 'results, one per seed')
+    results = [instance('results', r, Mapping, 'results, one per seed') for r in results]
     mean, std = mean_std(math.nan if r['accuracy'] is None else r['accuracy'] for r in results)
     if len({r['n'] for r in results}) > 1:
         raise ValueError(
-            f"over_seeds wants as many images for each seed, got {', '.join(str(r['n']) for r in results)}")
+            'over_seeds wants the same number of images for each seed, '
+            f"got {', '.join(str(r['n']) for r in results)}")
     low, high = ((math.nan,)*2 if math.isnan(mean)
                  else wilson(round(mean*results[0]['n']), results[0]['n']))
     return {'accuracy': 100*mean, 'std': 100*std, 'low': 100*low, 'high': 100*high, 'n': results[0]['n']}
 
 # %% ../../nbs/reporting/30_tables.ipynb #32951874
 def measured(
-    cells:Iterable[Spec], # one a seed, made already: what they hold has `accuracy` and `n`
+    cells:Iterable[Spec], # one per seed, already made; their results have `accuracy` and `n`
     store,                # where they were made
-)->dict:                  # as `over_seeds`, and `key`: the keys of the runs behind it, with spaces between
+)->dict:                  # as `over_seeds`, and `key`: the keys of the runs behind it, separated by spaces
     "Accuracy over seeds, and the keys of the runs behind it"
     cells = list(cells)
     return {**over_seeds(store.get(c, make=False).result for c in cells), 'key': ' '.join(map(key, cells))}
@@ -81,9 +82,9 @@ def measured(
 # %% ../../nbs/reporting/30_tables.ipynb #3d2c6a62
 def percent(
     fraction:float, # in [0,1]; nan for unknown
-    digits:int=2,   # after the point
+    digits:int=2,   # after the decimal point
 )->str: # '' for nan
-    "A fraction as a percentage, without the sign"
+    "A fraction as a percentage, without the % sign"
     if math.isnan(_known('fraction', fraction)): return ''
     digits = number('digits', digits, 0, whole=True)
     if not 0 <= fraction <= 1:
@@ -128,7 +129,7 @@ def _in_order(ours, paper):
         if k not in paper: order.insert(order.index(ours[i-1])+1 if i else 0, k)
     return order
 
-MARK = '†' # behind what a flagged network makes
+MARK = '†' # after the numbers of a flagged network
 
 def _text(row):
     flag = row.get('flag') # nan where a stored table has none
@@ -163,7 +164,7 @@ def side_by_side(
 def facing(
     both:pd.DataFrame, # from `side_by_side`: method, label, ours, paper, and at the paper's scale difference
 )->pd.DataFrame:       # e.g. '31.20 [28.40, 34.14] / 79.84 (-48.64)'
-    "Ours and the printed accuracies, a row a method; what is not in the paper is left out"
+    "Our accuracies and the printed ones, one row per method; rows that are not in the paper are left out"
     rows = both[both.paper != 'not in the paper']
     def text(r):
         known = r.ours and pd.notna(getattr(r, 'difference', None))
@@ -172,7 +173,7 @@ def facing(
                                                                         values='text')
     wide = wide.loc[rows.method.unique(), rows.label.unique()]
     head = 'ours / paper' + ' (difference)'*('difference' in both)
-    n = rows[rows.n.notna()].groupby('label').n.first() if 'n' in rows else {} # where it is not said once
+    n = rows[rows.n.notna()].groupby('label').n.first() if 'n' in rows else {} # unless given once for all
     of = lambda c: f'{c}; n = {n[c]:,}' if c in n else c
     return wide.rename(columns=lambda c: f'{of(c)}: {head}').rename_axis(columns=None).reset_index()
 
@@ -192,7 +193,7 @@ def show_table(
     lines = [*head, *(f'|{x}|' for x in ('|'.join(map(_shown, table)), rule, *body))]
     return Markdown('\n'.join([*lines, *(x for n in notes for x in ('', f'*{n}*'))]) + '\n')
 
-_P = ('p', 'p_value', 'holm') # columns of p-values, which are not 0.00
+_P = ('p', 'p_value', 'holm') # columns of p-values, never shown as 0.00
 
 def _shown(value, column=''):
     if isinstance(value, str): return value.replace('|', r'\|').replace('\n', ' ')
@@ -203,10 +204,10 @@ def _shown(value, column=''):
 
 # %% ../../nbs/reporting/30_tables.ipynb #5d3e6844
 def show_conflicts(
-    # of `published`: conflict, open, decision, notebook and name (one or more, with spaces between)
+    # from `published`: conflict, open, decision, notebook and name (one or more, separated by spaces)
     conflicts:pd.DataFrame,
     title:str='',           # of the table
-)->Markdown:                # one row a conflict
+)->Markdown:                # one row per conflict
     "Each gap and contradiction of a document with our decision and a link to where it is"
     def places(row):
         return (', '.join(f'[{n}]({n}.ipynb)' for n in row.notebook.split())+': '
