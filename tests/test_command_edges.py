@@ -74,7 +74,7 @@ def test_digits_by_their_name():
     tuned = cells['AdCorDA'].recipe
     for r in (tuned, tuned.init, tuned.method['source'].recipe): assert r.data['name'] == 'digits'
     assert tuned.method['coral_weight'] == 1/750 and cells['control'].recipe.init == cells['baseline'].recipe
-    assert own_networks._weighed(tuned)[0].startswith('The CORAL term weighs 0.00133, as on CIFAR-10: the')
+    assert own_networks._weighed(tuned)[0].startswith('The CORAL weight is 0.00133, as on CIFAR-10: the')
     assert own_networks._weighed(three_arms('cifar10')['AdCorDA'].recipe) == ()
 
 def test_the_keys_of_published_sets_stay():
@@ -107,7 +107,7 @@ def test_weights_that_adcorda_wrote_are_no_start(tmp_path):
     file = tmp_path/'r.safetensors'
     own_networks._kept({'net.fc.weight': torch.ones(2)}, file, network="classifier('resnet18', stem='cifar')")
     said = error('adcorda', 'digits', '--weights', file, status=2)
-    assert "is what refine adcorda wrote, weights of classifier('resnet18'" in said
+    assert "was written by refine adcorda, with weights of classifier('resnet18'" in said
     for raw in (b'', b'cut', b'\xff'*20):
         file.write_bytes(raw); assert own_networks._plain_weights(None, None, str(file)) == str(file)
 

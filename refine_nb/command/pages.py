@@ -76,7 +76,7 @@ def parameters_of(
     given,        # (name, text) pairs
     preset:str|None=None,
 )->dict:          # name -> value
-    "What a page is asked for; a usage error for a parameter that it does not have"
+    "The parameters given to a page; a usage error for one that it does not have"
     cells,first = _cells(_page(artefact))
     has = [n.targets[0].id for n in ast.parse(cells[first]).body] if first is not None else []
     given = [*given, *([('preset', preset)] if preset else [])]
@@ -84,16 +84,16 @@ def parameters_of(
     return {near(name, has, f'parameter of {artefact}'): _valued(v) for name,v in given
             if not (name == 'preset' and name not in has)}
 
-def _once(name, v, names, has): # a usage error for what no page could make out
+def _once(name, v, names, has): # a usage error for what no page could interpret
     if names.count(name) > 1:
         raise click.UsageError(f'{name} is given {names.count(name)} times: give it once')
     if name in ('workers', 'budget') and name not in has:
-        raise click.UsageError(f'{name} is no parameter of a page: say refine run --{name} {v}')
+        raise click.UsageError(f'{name} is not a parameter of a page: say refine run --{name} {v}')
     if name == 'preset' and v != 'None': near(v, _SCALES, 'preset')
 
 # %% ../../nbs/command/10_pages.ipynb #b47336ce
 def asked_for(f):
-    "The options that say what a page is asked for"
+    "The options that set the parameters of a page"
     for add in (click.option('--json', 'as_json', is_flag=True, help='The answer as JSON.'),
                 click.option('-p', 'given', nargs=2, multiple=True, metavar='NAME VALUE',
                              help="A parameter of the page, such as -p dataset ~/pets."),
@@ -122,7 +122,7 @@ def sheet_of(
 
 # %% ../../nbs/command/10_pages.ipynb #cdd7760d
 def _scale(values): return values.get('preset') or os.environ.get('REFINE_PRESET') or 'demo'
-def _demo_notes(asked): # that a demo has its own network and images, where others were named
+def _demo_notes(asked): # if others were named: a demo has its own network and images
     def named(values):
         return ', '.join(f'{k} {v}' for k,v in values.items()
                          if k in ('model','dataset') and not Path(str(v)).expanduser().exists())
@@ -144,9 +144,9 @@ def _plan(artefacts, preset, given, as_json):
         if sheet is None or not sheet.cells: drawn.append(a); continue
         store = sheet.store; todo |= dict.fromkeys(store.plan(sheet.cells))
     rows = price(list(todo), store.engine).to_dict('records') if todo else []
-    if not as_json: rows = [{k: v for k,v in r.items() if k != 'seconds'} for r in rows] # said as a time
-    notes = [f'{a} is computed when it is run, or looks at what others made: nothing to plan.' for a in drawn]
-    if not todo and store: notes.append('All of it is in the store: nothing to make.')
+    if not as_json: rows = [{k: v for k,v in r.items() if k != 'seconds'} for r in rows] # shown as a time
+    notes = [f'{a} is computed when run, or reads results of other pages: nothing to plan.' for a in drawn]
+    if not todo and store: notes.append('Everything is in the store: nothing to make.')
     notes += _demo_notes(asked)
     report_rows(rows, as_json, notes)
 
@@ -158,7 +158,7 @@ def _time(ctx, param, text): # such as 25m; as the store will read it
     except ValueError:
         raise click.BadParameter(f'wants a time such as 90s, 25m or 2h, got {text!r}') from None
 
-def _out(artefact, values)->Path: # of one request: another choice of parameters has another copy
+def _out(artefact, values)->Path: # one copy for each choice of parameters
     from refine_nb.base import key
     from refine_nb.runs import home_folder
     folder = home_folder()/'executed'; folder.mkdir(exist_ok=True)
@@ -169,7 +169,7 @@ def _out(artefact, values)->Path: # of one request: another choice of parameters
 def executed(
     artefact:str, values:dict,
 )->Path: # the executed copy; its log has the ending .log
-    "Run a page by papermill; `RuntimeError` with the page's own sentence where it fails"
+    "Run a page by papermill; `RuntimeError` with the page's own message if it fails"
     import papermill
     from refine_nb.base import whole
     out = _out(artefact, values); failed = out.with_name(f'{out.stem}-failed.ipynb')
@@ -180,7 +180,7 @@ def executed(
                 papermill.execute_notebook(_page(artefact), new, parameters=values, kernel_name='python3',
                                            stdout_file=said, stderr_file=said,
                                            progress_bar={'desc': artefact, 'leave': False})
-        except BaseException as e: # kept as far as it came
+        except BaseException as e: # kept as far as it got
             for part in (new, log):
                 if part.exists(): os.replace(part, failed.with_suffix(part.suffix))
             if not isinstance(e, papermill.PapermillExecutionError): raise
@@ -192,7 +192,7 @@ def executed(
 # %% ../../nbs/command/10_pages.ipynb #6aec7728
 @click.command('run')
 @asked_for
-@click.option('--budget', callback=_time, metavar='TIME', help='Stop after so long, such as 25m.')
+@click.option('--budget', callback=_time, metavar='TIME', help='Stop after this time, such as 25m.')
 @click.option('--workers', type=click.IntRange(1), help='Processes that share the work.')
 @click.option('--on', type=click.Choice(['local', 'ray']), help='This machine, or a Ray cluster.')
 def _run(artefacts, preset, given, as_json, budget, workers, on):

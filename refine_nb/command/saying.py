@@ -47,12 +47,12 @@ def report_rows(
     for note in notes: click.echo(note)
 
 # %% ../../nbs/command/00_saying.ipynb #fca39d99
-def _reason(e): # without the number of an error of the system
+def _reason(e): # without the number of a system error
     if not isinstance(e, OSError) or not e.strerror: return str(e)
     return e.strerror if e.filename is None else f'{e.strerror}: {e.filename}'
 
 class Commands(click.Group):
-    "A group of commands that says in one sentence what went wrong, and what was meant by a mistyped one"
+    "A group of commands that says in one sentence what went wrong, and suggests what a mistyped one meant"
     def resolve_command(self, ctx, args):
         near(args[0], self.list_commands(ctx), 'command') if args[0][:1] != '-' else None
         return super().resolve_command(ctx, args)
@@ -60,7 +60,7 @@ class Commands(click.Group):
     def invoke(self, ctx):
         try: return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, KeyboardInterrupt): raise
-        except BrokenPipeError: ctx.exit(0) # whoever read it has seen enough
+        except BrokenPipeError: ctx.exit(0) # the reader of the pipe has seen enough
         except Exception as e:
             if os.environ.get('REFINE_TRACEBACK') == '1': raise
             said = ' '.join(_reason(e).split()) or 'no reason was given'

@@ -43,10 +43,10 @@ def to_integers(
     s:float,       # scale, > 0
     z:int,         # zero point
     *,
-    alpha_q:int=0, # least integer
-    beta_q:int=255,# greatest integer
+    alpha_q:int=0, # smallest integer
+    beta_q:int=255,# largest integer
 )->Tensor:         # int64, same shape, in alpha_q..beta_q
-    "Numbers as integers (AdCorDA eq. 6); beyond the range they are cut off, which the equation leaves out"
+    "Numbers as integers (AdCorDA eq. 6), clipped to the range, which the equation leaves out"
     for name,q in (('alpha_q', alpha_q), ('beta_q', beta_q)): number(name, q, -2**31, 2**31-1, whole=True)
     instance('w', w, Tensor, 'weights'); s, z = number('s', s, above=0), number('z', z, whole=True)
     return (w/s+z).round().clamp(alpha_q, beta_q).long()
@@ -60,7 +60,7 @@ _KNOWN = '|'.join(('torch.ao.quantization is deprecated', 'torch.quantize_per_te
 def kernels(
     backend:str, # one of `BACKENDS`
 )->Iterator[None]:
-    "Inside, PyTorch computes with these integer kernels; `ValueError` names those that this machine has"
+    "A context in which PyTorch computes with these integer kernels; `ValueError` lists those available here"
     there = [b for b in torch.backends.quantized.supported_engines if b in BACKENDS]
     was = torch.backends.quantized.engine
     if backend not in there:
@@ -75,14 +75,14 @@ def kernels(
 # %% ../../nbs/refinement/20_int8.ipynb #c8eeffa9
 # how the range of an activation is chosen
 OBSERVERS = {'histogram': HistogramObserver, 'minmax': MinMaxObserver}
-_TOP = dict(x86=127, fbgemm=127, onednn=255, qnnpack=255) # greatest integer of an activation
-# stay float: PyTorch's int8 PReLU bends positive numbers too, its instance norm is random, and so are its
-# transposed convolutions of eight channels
+_TOP = dict(x86=127, fbgemm=127, onednn=255, qnnpack=255) # largest integer of an activation
+# these remain float: PyTorch's int8 PReLU changes positive numbers too; its instance norm is random, as are
+# its transposed convolutions of eight channels
 _FLOAT = (nn.PReLU, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
           nn.functional.instance_norm, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 # %% ../../nbs/refinement/20_int8.ipynb #514ff2e7
-def _padded(model): # kernels know numbers of zeros or of mirrored pixels: 'same' as those, or a sentence
+def _padded(model): # kernels pad by a number of zeros or mirrored pixels: 'same' becomes one, or an error
     for n,m in model.named_modules():
         if not isinstance(m, nn.modules.conv._ConvNd): continue
         if m.padding_mode not in ('zeros','reflect'):
@@ -108,8 +108,8 @@ def prepared(
     *,
     backend:str='x86',        # one of `BACKENDS`
     observer:str='histogram', # 'histogram' or 'minmax'
-)->nn.Module:                 # a copy in evaluation mode, fused, with observers behind its parts
-    "A network that looks at its activations, ready to be converted"
+)->nn.Module:                 # a copy in evaluation mode, fused, with observers after its parts
+    "A network that observes its activations, ready to be calibrated and converted"
     look = OBSERVERS[choose(observer, OBSERVERS, 'observer')]
     with kernels(instance('backend', backend, str, 'a name')):
         look = look.with_args(dtype=torch.quint8, quant_min=0, quant_max=_TOP[backend])
@@ -136,7 +136,7 @@ def calibrate(
     instance('data', data, Data, 'data such as load_data gives')
     if number('n_calibrate', n, whole=True) < CALIBRATION_BATCH:
         raise ValueError(f"n_calibrate must be at least {CALIBRATION_BATCH}, the images of a batch, got {n}: "
-                         "ranges of so few images are chance")
+                         "ranges from so few images are down to chance")
     if n > len(data.train):
         raise ValueError(f"n_calibrate {n} is more than the {len(data.train)} training images of {data.name}")
     device = next((p.device for p in model.parameters()), torch.device('cpu'))

@@ -20,7 +20,7 @@ def _parts(graph): # name -> integer kernel with weights
     return {n: m for n,m in graph.named_modules()
             if isinstance(m, nn.Module) and hasattr(m, 'set_weight_bias') and hasattr(m, 'scale')}
 
-def _held(graph)->dict[str,Tensor]: # what is no kernel's: parameters, buffers; a tensor that is neither
+def _held(graph)->dict[str,Tensor]: # what belongs to no kernel: parameters, buffers and other tensors
     own = lambda name: any(name.startswith(f'{n}.') for n in _parts(graph))
     loose = {f'{n}.{k}': v for n,m in graph.named_modules()
              for k,v in vars(m).items() if isinstance(v, Tensor)}
@@ -34,11 +34,11 @@ def _grids(graph)->dict[str,nn.Module]: # name -> part that keeps the grid of it
 def integers(
     net:Int8,          # from `quantise`
 )->dict[str,Tensor]:   # weight int8; weight_scale, bias, scale float32; zero_point int64; the rest as it is
-    "An int8 network as plain tensors, each under the name of its layer; `ValueError` where that can't be"
+    "An int8 network as plain tensors, each under the name of its layer; `ValueError` if that is impossible"
     out = {}
     for k,v in _held(net.graph).items():
         if not isinstance(v, Tensor) or v.is_quantized:
-            raise ValueError(f"{k} of the int8 network is no plain tensor ({type(v).__name__}), so it "
+            raise ValueError(f"{k} of the int8 network is not a plain tensor ({type(v).__name__}), so it "
                              "cannot be stored: write this part with convolutions and linear layers")
         out[k] = v.detach().clone()
     with kernels(net.backend):
@@ -59,11 +59,11 @@ def _packed(w, scale): # int8 weights with one scale, or with one for each outpu
     zero = torch.zeros(len(scale), dtype=torch.int64)
     return torch._make_per_channel_quantized_tensor(w, scale.double(), zero, 0)
 
-def _fits(net:Int8, state): # a sentence where the tensors are of another network
+def _fits(net:Int8, state): # raises if the tensors are another network's
     is_, wanted = set(state), set(integers(net))
     if is_ != wanted:
         raise ValueError(f"the stored int8 network is not of this architecture, or was stored incomplete: it "
-                         f"lacks {', '.join(sorted(wanted-is_)) or 'nothing'} and has besides "
+                         f"lacks {', '.join(sorted(wanted-is_)) or 'nothing'} and has in excess "
                          f"{', '.join(sorted(is_-wanted)) or 'nothing'}: quantise again")
 
 # %% ../../nbs/refinement/25_plain_tensors.ipynb #103dec8d
@@ -73,7 +73,7 @@ def restored(
     state:dict[str,Tensor],  # from `integers`
     *, backend:str='x86',    # with which it was quantised
 )->Int8:
-    "The int8 network of plain tensors"
+    "The int8 network that plain tensors describe"
     net = Int8(prepared(model, backend=backend), backend=backend); _fits(net, state)
     for k,t in _held(net.graph).items(): t.data = state[k].to(t, copy=True)
     for n,m in _grids(net.graph).items():

@@ -29,7 +29,7 @@ class Corrected:
     linf: Tensor    # float32 [A]: largest change of a pixel
     l2: Tensor      # float32 [A]: Euclidean norm of the change
     seconds: float = 0. # of the attack
-    data: str|None = None # fingerprint of the data whose T this is; None: it is not known
+    data: str|None = None # fingerprint of the data that T belongs to; None: unknown
 
     @property
     def n_wrong(self)->int: return int((~self.right).sum())
@@ -60,7 +60,7 @@ def _attack_wrong(
     seed:int=0,          # of the attack's randomness
     device='cpu', quiet=True,
 )->Tensor:               # [W,C,H,W], as stored
-    "Step 3 of AdCorDA: attack each image of T_w, whether it succeeds or not"
+    "Step 3 of AdCorDA: each image of T_w after the attack, whether or not it succeeded"
     made = []
     for i,rows in enumerate(bar(wrong.split(batch_size), desc=f'correct: {attack.name}', quiet=quiet)):
         x = to_input(data.train.x[rows].to(device), data.size, model)
@@ -71,16 +71,16 @@ def _attack_wrong(
     return torch.cat(made)
 
 # %% ../../nbs/refinement/00_refine.ipynb #9c14b0d8
-def _accept(data, attack, storage): # what `correct` takes, or a sentence that says what is wrong
+def _accept(data, attack, storage): # checks what `correct` is given
     choose(storage, ('float32','uint8'), 'storage')
     if not isinstance(data, Data):
-        raise ValueError("correct wants the data set whose training part was trained on, "
+        raise ValueError("correct wants the data set on whose training part the model was trained, "
                          f"got {type(data).__name__}: write load_data(...)")
     if attack is not None and not isinstance(attack, Call):
         raise ValueError(f"attack wants a Call or None, got {attack!r}: write call(ddn, targeted=True)")
 
 def _hint(attack):
-    return ('. It goes away from the true class: did you mean targeted=True?'
+    return ('. It moves away from the true class: did you mean targeted=True?'
             if attack.all_settings.get('targeted') is False else '')
 
 # %% ../../nbs/refinement/00_refine.ipynb #64ec84cb
@@ -92,20 +92,20 @@ def correct(
     storage:str='float32',# of T_a: 'float32', or 'uint8' as an image file
     seed:int=0, device='cpu', quiet=True,
 )->Corrected:
-    "Steps 2 to 4 of AdCorDA (section 3.1); warns where there is nothing to correct or nothing was corrected"
+    "Steps 2 to 4 of AdCorDA (section 3.1); warns if there is nothing to correct or nothing was corrected"
     _accept(data, attack, storage)
     right = verdicts(model, data.train, size=data.size, device=device)
     wrong, none, start = (~right).nonzero()[:,0], torch.empty(0), time.monotonic()
     if attack and not len(wrong):
         warnings.warn(f"all {len(right)} training images are classified correctly: "
-                      f"{attack.name} has nothing to correct, T' = T as for None", stacklevel=2)
+                      f"{attack.name} has nothing to correct, so T' = T, as for None", stacklevel=2)
     if not attack or not len(wrong):
         return Corrected(right, wrong[:0], torch.empty(0, *data.shape), none, none, 0., data.fingerprint)
     x = _attack_wrong(model, data, wrong, attack, storage=storage, seed=seed, device=device, quiet=quiet)
     seconds, ok = time.monotonic()-start, predict(model, _plain(x), device=device) == data.train.y[wrong]
     if not ok.any():
         warnings.warn(f"{attack.name} corrected none of {len(wrong)} misclassified images: "
-                      f"T' = T_c as for None{_hint(attack)}", stacklevel=2)
+                      f"T' = T_c, as for None{_hint(attack)}", stacklevel=2)
     delta = (_plain(x[ok]) - to_input(data.train.x[wrong[ok]], data.size)).flatten(1)
     changes = delta.abs().amax(1), delta.norm(dim=1)
     return Corrected(right, wrong[ok], x[ok], *changes, seconds, data.fingerprint)
@@ -114,7 +114,7 @@ def correct(
 def show_corrections(
     data:Data,              # the set T that was corrected
     sets:dict[str,Corrected], # name of the attack -> its corrected set
-):                          # matplotlib figure: a row an attack; original, change, corrected
+):                          # matplotlib figure: one row per attack; original, change, corrected
     "Original, perturbation and corrected image for one image of each attack"
     import matplotlib.pyplot as plt
     sets = {k: t for k,t in sets.items() if t.n_corrected}
@@ -135,14 +135,14 @@ def of_this(
     data:Data,        # whose training part should be T
     source:Corrected, # T'
 )->Corrected:         # `source`
-    "A corrected set that is of these images; `ValueError` for another's: its positions mean other images"
+    "A corrected set, checked to be of these images; `ValueError` if it was made from others"
     instance('data', data, Data, 'data such as load_data gives')
     if not isinstance(source, Corrected):
         raise ValueError(f"source wants a corrected set, got {type(source).__name__}: "
                          "make one with correct(model, data, attack)")
     if source.data not in (None, data.fingerprint):
         raise ValueError(f"the corrected set is of other images (fingerprint {source.data[:12]}) than "
-                         f"{data.name} has here ({data.fingerprint[:12]}): correct these, or load those")
+                         f"{data.name} has here ({data.fingerprint[:12]}): correct these, or load the other")
     if len(source.right) != len(data.train) or tuple(source.x.shape[1:]) != tuple(data.shape):
         raise ValueError(f"the corrected set is of {len(source.right)} images {list(source.x.shape[1:])}, "
                          f"{data.name} has {len(data.train)} of {list(data.shape)}: correct these")
@@ -150,7 +150,7 @@ def of_this(
 
 # %% ../../nbs/refinement/00_refine.ipynb #6bb468c5
 def _source_images(data:Data, source:Corrected, device):
-    "A function of positions in T that gives the images of T'"
+    "A function that maps positions in T to the images of T'"
     x, T_a = data.train.x.to(device), of_this(data, source).x.to(device)
     slot = torch.full((len(data.train),), -1)
     slot[source.index] = torch.arange(source.n_corrected); slot = slot.to(device)
@@ -165,7 +165,7 @@ def _source_images(data:Data, source:Corrected, device):
 def _layout(x:Tensor)->Tensor: return x.contiguous(memory_format=torch.channels_last)
 
 def _order(members:Tensor, n:int, seed:int, epoch:int,
-)->Tensor: # [n]: pass after pass over `members`, each in an order of its own
+)->Tensor: # [n]: passes over `members`, each in an order of its own
     names = [(seed, epoch, 'source', *([turn] if turn else [])) for turn in range(-(-n//len(members)))]
     return torch.cat([members[torch.randperm(len(members), generator=seeded(*name))] for name in names])[:n]
 
@@ -206,7 +206,7 @@ def _coral_step(coral_weight:float, joint:bool): # equation 5 on a batch (x_sour
         return loss_class + coral_weight*loss_coral, {'class_loss': loss_class, 'coral_loss': loss_coral}
     return step
 
-def _n_batches(data, source, batch_size, coral_weight)->int: # of an epoch, or a sentence
+def _n_batches(data, source, batch_size, coral_weight)->int: # of an epoch; raises if there is none
     of_this(data, source); number('coral_weight', coral_weight, 0)
     batch_size = number('batch_size', batch_size, whole=True)
     if (n := len(source.members)//max(batch_size, 1)) and batch_size >= 2: return n
@@ -224,7 +224,7 @@ def adapt(
     coral_weight:float=1/750,# lambda: 1/750 for CIFAR-10, 1/25 for CIFAR-100, 1/2 for CINIC-10 (section 4)
     augment:str='none',      # of both domains: 'none', 'flip' or 'crop_flip'
     pairing:str='independent', # or 'aligned': the target batch holds the images of the source batch
-    joint:bool=False,        # one forward for both batches, so that batch norm mixes the domains
+    joint:bool=False,        # one forward pass for both batches, so that batch norm mixes the domains
     device='cpu',
 )->Method:                   # for `fit`
     "Step 5 of AdCorDA: class loss on T' plus lambda times the CORAL loss between T' and T (equation 5)"
@@ -250,7 +250,7 @@ class Correction(Spec):
     def __post_init__(self):
         choose(self.storage, ('float32','uint8'), 'storage')
         if not (isinstance(self.recipe, Spec) and hasattr(self.recipe, 'model')):
-            raise ValueError(f"recipe wants a Recipe, whose weights are asked, got {self.recipe!r}")
+            raise ValueError(f"recipe wants a Recipe, whose weights are used, got {self.recipe!r}")
         if not isinstance(self.attack, (Call, type(None))):
             raise ValueError(f"attack wants a Call or None, got {self.attack!r}: "
                              "write call(ddn, targeted=True)")

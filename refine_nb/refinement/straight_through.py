@@ -52,7 +52,7 @@ class _Round(nn.Module): # an activation on its calibrated grid
         super().__init__()
         s, z = observer.calculate_qparams()
         self.s, self.z = s.item(), z.item()
-    # kernels cut off at 8 bits, also where 7 were calibrated
+    # kernels clip at 8 bits, even where 7 were calibrated
     def forward(self, x): return torch.fake_quantize_per_tensor_affine(x, self.s, self.z, 0, 255)
 
 @torch.no_grad()
@@ -77,24 +77,24 @@ def _folded(model:nn.Module, norms:dict[str,str],
                                        b.eps, b.weight, b.bias)
 
 # %% ../../nbs/refinement/30_straight_through.ipynb #20c8c8fe
-def _pairs(model:nn.Module)->dict[str,str]: # convolution -> its batch norm, or a sentence
+def _pairs(model:nn.Module)->dict[str,str]: # convolution -> its batch norm, or an error
     if any(isinstance(m, DualNorm) for m in model.modules()):
-        raise ValueError("one of two batch norms cannot be fused: train single_norms(model) through int8")
+        raise ValueError("dual batch norms cannot be fused: train single_norms(model) through int8")
     try: return dict(foldable(model))
     except (torch.fx.proxy.TraceError, AssertionError, TypeError, ValueError) as e:
         raise ValueError(f"{type(model).__name__} cannot be traced, so it cannot be trained through int8 "
                          f"({e}): write it with convolutions and linear layers") from e
 
-def _simulable(model:nn.Module, norms:dict[str,str])->None: # or a sentence
+def _simulable(model:nn.Module, norms:dict[str,str])->None: # or an error
     if lone := [n for n in _norms(model) if n not in norms.values()]:
         raise ValueError(f"batch norm {lone[0]} does not follow a convolution, so it cannot be fused")
     kinds = {n: type(m).__name__ for n,m in model.named_modules()
              if isinstance(m, nn.modules.conv._ConvNd) and not isinstance(m, nn.Conv2d)}
     for n,kind in kinds.items():
-        raise ValueError(f"training through int8 knows Conv2d and Linear, but {n} is a {kind}")
+        raise ValueError(f"training through int8 supports Conv2d and Linear, but {n} is a {kind}")
     for n,m in model.named_modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)) and not is_parametrized(m) and 'weight' not in m._parameters:
-            raise ValueError(f"the weight of {n} is made by a hook, as of the older weight_norm, and lags a "
+            raise ValueError(f"the weight of {n} is made by a hook, as in the older weight_norm, and lags a "
                              "step: use torch.nn.utils.parametrizations")
 
 def _others(model:nn.Module)->set[str]: # parameters that are not of a convolution or linear layer
@@ -103,7 +103,7 @@ def _others(model:nn.Module)->set[str]: # parameters that are not of a convoluti
 
 # %% ../../nbs/refinement/30_straight_through.ipynb #8ea177d6
 class Simulation:
-    "The quantised network of a float one, on its device: calibrated ranges, weights that follow"
+    "A simulated quantised network, on the float one's device: calibrated ranges, weights that follow it"
     def __init__(self,
         model:nn.Module,     # the float network
         watched:nn.Module,   # `prepared` from it and calibrated; not changed
@@ -112,12 +112,12 @@ class Simulation:
         self.graph = copied(watched).requires_grad_(False)
         self.norms, self.each = _pairs(model), backend!='qnnpack'
         self.others = _others(model)
-        for n,m in list(self.graph.named_modules(remove_duplicate=False)): # a pooling shares its two
+        for n,m in list(self.graph.named_modules(remove_duplicate=False)): # pooling shares its two observers
             if isinstance(m, ObserverBase): self.graph.set_submodule(n, _Round(m))
         _simulable(model, self.norms)
     @torch.no_grad()
     def follow(self, model:nn.Module)->'Simulation':
-        "Take over the weights of `model`, fused and rounded, or as they are where no kernel does"
+        "Take over the weights of `model`, fused and rounded, or as they are where no kernel computes"
         for n,w,b in _folded(model, self.norms):
             part = self.graph.get_submodule(n); part = part[0] if isinstance(part, nn.Sequential) else part
             part.weight.copy_(_rounded(w, self.each))
@@ -129,16 +129,16 @@ class Simulation:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False): return self.graph(x)
 
 # %% ../../nbs/refinement/30_straight_through.ipynb #a048a759
-class _Ranges: # of activations; those of an epoch are of the weights that it starts from, whoever asks first
+class _Ranges: # of activations; an epoch uses those of its initial weights, whoever needs them first
     def __init__(self, data, n, device, **how):
         self.data, self.n, self.kind, self.how = data, n, torch.device(device).type, how
         self.simulation, self.stepped = None, False
-    def watch(self, m): # in full precision, within a step as between epochs
+    def watch(self, m): # in full precision, both within a step and between epochs
         with torch.autocast(self.kind, enabled=False):
             watched = calibrate(prepared(m, **self.how), self.data, self.n)
         self.simulation, self.stepped = Simulation(m, watched, backend=self.how['backend']), False
         return watched
-    def start(self): # of an epoch: unless they were calibrated since the last step
+    def start(self): # of an epoch: recalibrate, unless that was done since the last step
         if self.stepped: self.simulation = None
     def now(self, m):
         if self.simulation is None: self.watch(m)
@@ -154,7 +154,7 @@ def through_int8(
     backend:str='x86', observer:str='histogram', # one of `BACKENDS`; 'histogram' or 'minmax'
     n_calibrate:int=1000,     # training images
     norm:str='frozen',        # batch norm of the float network: 'frozen' or 'batch'
-    rev:int=1, device='cpu',  # rev 1: what follows a pooling is rounded while training, too
+    rev:int=1, device='cpu',  # rev 1: what follows a pooling is also rounded while training
 )->Method:                    # for `fit`
     "Train with the quantised forward and the full-precision counterpart's gradient (AdCorDA, section 4)"
     choose(norm, ('frozen','batch'), 'norm'); instance('method', method, Call, 'a call such as call(adapt)')
