@@ -72,7 +72,7 @@ def test_prune_removes_nothing_where_there_is_no_report(kept, tmp_path):
 def test_prune_leaves_what_another_process_holds(kept, tmp_path):
     reported(tmp_path, json.dumps({'made': [{'key': key(BASE)}]}))
     with kept.claimed(Cell(BASE)):
-        assert '0 removed, 1 left to other processes' in refine('store', 'prune', '--yes').output
+        assert '0 removed, 1 left because other processes' in refine('store', 'prune', '--yes').output
     assert kept.find(Cell(BASE)) and '1 removed.' in refine('store', 'prune', '--yes').output
     assert not kept.find(Cell(BASE)) and kept.find(BASE)
     assert not list(kept.root.glob('cell/.*')) and not list(kept.root.glob('cell/*'))

@@ -142,7 +142,7 @@ def of_this(
                          "make one with correct(model, data, attack)")
     if source.data not in (None, data.fingerprint):
         raise ValueError(f"the corrected set is of other images (fingerprint {source.data[:12]}) than "
-                         f"{data.name} has here ({data.fingerprint[:12]}): correct these, or load the other")
+                         f"{data.name} has here ({data.fingerprint[:12]}): correct these, or load those")
     if len(source.right) != len(data.train) or tuple(source.x.shape[1:]) != tuple(data.shape):
         raise ValueError(f"the corrected set is of {len(source.right)} images {list(source.x.shape[1:])}, "
                          f"{data.name} has {len(data.train)} of {list(data.shape)}: correct these")
