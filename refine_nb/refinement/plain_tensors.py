@@ -63,8 +63,8 @@ def _fits(net:Int8, state): # raises if the tensors are another network's
     is_, wanted = set(state), set(integers(net))
     if is_ != wanted:
         raise ValueError(f"the stored int8 network is not of this architecture, or was stored incomplete: it "
-                         f"lacks {', '.join(sorted(wanted-is_)) or 'nothing'} and has in excess "
-                         f"{', '.join(sorted(is_-wanted)) or 'nothing'}: quantise again")
+                         f"lacks {', '.join(sorted(wanted-is_)) or 'nothing'}; surplus tensors: "
+                         f"{', '.join(sorted(is_-wanted)) or 'none'}. Quantise again")
 
 # %% ../../nbs/refinement/25_plain_tensors.ipynb #103dec8d
 @torch.no_grad()
