@@ -84,9 +84,9 @@ def test_the_keys_of_published_sets_stay():
 def test_better_is_said_where_interval_and_test_say_so():
     of = dict(difference=.1, low=.01, high=.15, n=9)
     assert 'is better than x' in _verdict({**of, 'p': .04}, 'x')
-    assert 'is not told apart from x' in _verdict({**of, 'p': .0625}, 'x')
+    assert 'is not significantly different from x' in _verdict({**of, 'p': .0625}, 'x')
     assert 'is worse than x' in _verdict({**of, 'low': -.2, 'high': -.1, 'p': .01}, 'x')
-    assert 'is not told apart from x' in _verdict({**of, 'low': -.2, 'p': .01}, 'x')
+    assert 'is not significantly different from x' in _verdict({**of, 'low': -.2, 'p': .01}, 'x')
 
 def test_where_the_weights_go_is_tried_first(monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))

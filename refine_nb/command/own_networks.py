@@ -229,8 +229,8 @@ def _arms_asked(f):
 # %% ../../nbs/command/30_own_networks.ipynb #c5ce57df
 def _verdict(p, against): # a sentence of a paired test, in points
     what = f"{100*p['difference']:+.2f} points [{100*p['low']:+.2f}, {100*p['high']:+.2f}], p = {p['p']:.3g}"
-    sure = ('not told apart from' if p['p'] >= .05 else 'better than' if p['low'] > 0
-            else 'worse than' if p['high'] < 0 else 'not told apart from')
+    sure = ('not significantly different from' if p['p'] >= .05 else 'better than' if p['low'] > 0
+            else 'worse than' if p['high'] < 0 else 'not significantly different from')
     return f'AdCorDA is {sure} {against}: {what}, {p["n"]} test images.'
 
 def _weighed(recipe): # where the CORAL weight comes from, if the paper has no such images

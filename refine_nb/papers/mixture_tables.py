@@ -179,8 +179,8 @@ def _by_chance(t, cells): # how many of them are not above chance level, in word
     ends = [(r.accuracy, r.accuracy) if pd.isna(r.low) else (r.low, r.high) for r in rows]
     below, near = sum(high < 10 for _,high in ends), sum(low <= 10 <= high for low,high in ends)
     return ''.join([f', {below} of them below chance level (10 %)' if below else '',
-                    f", {near} of them not told apart from {'it' if below else 'chance level (10 %)'}"
-                    if near else ''])
+                    f', {near} of them not significantly different from '
+                    f"{'it' if below else 'chance level (10 %)'}" if near else ''])
 
 # %% ../../nbs/papers/40_mixture_tables.ipynb #140e5bc8
 TAB2 = (

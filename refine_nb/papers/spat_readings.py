@@ -121,7 +121,7 @@ def falls(
 def transfers(
     hit:pd.DataFrame, # tidy: attacked columns of the same images, with `label`, low and high
 )->str:
-    "Which attack leaves least on average over defences, and which are not told apart from it"
+    "Which attack leaves least on average over defences, and which are not significantly different from it"
     each = (rows for _,rows in hit.groupby('attack', sort=False))
     least, *rest = sorted(each, key=lambda rows: rows.accuracy.mean())
     said = lambda rows: f'{rows.label.iloc[0]} ({rows.accuracy.mean():.2f} %)'
@@ -130,4 +130,4 @@ def transfers(
         r = correlated(hit.loc[[*rows.index, *least.index]])
         return rows.accuracy.mean()-least.accuracy.mean()-math.sqrt(max(off @ r @ off, 0.))
     near = [said(rows) for rows in rest if low(rows) <= 0]
-    return said(least) + f', not told apart from {enumerated(near)}'*bool(near)
+    return said(least) + f', not significantly different from {enumerated(near)}'*bool(near)

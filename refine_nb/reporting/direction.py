@@ -221,8 +221,8 @@ def keeps_most(
     rows:pd.DataFrame, # one column of a tidy table: method, accuracy, low, high (%)
     places:int=2,      # decimals
     also:str='',       # a method to report in any case
-)->str:                # such as 'SAT keeps 11.00 [6.25, 18.63] %, not told apart from ALS (7.00)'
-    "Which method keeps most under an attack, and from which others it is not told apart"
+)->str:                # such as 'SAT keeps 11 [6, 19] %, not significantly different from ALS (7)'
+    "Which method keeps most under an attack, and which others do not differ from it significantly"
     instance('rows', rows, pd.DataFrame, 'a table of pandas')
     def said(r): return f'{r.accuracy:.{places}f} [{r.low:.{places}f}, {r.high:.{places}f}] %'
     learnt = rows[rows.accuracy.notna()] # a training that diverged has none
@@ -236,5 +236,5 @@ def keeps_most(
     within = [r for r in rest if gap_between(best, r, rows)[1] <= 0]
     near = ('any other' if len(within)==len(rest) > 1 else
             enumerated(f'{r.method} ({r.accuracy:.{places}f})' for r in within))
-    return (f'{who}, ' + (f'not told apart from {near}' if within else 'more than every other')
+    return (f'{who}, ' + (f'not significantly different from {near}' if within else 'more than every other')
             + ''.join(f', and {also} {said(r)}' for r in rest if r.method==also))
