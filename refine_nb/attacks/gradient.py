@@ -32,7 +32,7 @@ def fgsm(
 
 # %% ../../nbs/attacks/20_gradient.ipynb #5393afd1
 def kurakin_steps(
-    eps:float, # budget, as a part of the range [0,1]
+    eps:float, # budget, as a fraction of the range [0,1]
 )->int:        # at least 1
     "Steps of 1/255 for a budget: int(min(eps+4, 1.25 eps)) in grey levels (Kurakin et al. 2017)"
     grey = round(_budget(eps, 1)*255, 6)  # 8/255*255 may be 7.999...
@@ -48,9 +48,9 @@ def bim(
     step_size:float=1/255, # one grey level
     steps:int|None=None,   # None: `kurakin_steps(eps)`
     targeted:bool=False,   # go towards `y`
-    early_stop:bool=False, # leave an example as soon as it is there
+    early_stop:bool=False, # drop an example as soon as it succeeds
     start:Callable|None=None, # the first iterate, see `attacks/05_moves`; None: zero
-    generator:torch.Generator|None=None, # of the start
+    generator:torch.Generator|None=None, # for the start
 )->Tensor:                 # [B,C,H,W], detached, in [0,1]
     "Basic iterative method (Kurakin et al. 2017)"
     steps = kurakin_steps(eps) if steps is None else steps
@@ -62,14 +62,14 @@ _balls = dict(linf=dict(project=linf, direction=signed), l2=dict(project=l2, dir
 
 # %% ../../nbs/attacks/20_gradient.ipynb #7dc9e9c0
 @torch.no_grad()
-def _standing(model, x_adv, y, targeted): # bool [B]: not yet where the attack wants it
+def _standing(model, x_adv, y, targeted): # bool [B]: has not yet reached the goal
     if not len(x_adv): return y.bool()
     with attacking(model): z = model(x_adv)
     must_be_finite(z.isfinite().all())
     return (z.argmax(1)==y) != targeted
 
 def _worst_of(run, restarts, model, x, y, *, objective, targeted, early_stop):
-    "The worst result of each example under some runs of an attack: `run(x, y)` -> x_adv [B,...]"
+    "The strongest result for each example over several runs of an attack: `run(x, y)` -> x_adv [B,...]"
     x_adv = run(x, y)
     for _ in range(restarts-1):
         left = _standing(model, x_adv, y, targeted) if early_stop else y>=0
@@ -87,17 +87,17 @@ def pgd(
     eps:float=8/255, step_size:float|None=None, # budget and length of a step, in `norm`; None: eps/4
     steps:int=10,          # at least 1
     norm:str='linf',       # 'linf' or 'l2'
-    objective:Callable=ce, # what to climb: asks for any of z_adv, y, z
+    objective:Callable=ce, # what to maximise: takes any of z_adv, y, z
     start:Callable=uniform, clamp_start:bool=True, # see `attacks/05_moves`; project it before the first step
-    restarts:int=1,            # starts to choose the worst of
-    targeted:bool=False, early_stop:bool=False, # go towards `y`; leave an example as soon as it is there
-    generator:torch.Generator|None=None, # of the random starts
-    observe:Callable|None=None, # sees each step, of the last start; see `iterate`
+    restarts:int=1,            # number of starts; the strongest result counts
+    targeted:bool=False, early_stop:bool=False, # go towards `y`; drop an example as soon as it succeeds
+    generator:torch.Generator|None=None, # for the random starts
+    observe:Callable|None=None, # sees each step of each start; see `iterate`
 )->Tensor:                     # [B,C,H,W], detached, in [0,1]
     "Projected gradient descent (Madry et al. 2018)"
     ball = _balls[choose(norm, _balls, 'norm')]; restarts = number('restarts', restarts, 1, whole=True)
     if observe and early_stop and restarts>1:
-        raise ValueError("observe sees no batch as a whole where a later start has only what still stands: "
+        raise ValueError("observe needs the whole batch, but with early_stop a later start has a part: "
                          "leave out observe, early_stop or restarts")
     step_size = _budget(eps)/4 if step_size is None else step_size
     kind = dict(objective=objective, targeted=targeted, early_stop=early_stop)
@@ -116,9 +116,9 @@ def mim(
     steps:int=10,          # at least 1
     decay:float=1.,        # how much of the sum survives a step
     targeted:bool=False,   # go towards `y`
-    early_stop:bool=False, # leave an example as soon as it is there
+    early_stop:bool=False, # drop an example as soon as it succeeds
     start:Callable|None=None, # the first iterate, see `attacks/05_moves`; None: zero
-    generator:torch.Generator|None=None, # of the start
+    generator:torch.Generator|None=None, # for the start
 )->Tensor:                 # [B,C,H,W], detached, in [0,1]
     "Momentum iterative method (Dong et al. 2018)"
     step_size = _budget(eps, 1)/_steps(steps) if step_size is None else step_size
@@ -134,7 +134,7 @@ def kl_pgd(
     eps:float=8/255,       # L-inf budget
     step_size:float=2/255, # per step
     steps:int=10,          # at least 1
-    generator:torch.Generator|None=None, # of the start
+    generator:torch.Generator|None=None, # for the start
     start:Callable|None=None, # the first iterate, see `attacks/05_moves`; None: gaussian
 )->Tensor:                 # [B,C,H,W], detached, in [0,1]
     "The inner attack of TRADES: PGD on KL(p_clean || p_adv)"
@@ -151,9 +151,9 @@ def cw_linf(
     step_size:float=.003, # per step
     steps:int=20,         # at least 1
     kappa:float=50.,      # confidence, in logits
-    restarts:int=1,       # starts to choose the worst of
+    restarts:int=1,       # number of starts; the strongest result counts
     targeted:bool=False,  # go towards `y`
-    generator:torch.Generator|None=None, # of the starts
+    generator:torch.Generator|None=None, # for the starts
     start:Callable|None=None, # the first iterate, see `attacks/05_moves`; None: uniform
 )->Tensor:                # [B,C,H,W], detached, in [0,1]
     "PGD on the Carlini-Wagner margin (settings of MAIL's evaluation code)"

@@ -28,11 +28,11 @@ def _asks(objective):
         names,settled = set(ps),{n for n,p in ps.items() if free(p)}
     if 'z_adv' not in names or (lacking := names-settled-{'z_adv','y','z'}):
         wants = ', '.join(sorted(lacking if 'z_adv' in names else names))
-        raise ValueError(f"an objective takes z_adv, and perhaps y and z, by name; got one of {wants}")
+        raise ValueError(f"an objective takes z_adv, and perhaps y and z, by name; got one taking {wants}")
     return [n for n in ('z_adv','y','z') if n in names]
 
 def _value(objective, **given):
-    "The objective, given what it asks for: [B]"
+    "The objective's values [B], given the arguments it takes"
     loss = objective(**{n:given[n] for n in _asks(objective)})
     got = loss.shape if isinstance(loss, Tensor) else type(loss).__name__
     if got!=given['y'].shape:
@@ -42,7 +42,7 @@ def _value(objective, **given):
 
 # %% ../../nbs/attacks/15_loop.ipynb #57bab4b1
 def _gradient(model, objective, x_adv, y, z, last, signs):
-    "Gradient [B,...], logits [B,K], whether all was finite (nobody waits for it); inf is, where `signs` do"
+    "Gradient [B,...], logits [B,K], were all finite (a tensor, not yet read); `signs` allows inf gradients"
     x_adv = x_adv.detach().requires_grad_()
     z_adv = logits_of(model, x_adv, last)
     if not z_adv.requires_grad:
@@ -94,13 +94,13 @@ def iterate(
     y:Tensor,        # [B], labels (or targets) in 0..K-1
     *,
     eps:float,       # budget, in the norm of `project`
-    step_size:float, steps:int, # length of one step, > 0; how many, >= 1
-    objective:Callable=ce,     # what to climb: asks for any of z_adv, y, z
+    step_size:float, steps:int, # length of one step, > 0; number of steps, >= 1
+    objective:Callable=ce,     # what to maximise: takes any of z_adv, y, z
     direction:Callable=signed, # gradient -> step
     project:Callable=linf,     # back to the allowed images
     start:Callable=zero, clamp_start:bool=True, # the first iterate; project it before the first gradient
-    targeted:bool=False, early_stop:bool=False, # descend: `y` is where to go; leave an example that is there
-    generator:torch.Generator|None=None, # of the random start
+    targeted:bool=False, early_stop:bool=False, # minimise, towards `y`; drop an example once it succeeds
+    generator:torch.Generator|None=None, # for the random start
     observe:Callable|None=None, # sees each step: (step, logits [b,K], y [b], rows [b] of the batch)
 )->Tensor:           # [B,C,H,W], detached, in [0,1], within eps of x
     "Start, then repeat objective, direction, projection: the one attack loop"
@@ -116,7 +116,7 @@ def iterate(
 
 # %% ../../nbs/attacks/15_loop.ipynb #f07d9763
 class StepsToFlip:
-    "An `observe` that counts the iterates that were still right: kappa of Zhang et al. 2021, algorithm 1"
+    "An `observe` that counts the correctly classified iterates: kappa of Zhang et al. 2021, algorithm 1"
     def __init__(self): self.kappa = None # int64 [B] after an attack that steps (eps > 0), in 0..steps
     def __call__(self, step, z_adv, y, rows):
         if step==0: self.kappa = torch.zeros_like(y)
@@ -131,10 +131,10 @@ def worst(
     x_adv:Tensor,          # [B,C,H,W], one attacked batch
     other:Tensor,          # [B,C,H,W], another
     *,
-    objective:Callable=ce, # what both climbed
-    targeted:bool=False,   # they descended, towards `y`
+    objective:Callable=ce, # what both maximised
+    targeted:bool=False,   # they minimised it, towards `y`
 )->Tensor:                 # [B,C,H,W], each example from one of the two; the first on a tie
-    "Per example the stronger of two attacked images"
+    "The stronger of two attacked images, per example"
     with attacking(model):
         z,sign = model(x) if 'z' in _asks(objective) else None,-1 if targeted else 1
         def rank(images):

@@ -18,7 +18,7 @@ from .moves import _place, _single
 
 # %% ../../nbs/attacks/30_minimal.ipynb #b5ba76a2
 def _given(x, y, steps, **switches):
-    "Images in [0,1] and labels, ordinary tensors of their own, and the last label; or a sentence"
+    "Checked images in [0,1] and labels, copied to ordinary tensors, and the largest label"
     _tensors(x, y); _steps(steps); _switches(**switches)
     last = _last_label(x, y)
     if x.ndim!=4: raise ValueError(f"images must be [B,C,H,W], got {list(x.shape)}")
@@ -41,7 +41,7 @@ def _seeded(generator, device):
         yield
 
 # %% ../../nbs/attacks/30_minimal.ipynb #97a0af75
-class _Watched(nn.Module): # shown at least float32, asked in the kind of its weights; was all finite?
+class _Watched(nn.Module): # takes float32 or wider, runs the model in `dtype`; was all finite?
     def __init__(self, model, dtype):
         super().__init__(); self.model,self.dtype,self.training,self.sound = model,dtype,False,True
     def forward(self, x):
@@ -52,7 +52,7 @@ class _Watched(nn.Module): # shown at least float32, asked in the kind of its we
 
 def _run_ddn(model, x, y, targeted, **settings):
     "foolbox's DDN on a lent model, towards the answer `y` or away from it"
-    import foolbox # here, as an import of the package shall be quick
+    import foolbox # here, to keep the import of the package quick
     goal = (foolbox.criteria.TargetedMisclassification if targeted else foolbox.criteria.Misclassification)(y)
     attack = foolbox.attacks.DDNAttack(**settings)
     lent = _Watched(model, x.dtype)
@@ -65,11 +65,11 @@ def ddn(
     x:Tensor,               # [B,C,H,W], float in [0,1]
     y:Tensor,               # [B], labels, or targets
     *,
-    steps:int=100,          # gradient steps, >= 1; the image after the last is not judged, so 1 finds nothing
-    init_epsilon:float=1.,  # first length of the change, in L2, > 0
-    gamma:float=.05,        # part by which the length changes, in (0,1)
+    steps:int=100,          # gradient steps, >= 1; the last step's image is not judged, so 1 finds nothing
+    init_epsilon:float=1.,  # initial L2 length of the change, > 0
+    gamma:float=.05,        # fraction by which the length changes, in (0,1)
     targeted:bool=False,    # the goal is the answer `y`; else any other
-    generator:torch.Generator|None=None, # only drawn where a gradient is zero
+    generator:torch.Generator|None=None, # only used where a gradient is zero
 )->Tensor:                  # [B,C,H,W], detached, in [0,1]; `x` where the goal was not reached
     "Small L2 change by decoupled direction and norm (Rony et al. 2019, run by foolbox)"
     first,gamma = number('init_epsilon', init_epsilon, above=0),number('gamma', gamma, above=0, below=1)
@@ -79,7 +79,7 @@ def ddn(
         if not z.requires_grad:
             raise ValueError(
                 "the logits do not depend on the images: the model must not detach or use no_grad")
-        todo = (z.argmax(1)==y)!=targeted; del z # its graph
+        todo = (z.argmax(1)==y)!=targeted; del z # frees its graph
         if not todo.any(): return x
         x[todo] = _run_ddn(model, x[todo], y[todo], targeted, steps=int(steps), init_epsilon=first,
                            gamma=gamma)
@@ -95,7 +95,7 @@ def _noisy(x, p, u):
 def _uniform(x, across_channels, generator):
     "Draws [B,1 or C,H,W] in [0,1)"
     shape = (len(x), 1 if across_channels else x.shape[1], *x.shape[2:])
-    kind = torch.promote_types(x.dtype, torch.float32) # a share of 1/1000 is no number of 16 bits
+    kind = torch.promote_types(x.dtype, torch.float32) # 16 bits are too coarse for a share of 1/1000
     return torch.rand(shape, generator=generator, device=_place(generator, x.device), dtype=kind).to(x.device)
 
 # %% ../../nbs/attacks/30_minimal.ipynb #8c3ba080
