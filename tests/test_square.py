@@ -193,7 +193,7 @@ def test_a_net_that_minds_company_is_asked_one_by_one(kind, taught):
         def __init__(self): super().__init__(); self.net = nets['linear']
         def forward(self, x): return self.net(x+torch.randn_like(x)/9 if kind == 'draws' else x-x.mean(0)/2)
     model = Odd()
-    with pytest.warns(UserWarning, match='one query after the other'):
+    with pytest.warns(UserWarning, match='one query at a time'):
         _, seen = counting(model, lambda: square(model, x, y, eps=.01, n_queries=100))
     assert max(seen) <= len(x) and len(seen) > 100
 

@@ -35,7 +35,7 @@ def _apgd_t(p, model, x, y, aim, e, names):
     return apgd_rows(model, x, y, aim, e, boundary_start(x, p.eps, names), eps=p.eps,
                      steps=p.steps, objective='dlr_t')
 
-def _fab_t(p, model, x, y, aim, e, names): # what is nearest, but too far, is cut to the budget
+def _fab_t(p, model, x, y, aim, e, names): # the nearest image, if too far, is clipped to the budget
     found,hit = fab_rows(model, x, y, aim, e, eps=p.eps, steps=p.steps)
     return torch.where(_each(hit, x), found, _clip(found, *_box(x, p.eps))),hit
 
@@ -51,7 +51,7 @@ def _ours(p, name, model, fast, order, names):
     device = _where(model); names = names.to(device)
     def run(model, x, y, aim, e, job):
         return _OURS[name](p, model, x, y, aim, e, _hash(names[e], p.seed, STANDARD.index(name), job))
-    def judged(found, hit, y): # what broke nothing is not asked about
+    def judged(found, hit, y): # only successes are checked
         sure = hit.clone()
         if hit.any(): sure[hit] = _wrong(model, found[hit], y[hit])
         return sure
@@ -82,7 +82,7 @@ def _component(run, p, name, attack, x, y, jobs, batch_size, save):
 
 # %% ../../nbs/attacks/70_ensemble.ipynb #b9d0dd70
 def _watched(attack, model, run):
-    "The same attack; what it leaves of images that hold comes into the books"
+    "The same attack, which also records in the books how it leaves images that hold"
     def watched(x, y, e, job):
         found,hit = attack(x, y, e, job)
         with torch.no_grad(): lead = _lead(model(found), y.to(found.device)).float().cpu()
@@ -92,15 +92,15 @@ def _watched(attack, model, run):
 
 # %% ../../nbs/attacks/70_ensemble.ipynb #ff376c90
 def _attack_of(p, model, run, z, y, names, head, folded):
-    "A component's name -> its attack on rows. `z`: clean logits [N,K]; `head`: a batch to fold by"
+    "A component's name -> its attack on rows. `z`: clean logits [N,K]; `head`: a batch to test folding on"
     if p.reference:
         theirs = _authors_attack(model, p, _where(model), min(p.n_targets, z.shape[1]-1))
         return lambda name: _theirs(p, name, model, theirs, run.flags)
     order = _order(z, y)
-    @cache # so it is said once
+    @cache # so that it is folded, and flagged, once
     def faster():
         try: fast,why = fold_if_same(model, head)
-        except Exception: # a copy asks for more of a model than an attack does
+        except Exception: # copying demands more of a model than an attack does
             fast,why = model,"the model cannot be copied, nor folded: used as it is, which takes longer"
         run.flags.update({why:None} if why else {})
         return fixed_sizes(fast) if fast is not model and head.is_cuda else fast
@@ -131,7 +131,7 @@ def _evaluate(p, model, x, y, last, training, batch_size, folded, state, save, q
 
 # %% ../../nbs/attacks/70_ensemble.ipynb #8a683f0b
 def _fits(p, x):
-    "A sentence where the images are none, or none for a component"
+    "Raise if there are no images, or their shape does not suit a component"
     if len(x)==0: raise ValueError("there must be images, got none")
     if x.ndim!=4 and 'square' in p.components:
         raise ValueError(f"images must be [B,C,H,W], got {list(x.shape)}: leave 'square' out of components")
@@ -153,13 +153,13 @@ def autoattack(
     *,
     eps:float, norm:str='linf',       # budget; 'linf', or 'l2' with reference=True
     components:tuple=STANDARD,        # in order; fewer than all give an upper bound
-    reference:bool=False, seed:int=0, # run the authors' code; of the draws
+    reference:bool=False, seed:int=0, # run the authors' code; seed of the draws
     batch_size:int=250,               # rows of a batch; the authors' draws depend on it, ours do not
-    steps:int=100, n_queries:int=5000, n_targets:int=9, # of APGD and FAB; of Square; of APGD-T and FAB-T
+    steps:int=100, n_queries:int=5000, n_targets:int=9, # for APGD and FAB; Square; APGD-T and FAB-T
     folded:bool=True,                 # after 'apgd-ce', attack with batch norms folded into convolutions
-    state:dict|None=None, save:Callable|None=None, # go on from there; called with it after every batch
+    state:dict|None=None, save:Callable|None=None, # resume from it; called with it after every batch
     quiet:bool=True,                  # no progress bar
-    best:bool|None=None,              # images that hold come as close as an attack brought them, not clean
+    best:bool|None=None,              # images that hold come as close to breaking as they got, not clean
 )->Result:
     "AutoAttack (Croce & Hein 2020), standard version"
     last = check_attack(x, y, eps, 1., steps, linf if choose(norm, ('linf','l2'), 'norm')=='linf' else l2)

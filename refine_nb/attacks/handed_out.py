@@ -21,8 +21,8 @@ def autoattack_images(
     *,
     eps:float=8/255, # L-inf budget
     components:tuple=STANDARD, # in order
-    best:bool|None=None,       # images that hold come as close as an attack brought them, not clean
-    generator:torch.Generator|None=None, # of the draws
+    best:bool|None=None,       # images that hold come as close to breaking as they got, not clean
+    generator:torch.Generator|None=None, # for the draws
 )->Tensor:           # [B,C,H,W], detached, in [0,1], within eps of x
     "The images that AutoAttack ends with (Croce & Hein 2020)"
     return autoattack(model, x, y, eps=eps, components=components, best=best,

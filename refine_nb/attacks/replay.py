@@ -12,7 +12,7 @@ import torch
 
 # %% ../../nbs/attacks/54_replay.ipynb #8222863c
 def _captured(step, changed):
-    "`step` as a CUDA graph; the tensors in `changed` are those that it writes, and come back as they were"
+    "`step` as a CUDA graph; `changed` holds the tensors that it writes, which are restored"
     before = [v.clone() for v in changed]
     try:
         with torch.cuda.device(changed[0].device):
@@ -27,7 +27,7 @@ def _captured(step, changed):
     return graph.replay
 
 def _replayed(step, changed):
-    "On a CPU `step` itself"
+    "`step` as a CUDA graph if it can be captured; on a CPU, `step` itself"
     if not changed[0].is_cuda: return step
     try: return _captured(step, changed)
     except RuntimeError as e:
