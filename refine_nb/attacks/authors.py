@@ -51,7 +51,7 @@ def _heard(said):
 
 # %% ../../nbs/attacks/65_authors.ipynb #749bcf91
 def _theirs(p, name, model, theirs, flags):
-    "An attack on rows, as `pursue` wants it"
+    "An attack on rows, as `pursue` expects it"
     theirs.attacks_to_run = [name]; device,said = _where(model),[]
     size = ('batch_size'
             if 'batch_size' in inspect.signature(theirs.run_standard_evaluation).parameters else 'bs')

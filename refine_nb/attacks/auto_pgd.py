@@ -61,7 +61,7 @@ def _climbed(model, c, steps, objective, rho, early_stop):
 # %% ../../nbs/attacks/45_auto_pgd.ipynb #861dde0a
 def apgd_rows(
     model:nn.Module, # logits [B,K], already in evaluation mode
-    x:Tensor,        # [B,C,H,W], clean images, one a row
+    x:Tensor,        # [B,C,H,W], clean images, one per row
     y:Tensor,        # [B], true labels
     aim:Tensor,      # [B], the class to reach: only 'dlr_t' uses it
     example:Tensor,  # [B], which image a row belongs to
@@ -99,7 +99,7 @@ def _lent(model, x, y, last, objective, n_targets):
 
 # %% ../../nbs/attacks/45_auto_pgd.ipynb #a923424d
 def _aimed(model, order, begun, restarts, **settings):
-    "An attack on rows, as `pursue` wants it; `order` [N,K]: classes by their clean logits"
+    "An attack on rows, as `pursue` expects it; `order` [N,K]: classes by their clean logits"
     def attack(x, y, e, job):
         aim = order[e,-2-job//restarts].to(y.device)
         return apgd_rows(model, x, y, aim, e.to(y.device), begun(e, job), **settings)

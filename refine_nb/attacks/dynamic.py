@@ -85,7 +85,7 @@ def dra(
     rank:str='magnitude',  # what is significant: the largest 'magnitude', or 'signed' value (literal)
     ranked:str='last',     # by the gradient of the 'last' step, or by a 'fresh' one after it
     per:str='value',       # what is ranked: each 'value' (section V-D), or each 'pixel' with all its channels
-    clip:bool=True,        # cut each iterate to [0,1]; False is literal
+    clip:bool=True,        # clip each iterate to [0,1]; False is literal
     objective:Callable=ce, # what to maximise: takes z_adv, perhaps y
 )->Tensor:                 # [B,C,H,W], detached, within eps of x in L1, in [0,1] if `clip`
     "Dynamically regulated adversary (DRA, Algorithm 1)"

@@ -47,7 +47,7 @@ _OURS = {'apgd-ce':_apgd_ce, 'apgd-t':_apgd_t, 'fab-t':_fab_t, 'square':_square}
 
 # %% ../../nbs/attacks/70_ensemble.ipynb #7e388632
 def _ours(p, name, model, fast, order, names):
-    "An attack on rows, as `pursue` wants it"
+    "An attack on rows, as `pursue` expects it"
     device = _where(model); names = names.to(device)
     def run(model, x, y, aim, e, job):
         return _OURS[name](p, model, x, y, aim, e, _hash(names[e], p.seed, STANDARD.index(name), job))

@@ -65,7 +65,7 @@ def _remember(out, best, at, x_adv, x, wrong):
     return far
 
 # %% ../../nbs/attacks/50_fast_boundary.ipynb #5bbce396
-def _numbers(eps, steps, alpha_max, eta, beta): # as Python's own
+def _numbers(eps, steps, alpha_max, eta, beta): # as Python numbers
     part = {k: number(k, v, 0, 1) for k,v in dict(eps=eps, alpha_max=alpha_max, beta=beta).items()}
     return dict(part, steps=number('steps', steps, 1, whole=True), eta=number('eta', eta, above=0))
 
@@ -88,7 +88,7 @@ def _walked(model, x, y, aim, example, eps, steps, alpha_max, eta, beta, early_s
 # %% ../../nbs/attacks/50_fast_boundary.ipynb #d89ed26f
 def fab_rows(
     model:nn.Module, # logits [B,K], already in evaluation mode
-    x:Tensor,        # [B,C,H,W], clean images, one a row
+    x:Tensor,        # [B,C,H,W], clean images, one per row
     y:Tensor,        # [B], true labels
     aim:Tensor,      # [B], the class on the other side of the boundary
     example:Tensor,  # [B], which image a row belongs to

@@ -108,7 +108,7 @@ def check_attack(
     eps:float,        # budget, in the norm of `project`, >= 0
     step_size:float,  # length of one step, > 0 unless `eps` is 0
     steps:int,        # number of steps, >= 1
-    project:Callable, # back to the allowed images: `linf` wants eps <= 1
+    project:Callable, # back to the allowed images: `linf` needs eps <= 1
     objective:Callable=ce,  # what is maximised
     start:Callable=uniform, # the first iterate: not `zero` for `kl`
 )->int:               # the largest label, or -1 where there are no images

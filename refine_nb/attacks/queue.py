@@ -19,7 +19,7 @@ from .moves import _each, _place, linf
 
 # %% ../../nbs/attacks/40_queue.ipynb #f4851529
 def _mixed(h):
-    "The finaliser of SplitMix64 on int64 [...]: each input bit turns about half of the output bits"
+    "The finaliser of SplitMix64 on int64 [...]: each input bit flips about half of the output bits"
     for shift,factor in ((30, 0xBF58476D1CE4E5B9-2**64), (27, 0x94D049BB133111EB-2**64)):
         h = (h ^ (h>>shift & 2**(64-shift)-1))*factor
     return h ^ (h>>31 & 2**33-1)

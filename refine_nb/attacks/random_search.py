@@ -89,7 +89,7 @@ def _pass(model, s, k):
         s['rejected'].scatter_(1, s['square'].gather(1, at), True); s['rejected'] &= ~taken[:,None]
 
 # %% ../../nbs/attacks/55_random_search.ipynb #43d40b24
-# values in the images of one pass: beyond it, the time per image no longer falls on two threads of a CPU,
+# values in the images of one pass: beyond this, the time per image no longer falls on two threads of a CPU,
 # as measured; for a GPU it is a guess
 _FULL = dict(cpu=2**15, cuda=2**20)
 
@@ -167,7 +167,7 @@ def square(
     *,
     eps:float=8/255,    # L-inf budget
     n_queries:int=5000, # squares to try, >= 1
-    p_init:float=.8,    # part of the image that the first square covers, in (0,1]
+    p_init:float=.8,    # fraction of the image that the first square covers, in (0,1]
     seed:int=0,         # for the squares, >= 0; each image has its own squares
     best:bool|None=None, # True: images that hold come as the search left them
     ahead:int|None=None, # queries of an image in one pass, >= 1; None: chosen for speed; changes no result

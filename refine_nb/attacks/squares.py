@@ -15,14 +15,14 @@ from ..base import number
 from .queue import _uniform
 
 # %% ../../nbs/attacks/53_squares.ipynb #4587d369
-# after these queries (counted from 0) the part is halved
+# after these queries (counted from 0) the fraction is halved
 _HALVED = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 def square_side(
     query:int,       # from 0
     height:int,      # of the image, pixels
     width:int,       # of the image, pixels
-    p_init:float=.8, # part of the image that the first square covers, in (0,1]
+    p_init:float=.8, # fraction of the image that the first square covers, in (0,1]
 )->int:              # pixels, in 1..min(height, width)
     "The side of the square of a query (Square attack, section 4, without rescaling)"
     query,p_init = number('query', query, 0, whole=True),number('p_init', p_init, above=0, high=1)
