@@ -155,7 +155,7 @@ def finding(
 # %% ../../nbs/papers/99_documents.ipynb #e3f13e48
 def found(
     rows:pd.DataFrame, # from `scoreboard`
-)->list[str]:          # Markdown, a sentence or two each
+)->list[str]:          # Markdown, a short paragraph each
     "What was found: what the largest run of each document says, then what holds on print and on ours"
     there = sorted((a for a in SPEAK if stored(a)),
                    key=lambda a: SCALES.index(stored(a)[0].preset))
