@@ -164,7 +164,7 @@ def test_a_damaged_entry(peace, kept, file, harm):
 def test_an_entry_under_a_wrong_name(peace, kept):
     wrong = kept/'recipe'/key(RUN)
     shutil.rmtree(wrong); shutil.copytree(kept/'recipe'/key(refined()), wrong)
-    with pytest.warns(UserWarning, match=f'is of {key(refined())}'): quiet(kept).get(RUN)
+    with pytest.warns(UserWarning, match=f'belongs to {key(refined())}'): quiet(kept).get(RUN)
     assert same(peace, kept, RUN)
 
 def test_an_entry_that_is_a_file(peace, kept):
