@@ -144,13 +144,20 @@ def on_ours(
     return [*said, *_beside(rows[beside & there]), *_of_formulas(rows[formulas & there]), *_none(own)]
 
 # %% ../../nbs/papers/99_documents.ipynb #31c47ac5
+_END = re.compile(r'(?<=[.!?]) (?=[A-Z0-9])')   # of a sentence, before the next
+_MARKS = re.compile(r'[Mm]arked|learnt|diverged') # a network whose numbers mean nothing
+
+def _first(said, most=2): # sentences, and those later ones that mark a network
+    each = _END.split(said)
+    return ' '.join([*each[:most], *filter(_MARKS.search, each[most:])])
+
 def finding(
     artefact:str, # a key of `FOUND`, with a run that is stored
 )->str:           # Markdown
-    "What one page found, with its scale"
+    "The first of what one page found, with its scale"
     best, a = stored(artefact)[0], ARTEFACTS[artefact]
     run = f"{best.preset} run, {best.title.rpartition(f'{a.name} of {a.of}, ')[2]}"
-    return f"**[{a.name} of {a.of}]({artefact}.ipynb)** ({run}): {FOUND[artefact](best.tidy)}"
+    return f"**[{a.name} of {a.of}]({artefact}.ipynb)** ({run}): {_first(FOUND[artefact](best.tidy))}"
 
 # %% ../../nbs/papers/99_documents.ipynb #e3f13e48
 def found(

@@ -54,8 +54,8 @@ def found_against_vanilla(
     attacks = [a for a in table.attack.unique() if a.startswith('pgd_')]
     def gains(t): return '; '.join([f"{_tuned(t, 'clean'):+.1f} on clean images",
                                     *(f'{_tuned(t, a):+.1f} under {column(a)}' for a in attacks)])
-    return (f'Tuned against Vanilla, in points ({pairing(table)} intervals): {told(table, gains)}.'
-            f'{_over_trades(table, attacks)} {_left(table)}{_note(table)}')
+    return (f'Tuned against Vanilla, in points ({pairing(table)} intervals): {told(table, gains)}. '
+            f'{_left(table)}{_over_trades(table, attacks)}{_note(table)}')
 
 # %% ../../nbs/papers/94_dra_found.ipynb #e7a2581f
 def found_tab1(

@@ -134,9 +134,15 @@ def _instead(levels): # what other arms keep, compared with Tuned
     n, clean = (_row(levels, 'ours', a).n for a in ('pgd_eps2', 'clean'))
     many = f'{n:,.0f}' + f', clean {clean:,.0f}'*bool(clean != n)
     return ('Compared with Tuned, in points under PGD at 2, 5 and 8 of 255 in steps of ε/20 '
-            f"(n = {many}; {pairing(levels)} intervals): {'; '.join(map(said, there))}.")
+            f"(n = {many}; {pairing(levels)} intervals): {'; '.join(map(said, there))}. ")
 
 # %% ../../nbs/papers/96_dra_study.ipynb #133a1fd7
+def _lower(paired): # which other arms are significantly lower than the control; in words, short if most are
+    others = paired[paired.kind!='ours']; is_lower = (others.holm < .05) & (others.difference < 0)
+    lower, rest = others.method[is_lower], others.method[~is_lower]
+    if len(lower) < 3 or len(rest) > 2: return '; '.join(lower) or 'none'
+    return 'all other networks' + f" except {' and '.join(rest)}"*bool(len(rest))
+
 def found_study(
     table:pd.DataFrame, # tidy, of one run
 )->str:                 # four sentences
@@ -145,16 +151,14 @@ def found_study(
     strong = ', '.join(f"{r.label} {_kept(levels, 'ours', r.attack)} "
                        f"(control {_kept(levels, 'control', r.attack)}; n = {r.n:,.0f})"
                        for r in levels.drop_duplicates('attack').itertuples() if 'autoattack' in r.attack)
-    lower = [r.method for r in table[table.part=='paired'].itertuples()
-             if r.holm < .05 and r.difference < 0 and r.kind != 'ours']
     flags = table.get('flag', pd.Series('', table.index)).fillna('')
     bad = ', '.join(dict.fromkeys(f'{m} ({f})' for m,f in zip(table.method, flags) if f))
     if pairs.empty: return f'Tuned diverged in training, so no finding is reported. Marked: {bad}.'
     pair = pairs.iloc[0]
     return (f"On clean images Tuned differs from the control by {pair.difference:+.1f} points "
             f"[{pair.low:+.1f}, {pair.high:+.1f}] (paired, p = {pair.holm:.2g} after Holm's "
-            f"correction); also lower than the control: {'; '.join(lower) or 'none'}. What is left under "
-            f"strong attacks: {strong}. {_instead(levels)}"
+            f"correction); also lower than the control: {_lower(table[table.part=='paired'])}. "
+            f"{_instead(levels)}What is left under strong attacks: {strong}."
             + (f' Marked, so without meaning: {bad}.' if bad else ''))
 
 FOUND = {'study_dra': found_study} # artefact -> what we found, from its tidy table
