@@ -172,7 +172,7 @@ def settled(entry):
 # ---- a page ------------------------------------------------------------------------------------------------
 
 class Page:
-    "An artefact's notebook, run in this process up to its first result, then to its end"
+    "An artefact's notebook, run in this process up to where it makes something; then to its end"
     def __init__(self, artefact, values):
         from refine_nb.reporting import Sheet
         Sheet.plan = lambda sheet: None # nobody sees the plan, and pricing it takes time

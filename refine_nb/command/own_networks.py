@@ -37,7 +37,7 @@ def network_from(
 # %% ../../nbs/command/30_own_networks.ipynb #120ed196
 def images_from(
     data:str, n:int|None=None, size:int|None=None,
-    every:bool=False, # also images that training would use, if the network has seen none of them
+    every:bool=False, # also images that training would use, for a network that has seen none
 ):                    # (name, classes, x in [0,1], y)
     "Test images of a data set, ready for a network"
     import torch
@@ -85,7 +85,7 @@ def _attackers(ctx, param, text):
 def _judging(f):
     for add in (click.option('--json', 'as_json', is_flag=True, help='The same as JSON.'),
                 click.option('--device', help='cpu or cuda [the first GPU if there is one].'),
-                click.option('--every', is_flag=True, help='All images, if the network has seen none.'),
+                click.option('--every', is_flag=True, help='All images, for a network that has seen none.'),
                 click.option('--size', type=click.IntRange(1), help="Pixels of its input [the images' own]."),
                 click.option('--n', type=click.IntRange(1), help='The first N images [all].'),
                 click.option('--eps', callback=_budget, default='8/255', show_default=True,
@@ -263,7 +263,7 @@ def _kept(weights, out, **of): # as safetensors, with what they are of
 @click.argument('data')
 @_arms_asked
 def _adcorda(data, out, device, as_json, **asked):
-    """AdCorDA on DATA, a folder of images, an .npz or a set by name: did it help more than further training?
+    """AdCorDA on DATA, a folder, an .npz or a set by name: did it help, and more than further training?
 
     Example: refine adcorda ~/pets --model resnet18 --size 64"""
     from refine_nb.training import engine

@@ -75,7 +75,7 @@ class Claim:
     id: str                                        # as in the catalogue, e.g. 'A1'
     text: str                                      # the paper's sentence
     source: str                                    # document and section or line
-    # reads a tidy table with `cell`; True if the sentence is right; or several values, all of them true
+    # reads a tidy table with `cell`; True if the sentence is right; or several values, which must all be true
     holds: Callable[[pd.DataFrame], bool|Iterable[bool]]
     numbers: Callable[[pd.DataFrame], str]|None=None # what it read, in a few words
     needs: str='paper'                             # the preset whose results can be judged

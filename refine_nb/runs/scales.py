@@ -37,7 +37,7 @@ class Preset:
     scratch_lr: float|None = None
     # of AutoAttack; fewer than four give an upper bound, and are labelled so
     components: tuple[str,...]|None = None
-    thin: str|None = None       # replaces a network with a CIFAR stem
+    thin: str|None = None       # takes the place of a network that has a CIFAR stem
     stem: str|None = None       # of a ResNet that replaces a pretrained one; `thin` then applies, too
     says: str = ''              # one sentence that describes it
 
