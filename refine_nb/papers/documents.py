@@ -181,5 +181,5 @@ def explained(
     small = PRESETS['small'].says.replace('32x32', '32x32 (MNIST: 28x28)')
     its = {a: w for a,w in _TERMS.items() if re.search(rf'\b{re.escape(a)}\b', text)}
     return [f"A *small* run is {small}; a *paper* run has the published settings. *Paired* intervals use "
-            "that two numbers are of the same images; *unpaired* ones do not, and are too wide.",
+            "the fact that two numbers are of the same images; *unpaired* ones do not, and are too wide.",
             *editions_in(text), *['; '.join(f'**{a}**: {w}' for a,w in its.items())+'.']*bool(its)]
