@@ -200,7 +200,7 @@ FIG3_3 = (
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #a7945bba
 def found_fig3_3(
     table:pd.DataFrame, # tidy
-)->str:                 # two sentences
+)->str:                 # three sentences
     "What Figure 3.3 shows in our run"
     every,sure = table[(table.part=='group') & (table.group=='all')].iloc[0],surest(table)
     stays = 'does not vanish' if sure.relative > .1 else 'vanishes' # as the claim above reads it
@@ -241,7 +241,7 @@ FIG3_4 = (
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #8d45fc22
 def found_fig3_4(
     table:pd.DataFrame, # tidy
-)->str:                 # two sentences
+)->str:                 # three sentences
     "What Figure 3.4 shows"
     still = table[(table.other=='still') & table.beta.notna()]
     off = (still.minimum-still.peak).abs().max()
