@@ -208,9 +208,9 @@ def found_fig3_3(
             f"median image, and {100*sure.relative:.0f} % at a confidence of {sure.group}: relative to the "
             f"gradient, it {stays} as a network becomes certain. The hard class has "
             f"{100*every.hard_share:.0f} % of the weight of all false classes. The attack's direction is "
-            f"{every.to_difference:.0f} degrees from the difference between its prototype and the true one, "
-            f"{every.to_hard:.0f} from its prototype and {every.to_others:.0f} from "
-            "those of the other classes.")
+            f"{every.to_difference:.0f} degrees from the difference between the hard class's prototype and "
+            f"the true one, {every.to_hard:.0f} from the hard class's prototype and "
+            f"{every.to_others:.0f} from those of the other false classes.")
 
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #ed52a474
 def _curve(t, column, beta=.2): return cell(t, column, beta=beta, other='still')
@@ -246,12 +246,12 @@ def found_fig3_4(
     still = table[(table.other=='still') & table.beta.notna()]
     off = (still.minimum-still.peak).abs().max()
     two = table[(table.other=='opposite') & (table.beta==.2)].minimum
-    two = f' With opposite prototypes it is least at {two.iloc[0]:.2f}.' if len(two) else ''
+    two = f' With opposite prototypes the loss is least at {two.iloc[0]:.2f}.' if len(two) else ''
     return (f"With a beta of 0.2 and the other cosine still, the loss is least at a similarity of "
             f"{_curve(table, 'minimum'):.2f} and rises beyond it, as the gradient flows through the factors; "
-            f"for every beta its minimum is within {off:.3f} of (1+beta)/2 (open-T12).{two} At 0.9 the loss "
+            f"for every beta its minimum is within {off:.3f} of (1+beta)/2 (open-T12). At 0.9 the loss "
             f"is {_curve(table, 'over_sure'):.0f} times the loss without factors, and at 0.6 it is "
-            f"{_curve(table, 'over_turn'):.1f} times.")
+            f"{_curve(table, 'over_turn'):.1f} times.{two}")
 
 # %% ../../nbs/papers/78_spat_figures_text.ipynb #9ce5e385
 CLAIMS = {'fig2_1_spat': FIG2_1, 'fig2_2_spat': FIG2_2, 'tab3_1_spat': TAB3_1, 'fig3_1_spat': FIG3_1,
