@@ -89,8 +89,8 @@ def _pass(model, s, k):
         s['rejected'].scatter_(1, s['square'].gather(1, at), True); s['rejected'] &= ~taken[:,None]
 
 # %% ../../nbs/attacks/55_random_search.ipynb #43d40b24
-# values in the images of one pass: beyond this, the time per image no longer falls on two threads of a CPU,
-# as measured; for a GPU it is a guess
+# values in the images of one pass: beyond this the time per image no longer falls, as measured on two
+# threads of a CPU; for a GPU it is a guess
 _FULL = dict(cpu=2**15, cuda=2**20)
 
 def _depth(s, ahead):

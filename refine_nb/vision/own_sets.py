@@ -194,7 +194,7 @@ def _pixels(rows, gray, side): # -> [N,C,H,W]
     return torch.from_numpy(np.stack(found)).permute(0,3,1,2).contiguous()
 
 # %% ../../nbs/vision/08_own_sets.ipynb #8508dc34
-def _side(shape, size, path): # of the squares that are cut out; None: images stay as they are
+def _side(shape, size, path): # of the squares that images become; None: images stay as they are
     C,H,W = shape
     if size is None and H is None:
         raise ValueError(f"the images of {path} have different sizes: say size=..., in pixels; "
