@@ -190,7 +190,7 @@ def _taken_apart(table): # one sentence, where the parts were run
 # %% ../../nbs/papers/30_adcorda_text.ipynb #30c33dac
 def found_study(
     table:pd.DataFrame, # tidy, of one network and data set
-)->str:                 # two sentences, one of the parts, and one for each other edition of the images
+)->str:                 # two sentences, the second also on other editions of the images; and one of the parts
     "What the study shows in our run"
     low, _, more = _shown(table, 'further training')
     worse, better, against = _shown(table, 'AdCorDA against further training')
@@ -201,12 +201,12 @@ def found_study(
            f'AdCorDA is better in {(worse > 0).sum()} of {len(worse)} seeds and worse in {(better < 0).sum()}'
            if ((worse > 0) | (better < 0)).any() else 'these test images show no gain from either')
     data, seeds = table.dataset.iloc[0], ' (one seed)' if len(worse)==1 else ''
-    also = [f" On {name} AdCorDA differs from further training by "
-            f"{_shown(t, 'AdCorDA against further training')[2]}."
+    also = [f"; on {name} AdCorDA differs from further training by "
+            f"{_shown(t, 'AdCorDA against further training')[2]}"
             for t,name in _elsewhere(data)]
     return (f"Further training alone, with as many steps as AdCorDA, brings {more}; "
             f"AdCorDA differs from that by {against}{seeds}. So, for this network, {why}"
-            f"{on_edition(data)}.{_taken_apart(table)}{''.join(also)}")
+            f"{on_edition(data)}{''.join(also)}.{_taken_apart(table)}")
 
 # %% ../../nbs/papers/30_adcorda_text.ipynb #e3838a4d
 def modest(
