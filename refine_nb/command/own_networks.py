@@ -87,7 +87,7 @@ def _judging(f):
                 click.option('--device', help='cpu or cuda [the first GPU if there is one].'),
                 click.option('--every', is_flag=True, help='All images, for a network that has seen none.'),
                 click.option('--size', type=click.IntRange(1), help="Pixels of its input [the images' own]."),
-                click.option('--n', type=click.IntRange(1), help='The first N images [all].'),
+                click.option('--n', type=click.IntRange(1), help='The first N images [all; audit: 100].'),
                 click.option('--eps', callback=_budget, default='8/255', show_default=True,
                              help='L-inf budget, of images in [0,1].'),
                 click.argument('data'), click.argument('network', metavar='MODULE:FACTORY')): f = add(f)
