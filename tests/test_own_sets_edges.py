@@ -102,7 +102,8 @@ def test_frost_says_what_its_photographs_lack(tmp_path):
     with pytest.raises(ValueError, match='cannot be read .FileNotFoundError.: frost needs all five of'):
         corrupt(x, 'frost', frost=tmp_path)
     for name in FROST: Image.new('RGB', (200, 162)).save(tmp_path/name)
-    with pytest.raises(ValueError, match='too small for images of 32 pixels: it needs more than 162 per'):
+    with pytest.raises(ValueError, match='too small for images of 32 pixels: '
+                                         'it needs more than 162 per side'):
         corrupt(x, 'frost', frost=tmp_path)
     for name in FROST: Image.new('RGB', (163, 163)).save(tmp_path/name)
     assert corrupt(x, 'frost', frost=tmp_path).shape == x.shape

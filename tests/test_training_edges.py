@@ -69,10 +69,12 @@ TOWARDS = {'call': call(pgd, targeted=True), 'partial': partial(pgd, targeted=Tr
     lambda a: adversarial_training(DIGITS, batch_size=16, seed=1, attack=a, objective=halves)],
     ids=['attacker', 'advprop_step', 'counting', 'untargeted', 'adversarial_training'])
 def test_no_step_takes_an_attack_that_helps(attack, made):
-    with pytest.raises(ValueError, match='pgd with targeted=True moves images towards'): made(attack)
+    with pytest.raises(ValueError, match='pgd with targeted=True moves images towards the labels'):
+        made(attack)
 
 def test_a_budget_that_fades_is_of_an_attack_that_harms():
-    with pytest.raises(ValueError, match='moves images towards'): regulated(call(pgd, targeted=True))
+    with pytest.raises(ValueError, match='moves images towards the labels'):
+        regulated(call(pgd, targeted=True))
 
 def test_an_attacker_wants_an_attack():
     for made in (attacker, advprop_step):
@@ -138,7 +140,8 @@ def test_snapshots_are_so_many_seconds_apart(every):
 
 def test_a_batch_of_one_is_told_by_its_norm():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
-    with pytest.raises(ValueError, match='two values per channel or more: use batch_size >= 2'):
+    with pytest.raises(ValueError, match='a batch norm trains on two values per channel or more: '
+                                         'use batch_size >= 2'):
         trained(model, plain(1))
 
 def test_an_accuracy_and_a_rate_may_be_tensors(tmp_path):
