@@ -32,6 +32,7 @@ $(READY): settings.ini setup.py
 	@if $(BIN)/python -m pip install -q uv && $(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]'; then :; \
 	else echo 'uv could not install: trying pip, which takes longer'; $(BIN)/python -m pip install -q -e '.[dev]'; fi
 	@$(BIN)/python -m pip install -q --no-deps torchattacks==3.5.1 # used in tests only, as a reference: its metadata pins a very old requests
+	@$(BIN)/python -m pip install -q --no-deps imagecorruptions==1.1.2 || echo 'imagecorruptions could not be installed: tables of corruptions leave out frost, which needs its photographs'
 	@touch $@
 
 demo: $(READY) ## Table 1 of AdCorDA on 8x8 digits, in about a minute on a CPU, after the set-up: out.ipynb

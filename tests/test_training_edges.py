@@ -140,7 +140,7 @@ def test_snapshots_are_so_many_seconds_apart(every):
 
 def test_a_batch_of_one_is_told_by_its_norm():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
-    with pytest.raises(ValueError, match='a batch norm trains on two values per channel or more: '
+    with pytest.raises(ValueError, match='a batch norm needs two values per channel, got one: '
                                          'use batch_size >= 2'):
         trained(model, plain(1))
 

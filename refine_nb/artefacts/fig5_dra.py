@@ -10,17 +10,17 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..vision import Split, corrupted
+from ..vision import Split, corrupted, with_frost
 from ..reporting import figure_style, figure_title
 from .tab7_dra import SIX
 
 # %% ../../nbs/fig5_dra.ipynb #e01099c3
 def shown(
     one:Split,          # a single image
-    frost:bool=False,   # whether to include frost
+    frost:bool|None=None, # as for `with_frost`
 )->dict[tuple[str,int],Split]: # (corruption, severity) -> the image
     "The images of the figure"
-    names = [c for c in SIX if frost or c != 'frost']
+    names = [c for c in SIX if c != 'frost' or with_frost(frost)]
     return {(c, s): corrupted(one, name=c, severity=s) for c in names for s in range(1, 6)}
 
 # %% ../../nbs/fig5_dra.ipynb #e2556d09

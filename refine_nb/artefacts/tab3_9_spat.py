@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base import Cell, call
-from ..vision import corrupted
+from ..vision import corrupted, with_frost
 from ..reporting import dot_panels, marked
 from ..papers.spat import trained
 from ..papers.spat_tables import SHORT, averaged
@@ -24,10 +24,10 @@ def grid(
     dataset:str='cifar10', seed:int=0, model:str='resnet18',
     images:str='generated',        # or 'official'
     severities:tuple[int,...]=(1,2,3,4,5), blur:str='gaussian_blur',
-    frost:bool=False,              # whether its photographs are there; official images have it
+    frost:bool|None=None,          # as for `with_frost`
 )->dict[str,dict[str,tuple[Cell,...]]]: # method -> corruption -> a cell per severity; 'clean' has one
     "The cells of Table 3.9, at published scale"
-    official = images=='official'; names = [t for t in TYPES if t!='frost' or frost or official]
+    official = images=='official'; names = [t for t in TYPES if t!='frost' or with_frost(frost, official)]
     def one(r, t, s):
         asked = call(corrupted, name=blur if t=='blur' else t, severity=s, official=official)
         return Cell(r, corruption=asked)

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base import Cell, call
-from ..vision import corrupted
+from ..vision import corrupted, with_frost
 from ..reporting import MARK, figure_style, figure_title, flagged, marked, measured, method_style
 from ..papers.dra_tables import family, in_words
 from .tab3_dra import networks
@@ -22,7 +22,7 @@ SIX = ('snow', 'frost', 'zoom_blur', 'motion_blur', 'jpeg_compression', 'gaussia
 def grid(
     model:str='resnet50', dataset:str='cifar10', seed:int=0, # as for Table III
     severities:tuple[int,...]=(1,2,3,4,5), # averaged
-    official:bool=True, frost:bool=True,   # files of CIFAR-10-C, or generated; with or without frost
+    official:bool=True, frost:bool|None=None, # files of CIFAR-10-C, or generated; as for `with_frost`
 # (row, corruption or 'clean') -> a cell per severity, at published scale
 )->dict[tuple[str,str],tuple[Cell,...]]:
     "The cells of Table VII, and the clean ones"
@@ -31,7 +31,7 @@ def grid(
         return tuple(Cell(r, corruption=call(corrupted, name=c, severity=s, official=official))
                      for s in severities)
     return {(k, c): (Cell(r),) if c=='clean' else shown(r, c)
-            for c in ('clean', *SIX) if frost or c != 'frost' for k,r in rows.items()}
+            for c in ('clean', *SIX) if c != 'frost' or with_frost(frost, official) for k,r in rows.items()}
 
 # %% ../../nbs/tab7_dra.ipynb #5e084292
 def tidy(

@@ -97,8 +97,8 @@ def pgd(
     "Projected gradient descent (Madry et al. 2018)"
     ball = _balls[choose(norm, _balls, 'norm')]; restarts = number('restarts', restarts, 1, whole=True)
     if observe and early_stop and restarts>1:
-        raise ValueError("observe needs the whole batch, but with early_stop a later start has a part: "
-                         "leave out observe, early_stop or restarts")
+        raise ValueError("observe needs the whole batch, but with early_stop a later start has only the "
+                         "examples that are left: leave out observe, early_stop or restarts")
     step_size = _budget(eps)/4 if step_size is None else step_size
     kind = dict(objective=objective, targeted=targeted, early_stop=early_stop)
     run = partial(iterate, model, eps=eps, step_size=step_size, steps=steps, start=start,

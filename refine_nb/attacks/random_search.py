@@ -155,8 +155,8 @@ def _attacked(model, x, y, z, eps, n_queries, p_init, seed, ahead):
 def _stands(z, y): # is the answer still y? Warns where that is only due to an exact tie
     right = z.argmax(1)==y
     if ties := int((right & (_lead(z, y)==0)).sum()):
-        warnings.warn(f"{ties} of {len(y)} images end in an exact tie of logits, where Square stops, as its "
-                      "authors' code does, though the answer is still right: more precise logits may break")
+        warnings.warn(f"{ties} of {len(y)} images end in an exact tie of logits. Square stops there, as its "
+                      "authors' code does, though the answer is still right: try a higher precision")
     return right
 
 # %% ../../nbs/attacks/55_random_search.ipynb #baf5a569

@@ -114,12 +114,15 @@ def _explain(key, as_json):
 
 # %% ../../nbs/command/20_stores.ipynb #2b7fe882
 def _data_rows():
-    from refine_nb.vision import data_names, data_place
+    from refine_nb.vision import data_names, data_place, frost_photographs
     from refine_nb.reporting import NEEDS
     for name in data_names:
         place = data_place(name); there = place is None or place.exists()
         how = NEEDS[name].replace('`', '')
         yield {'what': f'data: {name}', 'value': 'there' if there else f'missing: {how}'}
+    try: frost = f'in {frost_photographs()}'
+    except ValueError as e: frost = f'missing: {e}'
+    yield {'what': "photographs for the corruption frost", 'value': frost}
 
 def _store_rows(root):
     from refine_nb.base import locks_hold

@@ -15,8 +15,8 @@ import pandas as pd
 
 from ..base import choose
 from ..runs import PRESETS
-from ..reporting import (ARTEFACTS, PAPERS, SCALES, Claim, editions_in, published, quoted, scored,
-                                 stored)
+from ..reporting import (ARTEFACTS, MARK, PAPERS, SCALES, Claim, editions_in, published, quoted,
+                                 scored, stored)
 from . import (adcorda, adcorda_tables, adcorda_text, dra_figures, dra_found, dra_study,
                               dra_tables, dra_text, mixture, mixture_study, mixture_tables, mixture_text,
                               protocols_found, spat, spat_claims, spat_figures_text, spat_study)
@@ -144,12 +144,11 @@ def on_ours(
     return [*said, *_beside(rows[beside & there]), *_of_formulas(rows[formulas & there]), *_none(own)]
 
 # %% ../../nbs/papers/99_documents.ipynb #31c47ac5
-_END = re.compile(r'(?<=[.!?]) (?=[A-Z0-9])')   # of a sentence, before the next
-_MARKS = re.compile(r'[Mm]arked|learnt|diverged') # a network whose numbers mean nothing
+_END = re.compile(rf'(?<=[.!?]) (?=[A-Z0-9{MARK}])') # of a sentence, before the next
 
-def _first(said, most=2): # sentences, and those later ones that mark a network
+def _first(said, most=2): # sentences, and those later ones about networks whose numbers mean nothing
     each = _END.split(said)
-    return ' '.join([*each[:most], *filter(_MARKS.search, each[most:])])
+    return ' '.join([*each[:most], *(s for s in each[most:] if s.startswith(MARK))])
 
 def finding(
     artefact:str, # a key of `FOUND`, with a run that is stored

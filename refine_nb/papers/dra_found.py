@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from ..reporting import cell, gap_between, keeps_most, pairing, told
+from ..reporting import MARK, cell, gap_between, keeps_most, pairing, told
 from .dra_claims import PRINTED, lead
 from .dra_tables import column
 
@@ -36,7 +36,7 @@ def _left(t): # who keeps most under the strongest attack, the last column, whic
 def _note(t):
     flags = t.get('flag', pd.Series('', t.index)).fillna('')
     bad = dict.fromkeys(f'{m} is marked ({f})' for m,f in zip(t.method, flags) if f)
-    return f" {'; '.join(bad)}: such numbers mean nothing." if bad else ''
+    return f" {MARK} {'; '.join(bad)}: such numbers mean nothing." if bad else ''
 
 # %% ../../nbs/papers/94_dra_found.ipynb #bc303fbc
 def _over_trades(t, attacks): # range of Tuned's lead over the TRADES rows; '' if there are none

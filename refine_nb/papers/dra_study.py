@@ -153,12 +153,12 @@ def found_study(
                        for r in levels.drop_duplicates('attack').itertuples() if 'autoattack' in r.attack)
     flags = table.get('flag', pd.Series('', table.index)).fillna('')
     bad = ', '.join(dict.fromkeys(f'{m} ({f})' for m,f in zip(table.method, flags) if f))
-    if pairs.empty: return f'Tuned diverged in training, so no finding is reported. Marked: {bad}.'
+    if pairs.empty: return f'Tuned diverged in training, so no finding is reported. {MARK} Marked: {bad}.'
     pair = pairs.iloc[0]
     return (f"On clean images Tuned differs from the control by {pair.difference:+.1f} points "
             f"[{pair.low:+.1f}, {pair.high:+.1f}] (paired, p = {pair.holm:.2g} after Holm's "
             f"correction); also lower than the control: {_lower(table[table.part=='paired'])}. "
             f"{_instead(levels)}What is left under strong attacks: {strong}."
-            + (f' Marked, so without meaning: {bad}.' if bad else ''))
+            + (f' {MARK} Without meaning: {bad}.' if bad else ''))
 
 FOUND = {'study_dra': found_study} # artefact -> what we found, from its tidy table

@@ -189,7 +189,7 @@ def found_study(
     raised = {m: set(t.check[t.raised=='RAISED']) for m,t in parts.items()}
     masked, weak = (', '.join(m for m,checks in raised.items() if checks & set(group)) or 'none'
                     for group in (MASKING, WEAK))
-    note = ''.join(f' {m} is marked ({f}) and says nothing.' for m,f in bad.items())
+    note = ''.join(f' {MARK} {m} is marked ({f}) and says nothing.' for m,f in bad.items())
     return (f"Of the {len(parts)} networks above chance level that were trained on strong examples, "
             f"{len(caught) or 'none'} {'catch' if len(caught) > 1 else 'catches'} the attack at its second "
             f"step ({'; '.join(f'{m}: {v}' for m,v in second.items())}).{note} Audits of the "

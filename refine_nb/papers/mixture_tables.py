@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from ..reporting import (Claim, Missing, cell, enumerated, gap_between, keeps_most, pairing,
+from ..reporting import (MARK, Claim, Missing, cell, enumerated, gap_between, keeps_most, pairing,
                                  published)
 from .mixture import METHODS, STRENGTHS, STRONG, attackers, column, techniques
 
@@ -214,7 +214,7 @@ def found_tab2(
     fit = [m for m in STRONG if not {(m,'weak'), (m,'strong')} & set(bad)]
     better = [(m, a) for m,a in improved(table) if m in fit]
     pair = [{'method': 'AdvProp', 'training': s} for s in ('strong','weak')]
-    note = ' '.join(f' {m} trained with {s} examples is marked ({f}): its numbers say nothing.'
+    note = ''.join(f' {MARK} {m} trained with {s} examples is marked ({f}): its numbers say nothing.'
                     for (m,s),f in bad.items())
     return ('With strong examples in place of weak ones, AdvProp changes by '
             f'{_apart(table, *pair)[1]} points on clean images and by {_extremes(table, *pair)} under the '

@@ -13,7 +13,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from ..reporting import (Claim, Missing, cell, enumerated, gap_between, keeps_most, pairing,
+from ..reporting import (MARK, Claim, Missing, cell, enumerated, gap_between, keeps_most, pairing,
                                  published, told)
 from .mixture_text import found_claims
 from .spat import VALUES
@@ -235,7 +235,7 @@ def found_sweep(
         return f'{p}: {clean[-1]-clean[0]:+.2f} clean, {robust[-1]-robust[0]:+.2f} under PGD-20'
     holds = {True: 'holds', False: 'does not hold', None: 'cannot be judged'}[TAB6[0].verdict(table)[0]]
     lost = [f'{r.parameter} = {r.value:g} ({r.flag})' for r in gone.itertuples()]
-    lost = f' Nothing was learnt with {enumerated(lost)}.'*bool(lost) + _bare(ran, gone)
+    lost = f' {MARK} Nothing was learnt with {enumerated(lost)}.'*bool(lost) + _bare(ran, gone)
     return (f"Changes from the smallest to the largest value{' that trained'*bool(lost)}, in points "
             f"({pairing(ran)} intervals): "
             f"{told(ran, lambda t: '; '.join(ends(t, p) for p in ('alpha','beta','s')))}.{lost} "
@@ -264,7 +264,7 @@ def _unlearnt(table, bad, lost): # sentences: which networks did not learn, and 
         return f'{_SHOWN[r.accuracy_loss, r.robustness_loss]} did not learn ({how})'
     if not len(bad): return []
     what = f'neither {lost[0]} nor {lost[1]}' if len(lost)==2 else enumerated(lost)
-    return [f"{'; '.join(map(one, bad.itertuples()))}, so {what} can{'not'*(len(lost)!=2)} be judged."]
+    return [f"{MARK} {'; '.join(map(one, bad.itertuples()))}, so {what} can{'not'*(len(lost)!=2)} be judged."]
 
 # %% ../../nbs/papers/73_spat_claims.ipynb #804d95d7
 def found_normal(

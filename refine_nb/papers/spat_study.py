@@ -231,7 +231,7 @@ def found_study(
     lead, same, acc, audit = (table[table.part==p] for p in ('lead', 'lead'+SAME, 'accuracy'+SAME, 'audit'))
     ill = table[table.flag.fillna('')!=''].method.unique() if 'flag' in table else []
     falls = '; '.join(f'{_glossed(k)}: {_drop(acc, k)}' for k in acc.method.unique() if k not in ill)
-    none = f" Not counted, having learnt nothing: {'; '.join(map(_glossed, ill))}."*bool(len(ill))
+    none = f" {MARK} Not counted, having learnt nothing: {'; '.join(map(_glossed, ill))}."*bool(len(ill))
     own = lead[(lead.method=='SPAT') & ~lead.attack.isin(['clean','worst'])]
     own = own.assign(holm=holm(own.p.tolist())); many = own[own.n==own.n.max()]
     low, high = many.nsmallest(1, 'lead').iloc[0], own.nlargest(1, 'lead').iloc[0]

@@ -80,7 +80,7 @@ def filled(self:Store, recipe:Recipe, weights:dict[str,Tensor])->nn.Module:
 @patch
 def model(self:Store, recipe:Recipe|Given|Quantised, which:str|None=None,
 )->nn.Module: # `which` epoch: 'best' or 'last'; None: the recipe's choice
-    "A trained model in evaluation mode, on the engine's device; int8 ones with float32 gradients"
+    "A trained model in evaluation mode, on the engine's device; int8 ones pass on float32 gradients"
     if isinstance(recipe, Quantised):
         float32 = self.model(recipe.recipe)
         return StraightThrough(restored(float32, self.tensors(recipe), backend=recipe.backend),

@@ -12,8 +12,9 @@ __all__ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 't
            'foldable', 'refold', 'laid', 'layout_for', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary',
            'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack',
            'smoothing', 'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings',
-           'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL', 'CORRUPTIONS',
-           'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'corrupted', 'official_corruption']
+           'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL',
+           'frost_photographs', 'CORRUPTIONS', 'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'corrupted',
+           'official_corruption', 'with_frost']
 
 # %% ../../nbs/vision/99_vision.ipynb #d2ec6291
 from .images import Data, SLIP, Split, check_images, clipped, fingerprint, to_input
@@ -38,9 +39,9 @@ from refine_nb.vision.activations import (KINDS, SmoothReLU, operated, smooth, s
 from .cosine_heads import (CosineHead, at_scale, cosine_classifier, cosine_head,
     embeddings, last_layer, logits_and_cosines, scaled_attack)
 from .distortions import NOISE_BLUR
-from .weather import FROST, WEATHER_DIGITAL
-from refine_nb.vision.corruptions import (CORRUPTIONS, GENERATED, OFFICIAL_MD5, corrupt, corrupted,
-    official_corruption)
+from .weather import FROST, WEATHER_DIGITAL, frost_photographs
+from .corruptions import (CORRUPTIONS, GENERATED, OFFICIAL_MD5, corrupt, corrupted,
+    official_corruption, with_frost)
 
 # %% ../../nbs/vision/99_vision.ipynb #d8a712d1
 _all_ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 'to_input', 'cache_file',
@@ -54,5 +55,5 @@ _all_ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 'to_
          'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack',
          'smoothing', 'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head',
          'embeddings', 'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST',
-         'WEATHER_DIGITAL', 'CORRUPTIONS', 'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'corrupted',
-         'official_corruption']
+         'WEATHER_DIGITAL', 'frost_photographs', 'CORRUPTIONS', 'GENERATED', 'OFFICIAL_MD5', 'corrupt',
+         'corrupted', 'official_corruption', 'with_frost']
