@@ -2,7 +2,7 @@
 import numpy as np, pytest, torch
 from PIL import Image
 from refine_nb.evaluation.gathering import Evidence
-from refine_nb.vision import FROST, corrupt, data_of, load_data, own_images
+from refine_nb.vision import FROST, corrupt, data_of, frost_photographs, load_data, own_images
 
 @pytest.fixture
 def arrays(tmp_path):
@@ -108,3 +108,21 @@ def test_frost_says_what_its_photographs_lack(tmp_path):
     for name in FROST: Image.new('RGB', (163, 163)).save(tmp_path/name)
     assert corrupt(x, 'frost', frost=tmp_path).shape == x.shape
     with pytest.raises(ValueError, match='seed wants a whole number >= 0, got -1'): corrupt(x, 'fog', seed=-1)
+
+def test_frost_adds_a_crop_of_one_of_five_photographs():
+    folder = frost_photographs(needed=False)
+    if folder is None:
+        pytest.skip('imagecorruptions is optional: pip install --no-deps imagecorruptions==1.1.2')
+    found = set()
+    for a, b, severity, value in ((1, .2, 1, 0), (.75, .45, 5, 60)):
+        parts = []
+        for name in FROST:
+            photo = np.asarray(Image.open(folder/name).convert('RGB'))[2::5, 2::5]
+            made = np.floor(np.clip(a*value + b*photo.astype(float), 0, 255)).astype(np.uint8)
+            parts.append(np.lib.stride_tricks.sliding_window_view(made, (32, 32), axis=(0, 1)))
+        x = torch.full((6, 3, 32, 32), value, dtype=torch.uint8)
+        for image in corrupt(x, 'frost', severity).numpy():
+            hits = [i for i, p in enumerate(parts) if (p==image).all((2, 3, 4)).any()]
+            assert hits in ([0], [1, 2], [3], [4]) # the second and the third show the same
+            found |= set(hits)
+    assert len(found) > 3 # of five, in twelve draws

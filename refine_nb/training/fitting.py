@@ -97,8 +97,7 @@ def _attacked_in_time(losses:list[Tensor], epoch:int, n:int): # an attack may me
         raise Diverged(f"{e}, at epoch {epoch+1}, step {len(losses)+1} of {n}") from None
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e): raise
-        raise ValueError("a batch norm trains on two values per channel or more, got one: "
-                         "use batch_size >= 2") from e
+        raise ValueError("a batch norm needs two values per channel, got one: use batch_size >= 2") from e
 
 # %% ../../nbs/training/36_fitting.ipynb #cba3d4b1
 def _border(optimiser, engine, schedule, robust=None)->None: # what the loop cannot use is refused
