@@ -36,16 +36,19 @@ def digits():
     d = load_digits()
     return torch.tensor(d.images[:, None]/16, dtype=torch.float32), torch.tensor(d.target)
 
-@pytest.fixture(scope='module')
-def nets(digits):
+def trained(digits, eps):
     torch.manual_seed(0)
     (x, y), net = digits, nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
                                         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10))
     optimiser = torch.optim.Adam(net.parameters(), 5e-3)
     for i in torch.randint(1200, (100, 64)):
-        x_adv = pgd(net, x[i], y[i], eps=.15, step_size=.1, steps=3); net.train()
+        x_adv = pgd(net, x[i], y[i], eps=eps, step_size=.1, steps=3) if eps else x[i]; net.train()
         optimiser.zero_grad(); F.cross_entropy(net(x_adv), y[i]).backward(); optimiser.step()
-    net.eval()
+    return net.eval()
+
+@pytest.fixture(scope='module')
+def nets(digits):
+    net = trained(digits, .15)
     return {'plain': net, 'loud': Loud(net), 'rounded': Rounded(net)}
 
 @pytest.fixture(scope='module')
@@ -185,14 +188,14 @@ def test_a_cut_run_of_the_authors_code_goes_on(nets, batch):
     with pytest.raises(ValueError, match='of another run'):
         autoattack(nets['plain'], *batch, state=kept[0], **{**given, 'batch_size': 9})
 
-def test_a_state_of_other_weights_is_refused(nets, batch):
-    """The other net is right on the same clean images, and weaker.
+def test_a_state_of_other_weights_is_refused(nets, batch, digits):
+    """The other net gives the same answers on the clean images, but was not trained to withstand attacks.
     From this net's state it would inherit verdicts that are not its own"""
-    net, weak, kept, given = nets['plain'], copy.deepcopy(nets['plain']), [], dict(eps=.14, **QUICK)
-    with torch.no_grad(): weak[0].weight[:4] *= 1.15
-    assert torch.equal(weak(batch[0]).argmax(1), net(batch[0]).argmax(1))
+    net, weak, kept, given = nets['plain'], trained(digits, 0), [], dict(eps=.14, **QUICK)
+    same = weak(batch[0]).argmax(1) == net(batch[0]).argmax(1)
+    batch = tuple(t[same] for t in batch); assert len(batch[1]) >= .75*N
     whole = autoattack(net, *batch, save=kept.append, **given)
-    assert not torch.equal(autoattack(weak, *batch, **given).breaker, whole.breaker)
+    assert autoattack(weak, *batch, **given).robust <= whole.robust/2
     for state in (kept[0], kept[-1]):
         with pytest.raises(OtherRun, match='not of the model given'):
             autoattack(weak, *batch, state=state, **given)
