@@ -23,7 +23,8 @@ class Small(harness.Setting):
                             nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
         net[1].running_mean.normal_(0, .1); net[1].running_var.uniform_(.8, 1.2)
         return net.eval().to(self.device, dtype)
-    def images(self, n, size=8, dtype=torch.float32): return super().images(n, 8, dtype)
+    def images(self, n, size=8, dtype=torch.float32, channels=3):
+        return super().images(n, 8 if channels == 3 else size, dtype, channels)
 
 @pytest.fixture
 def small(monkeypatch):
@@ -46,8 +47,8 @@ def spoil(name, found): # what the side without would give, were it wrong by lit
     if name == 'switch_trained': return found*1.01
     return found
 
-AT_ONCE = ('switch_fold', 'switch_layout', 'switch_trial', 'switch_lending', 'switch_bfloat16',
-           'switch_pooled', 'switch_batches', 'switch_trained')
+AT_ONCE = ('switch_fold', 'switch_grey', 'switch_layout', 'switch_trial', 'switch_lending',
+           'switch_bfloat16', 'switch_pooled', 'switch_batches', 'switch_trained')
 
 @pytest.mark.parametrize('name', AT_ONCE)
 def test_sides_agree(name, small):

@@ -13,9 +13,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from refine_nb.base import Recipe, call
-from refine_nb.vision import Data, Split, classifier, fold, laid, layout_for, load_data
+from refine_nb.vision import (Data, GreyConv2d, Split, classifier, fold, laid, layout_for, load_data,
+                              small_network)
 from refine_nb.attacks import autoattack, ce, fixed_sizes, pgd
 from refine_nb.evaluation import EVAL_BATCH, predict
 from refine_nb.training import Engine, Method, adversarial, fine_tune, sgd, train_epoch
@@ -31,13 +33,16 @@ def needs_gpu(s, why):
 
 # ---- attacks -----------------------------------------------------------------------------------------------
 
-def attack_contest(s, ours, theirs): # each: (net, x, y) -> () -> x_adv, the attack prepared
-    "Two ways to attack a net in channels-last that must give the same pixels"
-    net, (x, y) = s.net().to(memory_format=torch.channels_last), s.images(s.batch)
-    x = last(x)
+def attack_contest(s, ours, theirs, made=None): # each: (net, x, y) -> () -> x_adv, the attack prepared
+    "Two ways to attack a net in channels-last that must give the same pixels; `made`: net, x, y"
+    net, x, y = made or (s.net(), *s.images(s.batch))
+    net, x = net.to(memory_format=torch.channels_last), last(x)
     def at_once(side): return lambda net, x, y: side(net, x, y)()
     return Contest({'ours': partial(seeded, ours(net, x, y)), 'theirs': partial(seeded, theirs(net, x, y))},
-                   same_pixels(s, at_once(ours), at_once(theirs)), f'{s.batch} images')
+                   same_pixels(s, at_once(ours), at_once(theirs), made and doubled(*made)),
+                   f'{len(x)} images')
+
+def doubled(net, x, y): return deepcopy(net).double(), x[:4].double(), y[:4]
 
 def on_itself(net, x, y): return lambda: our_pgd(net, x, y)
 
@@ -54,6 +59,19 @@ def switch_layout(s):
             return lambda: our_pgd(net, x, y)
         return ready
     return attack_contest(s, lying(torch.channels_last), lying(torch.contiguous_format))
+
+@switch('PGD-10 on a folded network for digits, whose first convolution has a way back to the images of '
+        "its own; without: with torch's")
+def switch_grey(s):
+    def back(kind): # both in channels-last
+        def ready(net, x, y):
+            net = fold(net)
+            for m in net.modules():
+                if isinstance(m, GreyConv2d): m.__class__ = kind
+            return lambda: our_pgd(net, x, y)
+        return ready
+    net = small_network('two_convs', num_classes=10).eval().to(s.device)
+    return attack_contest(s, back(GreyConv2d), back(nn.Conv2d), (net, *s.images(s.digits, 28, channels=1)))
 
 @switch('PGD-10 on a folded copy in the layout that a trial chose before; without: in channels-last')
 def switch_trial(s):

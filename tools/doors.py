@@ -41,17 +41,19 @@ def imports(module, found):
     return plain if len(plain) <= WIDTH else filled(f'from refine_nb.{module} import (', found, '    ', ')')
 
 def write(room):
-    "Bring the two exported cells of a room's front door up to date"
+    "Bring the exported cells of a room's front door up to date"
     door = NBS/room/f'99_{room}.ipynb'
     found = [exported(p) for p in sorted((NBS/room).glob('*.ipynb')) if p != door]
     found = [(module, ns) for module,ns in found if module and ns]
-    wanted = {'from': '\n'.join(imports(*f) for f in found),
-              '_all_': filled('_all_ = [', [repr(n) for _,ns in found for n in ns], ' '*9, ']')}
     nb = nbformat.read(door, as_version=4)
-    for c in nb.cells:
-        for start,text in wanted.items():
-            if c.cell_type == 'code' and c.source.startswith(f'#| export\n{start}'):
-                c.source = f'#| export\n{text}'
+    def cells(start): return [c for c in nb.cells if c.cell_type == 'code'
+                              and c.source.startswith(f'#| export\n{start}')]
+    froms = cells('from') # a room of many modules has two such cells
+    for i,c in enumerate(froms):
+        part = found[i*len(found)//len(froms):(i+1)*len(found)//len(froms)]
+        c.source = '#| export\n'+'\n'.join(imports(*f) for f in part)
+    every = [repr(n) for _,ns in found for n in ns]
+    for c in cells('_all_'): c.source = '#| export\n'+filled('_all_ = [', every, ' '*9, ']')
     nbformat.write(nb, door)
 
 

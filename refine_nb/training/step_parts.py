@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Call, choose, instance, untargeted
-from ..vision import fold_if_same, logits_and_cosines, refold
+from ..vision import GreyConv2d, fold_if_same, logits_and_cosines, refold
 from ..attacks import attacking, fixed_sizes, logits_of, same_shape
 
 # %% ../../nbs/training/38_step_parts.ipynb #985df3f7
@@ -61,7 +61,8 @@ class _Copy: # for one network in one setting: the active stream of dual norms i
         inside = getattr(model, '_orig_mod', model) # a compiled one cannot be folded
         if inside is not self.model:
             fast,_ = fold_if_same(inside, x)
-            won = getattr(fast, 'folded_pairs', None) # without batch norms none are
+            grey = not x.is_cuda and any(isinstance(m, GreyConv2d) for m in fast.modules())
+            won = grey or getattr(fast, 'folded_pairs', None) # without either it would be the same network
             self.model,self.copy = inside,fast if won else model
             self.asked = fixed_sizes(fast, len(x)) if won and x.is_cuda else self.copy
         elif self.copy is not model: refold(self.copy, inside)

@@ -8,11 +8,11 @@ __all__ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 't
            'chosen_data', 'input_size', 'own_images', 'read_own', 'data_names', 'data_place', 'load_data', 'data_of',
            'augment', 'batches', 'draws', 'order', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier',
            'model_names', 'n_parameters', 'thin_names', 'SHIPPED', 'shipped', 'shipped_file', 'small_names',
-           'small_network', 'copied', 'plain_weights', 'suited', 'suiting', 'Leaves', 'fold', 'fold_if_same',
-           'foldable', 'refold', 'laid', 'layout_for', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary',
-           'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack',
-           'smoothing', 'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head', 'embeddings',
-           'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL',
+           'small_network', 'copied', 'plain_weights', 'suited', 'suiting', 'GreyConv2d', 'grey_convolutions', 'Leaves',
+           'fold', 'fold_if_same', 'foldable', 'refold', 'laid', 'layout_for', 'WideBlock', 'wide_resnet', 'DualNorm',
+           'auxiliary', 'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth',
+           'smooth_attack', 'smoothing', 'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head',
+           'embeddings', 'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL',
            'frost_photographs', 'CORRUPTIONS', 'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'corrupted',
            'official_corruption', 'with_frost']
 
@@ -29,7 +29,10 @@ from .models import (IMAGENET_MEAN, IMAGENET_STD, Normalise, classifier, model_n
 from .shipping import SHIPPED, shipped, shipped_file
 from .small_networks import small_names, small_network
 from .copying import copied, plain_weights
+
+# %% ../../nbs/vision/99_vision.ipynb #812357bf
 from .intake import suited, suiting
+from .one_channel import GreyConv2d, grey_convolutions
 from .folding import Leaves, fold, fold_if_same, foldable, refold
 from .layouts import laid, layout_for
 from .wide_resnets import WideBlock, wide_resnet
@@ -50,10 +53,10 @@ _all_ = ['Data', 'SLIP', 'Split', 'check_images', 'clipped', 'fingerprint', 'to_
          'data_names', 'data_place', 'load_data', 'data_of', 'augment', 'batches', 'draws', 'order',
          'IMAGENET_MEAN', 'IMAGENET_STD', 'Normalise', 'classifier', 'model_names', 'n_parameters',
          'thin_names', 'SHIPPED', 'shipped', 'shipped_file', 'small_names', 'small_network', 'copied',
-         'plain_weights', 'suited', 'suiting', 'Leaves', 'fold', 'fold_if_same', 'foldable', 'refold',
-         'laid', 'layout_for', 'WideBlock', 'wide_resnet', 'DualNorm', 'auxiliary', 'dual_norms',
-         'replaced', 'single_norms', 'KINDS', 'SmoothReLU', 'operated', 'smooth', 'smooth_attack',
-         'smoothing', 'straight_relu', 'CosineHead', 'at_scale', 'cosine_classifier', 'cosine_head',
-         'embeddings', 'last_layer', 'logits_and_cosines', 'scaled_attack', 'NOISE_BLUR', 'FROST',
-         'WEATHER_DIGITAL', 'frost_photographs', 'CORRUPTIONS', 'GENERATED', 'OFFICIAL_MD5', 'corrupt',
-         'corrupted', 'official_corruption', 'with_frost']
+         'plain_weights', 'suited', 'suiting', 'GreyConv2d', 'grey_convolutions', 'Leaves', 'fold',
+         'fold_if_same', 'foldable', 'refold', 'laid', 'layout_for', 'WideBlock', 'wide_resnet',
+         'DualNorm', 'auxiliary', 'dual_norms', 'replaced', 'single_norms', 'KINDS', 'SmoothReLU',
+         'operated', 'smooth', 'smooth_attack', 'smoothing', 'straight_relu', 'CosineHead', 'at_scale',
+         'cosine_classifier', 'cosine_head', 'embeddings', 'last_layer', 'logits_and_cosines',
+         'scaled_attack', 'NOISE_BLUR', 'FROST', 'WEATHER_DIGITAL', 'frost_photographs', 'CORRUPTIONS',
+         'GENERATED', 'OFFICIAL_MD5', 'corrupt', 'corrupted', 'official_corruption', 'with_frost']

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
+from .one_channel import grey_convolutions
 from .intake import suiting
 
 # %% ../../nbs/vision/25_folding.ipynb #d8e63a36
@@ -55,7 +56,7 @@ def fold(
     for conv,norm in pairs:
         out.set_submodule(conv, fuse_conv_bn_eval(out.get_submodule(conv), out.get_submodule(norm)))
         out.set_submodule(norm, nn.Identity().eval())
-    out.folded_pairs = pairs
+    out.folded_pairs = pairs; grey_convolutions(out)
     out.requires_grad_(False).to(memory_format=getattr(out, 'laid', torch.channels_last))
     for m in [*out.modules()][1:]: # a module before its parts
         if hasattr(m, 'laid'): m.to(memory_format=m.laid)
