@@ -30,10 +30,18 @@ from .values import unfilled
 from .scales import rooted
 
 # %% ../../nbs/runs/50_prices.ipynb #87bd6dac
-def _seconds(f, engine:Engine)->float: # wall time of one call, after the device has finished
+def _timed(f, engine:Engine)->tuple[float,float]: # wall-clock and processor seconds of one call
     def done(): torch.cuda.synchronize(engine.device) if engine.device.startswith('cuda') else None
-    done(); start = time.perf_counter(); f(); done()
-    return time.perf_counter()-start
+    done(); start = time.perf_counter(),time.process_time(); f(); done()
+    return time.perf_counter()-start[0], time.process_time()-start[1]
+
+def _seconds(f, engine:Engine)->float:
+    "Wall time of one call; processor time of one thread, if that is less and other work held ours up"
+    n,(wall,used) = torch.get_num_threads(),_timed(f, engine)
+    if engine.device.startswith('cuda') or used > .75*n*wall: return wall
+    torch.set_num_threads(1)
+    try: return min(wall, _timed(f, engine)[1])
+    finally: torch.set_num_threads(n)
 
 # %% ../../nbs/runs/50_prices.ipynb #94ab49ea
 def _measured(model, shape, num_classes, engine): # arguments as for `speed`
