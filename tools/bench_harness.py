@@ -269,8 +269,9 @@ def markdown(report):
     made_at = {(r['source']['commit'][:8] + ' (changed)'*r['source']['dirty']): 0 for r in report['rows']
                if r.get('source', {}).get('commit')}
     if len(made_at) > 1: notes.append(f"Rows were measured at the commits {', '.join(made_at)}.")
-    held = f", held to {report['held_to']}" if report.get('held_to') else ''
-    title = f"Speed on {report['device']}{held}{', a quick run' if report['quick'] else ''}"
+    isa = f"held to {report['held_to']}" if report.get('held_to') else report.get('capability')
+    on = f"{report['device']}, {isa}" if report['kind'] == 'cpu' and isa else report['device']
+    title = f"Speed on {on}{', a quick run' if report['quick'] else ''}"
     lines = [line(r) for r in rows] or [{'what': 'no row of this table was run'}]
     table = show_table(pd.DataFrame(lines), title, notes).data
     table += switches([r for r in report['rows'] if r.get('switch')])
