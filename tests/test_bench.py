@@ -79,14 +79,14 @@ def test_what_is_in_doubt_is_measured_again(tmp_path, monkeypatch):
     line = lambda name, ours: {'name': name, 'says': name, 'target': '', 'agrees': True, 'size': '',
                                'agreement': '', 'seconds': times(ours), 'ratios': like}
     s = bench.Setting('cpu'); old = {'commit': 'old', 'dirty': False}
-    stored = {'device': bench_harness.device_name('cpu'), 'threads': torch.get_num_threads(), 'source': old,
-              'rows': [line('a', steady), line('b', wavering)]}
+    stored = {**bench_harness.named(s), 'source': old, 'rows': [line('a', steady), line('b', wavering)]}
     made = bench.once_more(stored, s, rows, seconds=0, rounds=3, say=lambda s: None)
     a, b, new = made['rows']
     assert (a['source'], a['by'], a['ratios']['wall']['median']) == (old, 'wall', 3.) and a['ratios']['alike']
     assert b['source'] == new['source'] == bench_harness.commit() and 'alike' not in b.get('ratios', {})
-    with pytest.raises(ValueError, match='the report is of Abacus and 9 threads.*measure all rows'):
-        bench.once_more({**stored, 'device': 'Abacus', 'threads': 9}, s, rows)
+    for other,said in (({'device': 'Abacus, 9 threads'}, 'Abacus, 9 threads'), ({'held_to': 'SSE41'}, 'SSE41')):
+        with pytest.raises(ValueError, match=f'the report is of .*{said}.*measure all rows'):
+            bench.once_more({**stored, **other}, s, rows)
 
 def test_a_limit_is_ours_over_theirs():
     for ours, reached in ((1.04, True), (1.06, False)):

@@ -199,12 +199,21 @@ def reread(stored, rows, clocks):
         lines[line['name']] = line
     return lines
 
+def named(setting):
+    "What the machine is, as a report says it"
+    return {'device': device_name(setting.device), 'kind': setting.kind, 'threads': torch.get_num_threads(),
+            'cores': os.cpu_count(), 'capability': torch.backends.cpu.get_cpu_capability(),
+            'held_to': os.environ.get('ONEDNN_MAX_CPU_ISA')}
+
+def machine(report):
+    "In words; on a CPU with the instruction set"
+    isa = f"held to {report['held_to']}" if report.get('held_to') else report.get('capability')
+    return ', '.join([report['device'], *[isa]*bool(report['kind'] == 'cpu' and isa)])
+
 def once_more(stored, setting, rows, **how):
     "A stored report, with the rows that it could not measure or lacks measured now"
-    here = device_name(setting.device), torch.get_num_threads()
-    if here != (stored['device'], stored['threads']):
-        raise ValueError(f"the report is of {stored['device']} and {stored['threads']} threads, but this "
-                         f"machine is {here[0]} with {here[1]}: measure all rows")
+    if (was := machine(stored)) != (here := machine(named(setting))):
+        raise ValueError(f"the report is of {was}, but this machine is {here}: measure all rows")
     kept = reread(stored, rows, setting.clock().counts)
     new = run([r for r in rows if not kept.get(r.name, {}).get('by')], setting, **how)
     found = kept | {line['name']: line for line in new}
@@ -269,9 +278,7 @@ def markdown(report):
     made_at = {(r['source']['commit'][:8] + ' (changed)'*r['source']['dirty']): 0 for r in report['rows']
                if r.get('source', {}).get('commit')}
     if len(made_at) > 1: notes.append(f"Rows were measured at the commits {', '.join(made_at)}.")
-    isa = f"held to {report['held_to']}" if report.get('held_to') else report.get('capability')
-    on = f"{report['device']}, {isa}" if report['kind'] == 'cpu' and isa else report['device']
-    title = f"Speed on {on}{', a quick run' if report['quick'] else ''}"
+    title = f"Speed on {machine(report)}{', a quick run' if report['quick'] else ''}"
     lines = [line(r) for r in rows] or [{'what': 'no row of this table was run'}]
     table = show_table(pd.DataFrame(lines), title, notes).data
     table += switches([r for r in report['rows'] if r.get('switch')])
@@ -280,10 +287,7 @@ def markdown(report):
 
 def report(rows, setting, *, limits, load, quick):
     "All results of a run, and what made them"
-    return {'device': device_name(setting.device), 'kind': setting.kind, 'threads': torch.get_num_threads(),
-            'cores': os.cpu_count(), 'load': load, 'quick': quick,
-            'capability': torch.backends.cpu.get_cpu_capability(),
-            'held_to': os.environ.get('ONEDNN_MAX_CPU_ISA'),
+    return {**named(setting), 'load': load, 'quick': quick,
             'tf32': setting.cuda and torch.backends.cuda.matmul.allow_tf32, 'source': commit(), 'versions':
             versions(('torch', 'torchvision', 'foolbox', 'torchattacks', 'pyautoattack', 'adv_lib',
                       'refine_nb')),
