@@ -84,9 +84,9 @@ def test_what_is_in_doubt_is_measured_again(tmp_path, monkeypatch):
     a, b, new = made['rows']
     assert (a['source'], a['by'], a['ratios']['wall']['median']) == (old, 'wall', 3.) and a['ratios']['alike']
     assert b['source'] == new['source'] == bench_harness.commit() and 'alike' not in b.get('ratios', {})
-    for other,said in (({'device': 'Abacus, 9 threads'}, 'Abacus, 9 threads'), ({'held_to': 'SSE41'}, 'SSE41')):
-        with pytest.raises(ValueError, match=f'the report is of .*{said}.*measure all rows'):
-            bench.once_more({**stored, **other}, s, rows)
+    for k,other in (('device', 'Abacus, 9 threads'), ('held_to', 'SSE41')):
+        with pytest.raises(ValueError, match=f'the report is of .*{other}.*measure all rows'):
+            bench.once_more({**stored, k: other}, s, rows)
 
 def test_a_limit_is_ours_over_theirs():
     for ours, reached in ((1.04, True), (1.06, False)):
