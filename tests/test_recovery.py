@@ -12,9 +12,9 @@ import torch
 
 from refine_nb.base import Cell, Worst, ancestors, call, key
 from refine_nb.attacks import salt_and_pepper
-from refine_nb.training import Diverged, Engine
+from refine_nb.training import Diverged, Engine, Snapshots
 from refine_nb.refinement import Correction, adapt
-from refine_nb.runs import Store, here
+from refine_nb.runs import Store, here, provenance
 from toys import Worker, growing_net, quiet, read, recipe, same, teach, tied_net, work
 
 RUN, SP = recipe(), call(salt_and_pepper, targeted=True, steps=50)
@@ -200,6 +200,37 @@ def started(root, monkeypatch):
     monkeypatch.delenv('TOY_DO')
     snapshot, = (root/'running'/key(RUN)).glob('*.pt')
     return snapshot
+
+def tree(monkeypatch, commit, dirty):
+    monkeypatch.setattr('refine_nb.runs.store.loaded_commit', lambda: {'commit': commit*40, 'dirty': dirty})
+
+def test_a_resumed_result_names_the_tree_that_began_it(peace, root, monkeypatch):
+    tree(monkeypatch, 'a', True); started(root, monkeypatch)
+    tree(monkeypatch, 'b', False); entry = quiet(root).get(RUN)
+    assert (entry.made['commit'], entry.made['dirty']) == ('b'*40, False) and same(peace, root, RUN)
+    assert [(h['commit'], h['dirty']) for h in entry.made['resumed_from']] == [('a'*40, True)]
+    said = provenance([entry])
+    assert said['dirty'] and said['commits'] == ['a'*40, 'b'*40] and said['n_no_commit'] == 0
+
+def test_a_result_resumed_by_the_same_code_does_not(root, monkeypatch):
+    tree(monkeypatch, 'a', False); started(root, monkeypatch)
+    assert 'resumed_from' not in quiet(root).get(RUN).made
+
+def test_a_snapshot_that_names_nobody_is_said_to(root, monkeypatch):
+    "Of an older version"
+    tree(monkeypatch, 'a', False); snapshot = started(root, monkeypatch)
+    state = torch.load(snapshot, weights_only=True); state.pop('hands'); snapshot.unlink()
+    assert Snapshots(snapshot.parent, every=0., owner=key(RUN)).save(state)
+    entry = quiet(root).get(RUN)
+    assert entry.made['resumed_from'] == [{}] and provenance([entry])['n_no_commit'] == 1
+
+def test_a_result_begun_anew_does_not_name_a_lost_snapshot(root, monkeypatch):
+    "in the same process"
+    tree(monkeypatch, 'a', True); snapshot = started(root, monkeypatch); store = quiet(root)
+    monkeypatch.setenv('TOY_DO', 'stop:2:1')
+    with pytest.raises(KeyboardInterrupt): store.get(RUN)
+    monkeypatch.delenv('TOY_DO'); tree(monkeypatch, 'b', False); shutil.rmtree(snapshot.parent)
+    assert 'resumed_from' not in store.get(RUN).made
 
 @pytest.mark.parametrize('harm', [flip, cut, empty])
 def test_a_damaged_snapshot(peace, root, tmp_path, monkeypatch, harm):

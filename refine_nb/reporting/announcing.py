@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 from ..base import Cell, Recipe, ancestors, choose, device_name
 from ..training import Engine
-from ..runs import PRESETS, Preset, Store, at_preset, duration, price, rooted
+from ..runs import PRESETS, Preset, Store, at_preset, duration, price, rooted, worked_on
 from .listing import ARTEFACTS, NEEDS, enumerated
 
 # %% ../../nbs/reporting/60_announcing.ipynb #0e86a342
@@ -35,8 +35,8 @@ def made_on(
 )->str:          # one sentence
     "How the results behind a table were made, from their records; or would be, if there are none yet"
     entries = [e for s in ancestors(*cells) if (e := store.get(s, make=False))]
-    ways = (dict.fromkeys((e.made['device'].replace(' 1 threads', ' 1 thread'), e.made['precision'])
-                          for e in entries)
+    ways = (dict.fromkeys((m['device'].replace(' 1 threads', ' 1 thread'), m['precision'])
+                          for e in entries for m in worked_on(e.made) if m)
             or {(device_name(store.engine.device), store.engine.precision): None})
     lay = sorted({e.made['layout'] for e in entries if e.made.get('layout')})
     how = '; and on '.join(f'{device}, training in {precision}' for device,precision in ways)

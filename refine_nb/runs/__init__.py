@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['Damaged', 'Entry', 'FORMAT', 'NUMBERS_ONLY', 'home_folder', 'provenance', 'read_entry', 'reading', 'seconds_spent',
-           'timeless', 'write_entry', 'writing', 'Stopped', 'Until', 'terminated', 'make', 'Given', 'Audited',
-           'stored_audit', 'Store', 'passed', 'remove_entry', 'unfilled', 'weights_of', 'Task', 'by_want', 'tasks',
-           'weights_of_ways', 'Brief', 'PRESETS', 'Preset', 'at_preset', 'preset', 'presets', 'rooted', 'scaled',
-           'ROBUST_SHARE', 'SIZES', 'WRONG_SHARE', 'cost', 'duration', 'images', 'price', 'priceable', 'sizes_of',
-           'speed', 'speed_of', 'fits', 'priced', 'whats_left', 'Setting', 'attempt', 'here', 'tried', 'serve',
-           'workers', 'on_cluster', 'ray', 'Unmade', 'BadArchive', 'export_results', 'import_results', 'makespan',
-           'scaling']
+           'timeless', 'worked_on', 'write_entry', 'writing', 'Stopped', 'Until', 'terminated', 'make', 'Given',
+           'Audited', 'stored_audit', 'Store', 'passed', 'remove_entry', 'unfilled', 'weights_of', 'Task', 'by_want',
+           'tasks', 'weights_of_ways', 'Brief', 'PRESETS', 'Preset', 'at_preset', 'preset', 'presets', 'rooted',
+           'scaled', 'ROBUST_SHARE', 'SIZES', 'WRONG_SHARE', 'cost', 'duration', 'images', 'price', 'priceable',
+           'sizes_of', 'speed', 'speed_of', 'fits', 'priced', 'whats_left', 'Setting', 'attempt', 'here', 'tried',
+           'serve', 'workers', 'on_cluster', 'ray', 'Unmade', 'BadArchive', 'export_results', 'import_results',
+           'makespan', 'scaling']
 
 # %% ../../nbs/runs/99_runs.ipynb #ef4c007a
 from .entry import (Damaged, Entry, FORMAT, NUMBERS_ONLY, home_folder, provenance,
-    read_entry, reading, seconds_spent, timeless, write_entry, writing)
+    read_entry, reading, seconds_spent, timeless, worked_on, write_entry, writing)
 from .stopping import Stopped, Until, terminated
 from .makers import make
 from .given import Given
@@ -35,11 +35,11 @@ from .simulated import makespan, scaling
 
 # %% ../../nbs/runs/99_runs.ipynb #ba161b5b
 _all_ = ['Damaged', 'Entry', 'FORMAT', 'NUMBERS_ONLY', 'home_folder', 'provenance', 'read_entry',
-         'reading', 'seconds_spent', 'timeless', 'write_entry', 'writing', 'Stopped', 'Until',
-         'terminated', 'make', 'Given', 'Audited', 'stored_audit', 'Store', 'passed', 'remove_entry',
-         'unfilled', 'weights_of', 'Task', 'by_want', 'tasks', 'weights_of_ways', 'Brief', 'PRESETS',
-         'Preset', 'at_preset', 'preset', 'presets', 'rooted', 'scaled', 'ROBUST_SHARE', 'SIZES',
-         'WRONG_SHARE', 'cost', 'duration', 'images', 'price', 'priceable', 'sizes_of', 'speed',
-         'speed_of', 'fits', 'priced', 'whats_left', 'Setting', 'attempt', 'here', 'tried', 'serve',
-         'workers', 'on_cluster', 'ray', 'Unmade', 'BadArchive', 'export_results', 'import_results',
-         'makespan', 'scaling']
+         'reading', 'seconds_spent', 'timeless', 'worked_on', 'write_entry', 'writing', 'Stopped',
+         'Until', 'terminated', 'make', 'Given', 'Audited', 'stored_audit', 'Store', 'passed',
+         'remove_entry', 'unfilled', 'weights_of', 'Task', 'by_want', 'tasks', 'weights_of_ways',
+         'Brief', 'PRESETS', 'Preset', 'at_preset', 'preset', 'presets', 'rooted', 'scaled',
+         'ROBUST_SHARE', 'SIZES', 'WRONG_SHARE', 'cost', 'duration', 'images', 'price', 'priceable',
+         'sizes_of', 'speed', 'speed_of', 'fits', 'priced', 'whats_left', 'Setting', 'attempt', 'here',
+         'tried', 'serve', 'workers', 'on_cluster', 'ray', 'Unmade', 'BadArchive', 'export_results',
+         'import_results', 'makespan', 'scaling']

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMBERS_ONLY', 'FORMAT', 'writing', 'reading', 'Damaged', 'Entry', 'timeless', 'write_entry', 'read_entry',
-           'provenance', 'seconds_spent', 'home_folder']
+           'worked_on', 'provenance', 'seconds_spent', 'home_folder']
 
 # %% ../../nbs/runs/00_entry.ipynb #e4633b38
 import contextlib, errno, hashlib, json, os
@@ -156,6 +156,13 @@ def _record(raw:bytes, name:str)->dict: # without its checksum
     if record['key'] != name: raise Damaged(f"record.json belongs to {record['key']}")
     return record
 
+# %% ../../nbs/runs/00_entry.ipynb #caa187c6
+def worked_on(
+    made:dict, # of a record
+)->list[dict]: # device, precision, versions, and commit where known: what finished it, then what began it
+    "All that had a hand in a result: several, where it was resumed by other code or on another device"
+    return [made, *made.get('resumed_from', [])]
+
 # %% ../../nbs/runs/00_entry.ipynb #c98181e6
 def provenance(
     entries,     # of all parts of a table, parents included; duplicates count once
@@ -163,11 +170,13 @@ def provenance(
                  # and layouts if any were tried
     "What made a set of stored results, according to their records: a summary that reports the worst part"
     made = list({e.record['key']: e.made for e in entries}.values())
-    by = Counter(m['commit'] for m in made if m.get('commit'))
-    n_dirty = sum(bool(m.get('dirty')) for m in made)
+    each = [worked_on(m) for m in made]
+    by = Counter(c for ms in each for c in {m['commit'] for m in ms if m.get('commit')})
+    n_dirty = sum(any(m.get('dirty') for m in ms) for ms in each)
     return {'n': len(made), 'dirty': n_dirty > 0, 'n_dirty': n_dirty, 'commits': sorted(by),
-            'made_by_commit': {c: by[c] for c in sorted(by)}, 'n_no_commit': len(made)-by.total(),
-            **{f'{what}s': sorted({m[what] for m in made if what in m})
+            'made_by_commit': {c: by[c] for c in sorted(by)},
+            'n_no_commit': sum(not all(m.get('commit') for m in ms) for ms in each),
+            **{f'{what}s': sorted({m[what] for m in sum(each, []) if what in m})
                for what in ('device', 'precision', *['layout']*any('layout' in m for m in made))}}
 
 # %% ../../nbs/runs/00_entry.ipynb #ca8133da

@@ -41,18 +41,22 @@ class _Shown(Snapshots):
     def __init__(self, store, spec, see=lambda state: None, last=None): # after epoch `last` all is done
         super().__init__(store.root/'running'/key(spec), store.every, owner=key(spec))
         self.root, self.see, self.end, self.until = store.root, see, last, store.until
-        self.since = time.monotonic()
+        self.since, self.began, self.hands = time.monotonic(), store._began, [store._hand()]
     def save(self, state):
         self.see(state)
         took, self.since = time.monotonic()-self.since, time.monotonic()
         # another epoch or batch would not fit
         stop = self.until is not None and self.until.left < took and state['epoch'] != self.end
         if stop: self.every = 0.
-        with writing(self.root): written = super().save(state)
+        with writing(self.root): written = super().save({**state, 'hands': self.hands})
         if stop: raise Stopped(f"the snapshot of {'epoch' if self.end else 'batch'} {state['epoch']} is kept")
         return written
     def load(self, device='cpu'):
-        with reading(self.folder): return super().load(device)
+        with reading(self.folder): state = super().load(device)
+        if state is None: self.began.pop(self.owner, None); return None
+        self.began[self.owner] = before = state.pop('hands', [{}]) # {}: of a version that did not say
+        self.hands = [*before, *(h for h in self.hands if h not in before)]
+        return state
 
 # %% ../../nbs/runs/10_makers.ipynb #3a425408
 def _judges(recipe, data, method, store,

@@ -33,6 +33,7 @@ class Store:
         self.root, self.engine, self.quiet, self.every = home_folder(root), engine or _engine(), quiet, every
         self.until, self._data, self._locks = None, {}, {} # `until`: when what is being made is to stop
         self._tried, self._laid = {}, {} # layouts found by trial: of networks, and of what is being made
+        self._began = {} # key of what is being made -> what worked on the snapshot that it was resumed from
         _tidy(self.root); loaded_commit() # before anything is made: files may change during a long run
     def folder(self, spec:Spec):
         name = type(instance('spec', spec, Spec, 'a cell, a recipe or another spec')).__name__.lower()
@@ -142,13 +143,18 @@ def plan(self:Store, specs)->list[Spec]:
 
 # %% ../../nbs/runs/20_store.ipynb #3b144d8a
 @patch
+def _hand(self:Store)->dict: # what works on a result here
+    return {'versions': versions(), 'device': device_name(self.engine.device),
+            'precision': self.engine.precision, **(loaded_commit() or {})}
+
+@patch
 def keep(self:Store, spec:Spec, result:dict, tensors:dict, seconds:float,
          within:str|None=None, # key of the longer training that passed through it
 )->Entry:
     "Store a result, with what made it and how many seconds that took"
-    made = {'seconds': round(seconds, 3), 'versions': versions(), 'device': device_name(self.engine.device),
-            'precision': self.engine.precision, **(loaded_commit() or {}),
-            **({'within': within} if within else {})}
+    made = {'seconds': round(seconds, 3), **self._hand(), **({'within': within} if within else {})}
+    if began := [h for h in self._began.get(within or key(spec), []) if h!=self._hand()]:
+        made['resumed_from'] = began
     if spec in self._laid: made['layout'] = _name(self._laid.pop(spec))
     record = json.loads(json.dumps({'key': key(spec), 'kind': type(spec).__name__, 'spec': canonical(spec),
                                     'result': result, 'made': made}))
@@ -178,6 +184,7 @@ def _made(store:Store, spec:Spec, **also)->Entry: # we hold the right to make it
     if not entry:
         result, tensors = make(spec, store, **also)
         entry = store.keep(spec, result, tensors, max(time.monotonic()-start, _worked(result)))
+    store._began.pop(key(spec), None)
     # those of a killed process, too
     shutil.rmtree(store.root/'running'/key(spec), ignore_errors=True)
     return entry
