@@ -84,7 +84,9 @@ def test_what_is_in_doubt_is_measured_again(tmp_path, monkeypatch):
     a, b, new = made['rows']
     assert (a['source'], a['by'], a['ratios']['wall']['median']) == (old, 'wall', 3.) and a['ratios']['alike']
     assert b['source'] == new['source'] == bench_harness.commit() and 'alike' not in b.get('ratios', {})
-    for k,other in (('device', 'Abacus, 9 threads'), ('held_to', 'SSE41')):
+    with pytest.raises(ValueError, match='the report is of Abacus and 9 threads.*measure all rows'):
+        bench.once_more({**stored, 'device': 'Abacus', 'threads': 9}, s, rows)
+    for k,other in (('threads', 9), ('held_to', 'SSE41'), ('capability', 'SSE41')):
         with pytest.raises(ValueError, match=f'the report is of .*{other}.*measure all rows'):
             bench.once_more({**stored, k: other}, s, rows)
 

@@ -212,8 +212,10 @@ def machine(report):
 
 def once_more(stored, setting, rows, **how):
     "A stored report, with the rows that it could not measure or lacks measured now"
-    if (was := machine(stored)) != (here := machine(named(setting))):
-        raise ValueError(f"the report is of {was}, but this machine is {here}: measure all rows")
+    here = named(setting)
+    if any(stored.get(k) != here[k] for k in ('device', 'threads', 'capability', 'held_to')):
+        was, now = (f"{m['device']} and {m['threads']} threads ({machine(m)})" for m in (stored, here))
+        raise ValueError(f"the report is of {was}, but this machine is {now}: measure all rows")
     kept = reread(stored, rows, setting.clock().counts)
     new = run([r for r in rows if not kept.get(r.name, {}).get('by')], setting, **how)
     found = kept | {line['name']: line for line in new}
