@@ -211,11 +211,22 @@ def trades_step(net, x, y, optimiser, beta=6.):
     loss.backward(); optimiser.step()
     return loss.detach()
 
-def training_contest(s, ours, theirs, same=None, head=lambda net: net):
+def on_colours(s, dtype=None):
+    "A ResNet-18 and colour images; a few small ones where a dtype is named, for a comparison in it"
+    if dtype is None: return s.net(), *s.images(s.batch)
+    return s.net(dtype), *s.images(4, 16, dtype)
+
+def on_digits(s, dtype=torch.float32):
+    "The small net of about half robust accuracy, and digits"
+    net, x, y = digits(s, .15)
+    return net.to(s.device, dtype), x.to(s.device, dtype), y.to(s.device)
+
+def training_contest(s, ours, theirs, same=None, head=lambda net: net, on=on_colours):
     """A step of SGD on equal nets, with another head where `head` gives one.
-    `same`: a step of ours that does exactly what theirs does, timed as well, if `ours` does not"""
-    def side(step, place, n=s.batch, size=32, dtype=torch.float32):
-        net, (x, y) = place(head(s.net(dtype))), s.images(n, size, dtype)
+    `same`: a step of ours that does exactly what theirs does, timed as well, if `ours` does not.
+    `on`: (setting, dtype, by default float32 at full size) -> net, images, labels"""
+    def side(step, place, *dtype):
+        net, x, y = on(s, *dtype); net = place(head(net))
         if place is ours_place: x = last(x)
         optimiser = torch.optim.SGD(net.parameters(), lr=.01, momentum=.9, weight_decay=5e-4)
         return lambda: seeded(step, net, x, y, optimiser)
@@ -224,11 +235,12 @@ def training_contest(s, ours, theirs, same=None, head=lambda net: net):
     sides = {'ours': side(ours, ours_place), 'theirs': side(theirs, theirs_place)} | (
         {'ours as theirs': side(same, ours_place)} if same else {})
     def agree(found):
-        a, b = (side(step, place, 4, 16, torch.float64)().item()
+        a, b = (side(step, place, torch.float64)().item()
                 for step,place in ((same or ours, ours_place), (theirs, theirs_place)))
         return (abs(a-b) < 1e-9*abs(b), f"float64: losses {a:.10g} and {b:.10g}; float32: "
                 f"{found['ours as theirs' if same else 'ours'].item():.5g} and {found['theirs'].item():.5g}")
-    return Contest(sides, agree, f'{s.batch} images', alike=('ours as theirs', 'theirs') if same else None)
+    size = f'{s.digits} digits' if on is on_digits else f'{s.batch} images'
+    return Contest(sides, agree, size, alike=('ours as theirs', 'theirs') if same else None)
 
 @row('a training step with PGD-10, against a loop that attacks in training mode with backward()', at_least=2.)
 def at_train_mode(s):
@@ -241,11 +253,16 @@ def at_eval_mode(s): return training_contest(s, our_step(pgd, ce), eval_mode_ste
 @row('a TRADES step, against a loop that recomputes the clean logits at every inner step', at_least=1.6)
 def trades_recomputing(s): return training_contest(s, our_step(kl_pgd, trades), trades_step)
 
-@row('a SPAT step, against the released loop', at_least=1.8)
-def spat_released(s):
+def spat_contest(s, on):
     ours, published = needs('refine_nb.training'), needs('bench_loops')
     return training_contest(s, our_step(ours.spat_pgd, call(ours.spat)), published.spat_step,
-                            head=cosine_head)
+                            head=cosine_head, on=on)
+
+@row('a SPAT step, against the released loop', at_least=1.8)
+def spat_released(s): return spat_contest(s, on_colours)
+
+@row('a SPAT step on the net of about 50 % robust accuracy, against the released loop', at_least=1.8)
+def spat_digits(s): return spat_contest(s, on_digits)
 
 @row('a MART step, against the released loop', at_least=1.)
 def mart_released(s):
