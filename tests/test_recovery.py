@@ -12,7 +12,7 @@ import torch
 
 from refine_nb.base import Cell, Worst, ancestors, call, key
 from refine_nb.attacks import salt_and_pepper
-from refine_nb.training import Diverged, Engine, Snapshots
+from refine_nb.training import Diverged, Engine, Snapshots, fine_tune
 from refine_nb.refinement import Correction, adapt
 from refine_nb.runs import Store, here, provenance
 from toys import Worker, growing_net, quiet, read, recipe, same, teach, tied_net, work
@@ -231,6 +231,22 @@ def test_a_result_begun_anew_does_not_name_a_lost_snapshot(root, monkeypatch):
     with pytest.raises(KeyboardInterrupt): store.get(RUN)
     monkeypatch.delenv('TOY_DO'); tree(monkeypatch, 'b', False); shutil.rmtree(snapshot.parent)
     assert 'resumed_from' not in store.get(RUN).made
+
+def test_a_result_on_the_way_of_a_resumed_one_names_the_tree_that_began_it(root, monkeypatch):
+    "A training of three epochs, kept by one of four that another tree began"
+    short, longer = (recipe(method=call(fine_tune), epochs=n) for n in (3, 4))
+    def make(): return quiet(root).run([short, longer])
+    def interrupted(self, state): saved(self, state); raise KeyboardInterrupt
+    saved = Snapshots.save; tree(monkeypatch, 'a', True)
+    with monkeypatch.context() as m:
+        m.setattr(Snapshots, 'save', interrupted)
+        with pytest.raises(KeyboardInterrupt): make()
+    assert not entries(root) and [p.name for p in (root/'running').iterdir()] == [key(longer)]
+    tree(monkeypatch, 'b', False); assert not make()
+    made = {r: quiet(root).get(r, make=False).made for r in (short, longer)}
+    assert made[short]['within'] == key(longer) and 'within' not in made[longer]
+    assert all((m['commit'], [h['commit'] for h in m['resumed_from']]) == ('b'*40, ['a'*40])
+               for m in made.values())
 
 @pytest.mark.parametrize('harm', [flip, cut, empty])
 def test_a_damaged_snapshot(peace, root, tmp_path, monkeypatch, harm):
