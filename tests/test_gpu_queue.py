@@ -133,7 +133,7 @@ def test_a_wrong_queue_is_refused_before_anything_starts(toy, tmp_path, capsys, 
 def test_the_queue_of_the_project_names_what_there_is():
     "Each entry's page has its rows at a preset of its own"
     queue = gpu.queue_of(ROOT/'tools'/'gpu_queue.json')
-    assert [e['artefact'] for e in queue] == ['tab3_4_spat', 'tab1_adcorda', 'tab1_mixture', 'tab2_dra']
+    assert [e['artefact'] for e in queue] == ['tab3_4_spat', 'tab1_adcorda', 'tab1_mixture', 'tab3_dra']
     assert all('demo' not in e['presets'] and e['why'] for e in queue)
     for e in queue:
         values = {'preset': 'gpu', 'dataset': e['datasets'][0]}

@@ -18,7 +18,8 @@ from ..papers.dra_tables import family
 def tidy(
     cells:dict[str,Cell], # 'vanilla' and 'ours', at the scale that was run
     store,                # where they were made
-# one row per epoch: method, epoch (through both phases), loss, eps (grey levels), clean, attacked; key
+# one row per epoch: method, epoch (through both phases), loss, eps (grey levels), images shown, key;
+# unmoved: share of the attacked images that had no gradient
 )->pd.DataFrame:
     "Both phases, epoch by epoch: losses, budget, images shown"
     rows, before = [], 0
@@ -29,20 +30,28 @@ def tidy(
             rows.append({'method': name, 'phase': phase, 'epoch': before+h['epoch'],
                          'loss': h['loss'], 'eps': eps,
                          'clean': n, 'attacked': n if eps else 0, 'valid': 100*h['valid_accuracy'],
+                         'unmoved': h.get('unmoved', 0.),
                          'key': key(cells[name])})
         before = len(rows)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/fig2_dra.ipynb #7854f62e
+def _unmoved(t): # how many of the attacked images had no gradient, so stayed as they were
+    return f'{(t.unmoved*t.attacked).sum():,.0f}' if t.attacked.any() else ''
+def _fall(t): # the loss; epochs without an attack have another one
+    both = t[t.attacked>0] if t.attacked.any() else t
+    then = f', then {t.loss.iloc[-1]:.3f}'*(len(both) < len(t))
+    return f'{both.loss.iloc[0]:.3f} to {both.loss.iloc[-1]:.3f}{then}'
+
 def view(
     ours:pd.DataFrame, # tidy
 )->pd.DataFrame:
     "The two phases in numbers"
     def row(phase, t):
         return {'phase': phase, 'epochs': len(t), 'clean images shown': t.clean.sum(),
-                'DRA images shown': t.attacked.sum(), 'budget (grey levels, mean)':
+                'DRA images shown': t.attacked.sum(), 'unmoved': _unmoved(t), 'budget (grey levels, mean)':
                 f'{t.eps.max():.2f} to {t.eps[t.eps>0].min():.2f}' if t.eps.max() else 'no attack',
-                'loss, first to last epoch': f'{t.loss.iloc[0]:.3f} to {t.loss.iloc[-1]:.3f}',
+                'loss, first to last epoch': _fall(t),
                 'validation accuracy (%)': f'{t.valid.iloc[-1]:.1f}'}
     return pd.DataFrame([row(*g) for g in ours.groupby('phase', sort=False)])
 

@@ -7,7 +7,7 @@ __all__ = ['networks', 'grid']
 
 # %% ../../nbs/tab3_dra.ipynb #746ab699
 from ..base import Cell, Recipe, Robustness
-from ..papers.dra import LAMBDAS, ours, trades_trained, vanilla
+from ..papers.dra import LAMBDAS, control, ours, trades_trained, vanilla
 from ..papers.dra_tables import SHARE_OF, across
 
 # %% ../../nbs/tab3_dra.ipynb #dedd5b63
@@ -16,11 +16,11 @@ def networks(
     *,
     p:str='1/3',       # of DRA, one of `SHARE_OF`
     total:str='mean',  # of the halves of the loss, as for `ours`
-)->dict[str,Recipe]:   # row, as printed -> recipe
-    "The four networks of Table III"
+)->dict[str,Recipe]:   # row -> recipe
+    "The four networks of Table III, and a control that we add"
     base = vanilla(model, dataset, seed)
     return {'vanilla': base, **{f'TRADES {w:g}': trades_trained(base, w) for w in LAMBDAS['cifar10']},
-            'ours': ours(base, p=SHARE_OF[p], total=total)}
+            'control': control(base), 'ours': ours(base, p=SHARE_OF[p], total=total)}
 
 # %% ../../nbs/tab3_dra.ipynb #c38c77d2
 def grid(
@@ -28,5 +28,5 @@ def grid(
     n_autoattack:int|None=1000, # as for `across`
     **choices,                  # as for `networks`
 )->dict[str,dict[str,Cell|Robustness]]: # row -> column -> its cell, at published scale
-    "The cells of Table III, and the two columns that we add"
+    "The cells of Table III, and the row and the two columns that we add"
     return {row: across(r, n_autoattack) for row,r in networks(model, dataset, seed, **choices).items()}

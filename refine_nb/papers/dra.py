@@ -64,7 +64,7 @@ def ours(
     to:float=.25,       # share of the budget at the end of the fade; 1.: constant
     until:float=50/60,  # share of the run at which the fade ends
     total:str='mean',   # of the two halves of the loss: 'mean', 'sum' or 'alternating' (open-D18)
-    attack:Call|None=None, # in place of DRA, such as call(pgd, eps=2.55/255)
+    attack:Call|None=None, # in place of DRA, without eps and p above; such as call(pgd, eps=2.55/255)
 )->Recipe:
     "The second phase: clean and DRA images, one to one (sections IV and V-A)"
     number('eps', eps, 0, 255); number('p', p, 0, 1); fading(0., to=to, until=until); _start(base)
@@ -124,7 +124,7 @@ def trades_trained(
     weight:float=6.,       # 1/lambda, >= 0: 1 and 6 in Table I, 0.05 and 0.01 in Table III
     attack:Call=call(kl_pgd, eps=8/255, step_size=2/255, steps=10), # or one of `EQUAL`
 )->Recipe:
-    "TRADES (eq. 6; Tables I to III and V, whose 1/lambda is not given)"
+    "TRADES (eq. 6; Tables I to III, and Table V, for which no 1/lambda is given)"
     loss = call(trades, beta=number('1/lambda', weight, 0))
     method = call(adversarial_training, attack=attack, objective=loss, augment=base.method['augment'])
     return replace(base, method=method)

@@ -184,7 +184,7 @@ TAB6 = (
     Claim('D13',
           'a higher threshold value p does contribute to better model robustness (read: '
           'from each p to the next, at every '
-          'eps)', 'DRA section V (line 280)', lambda t: [v >= 0 for vs in _each_step(t).values()
+          'eps)', 'DRA section V (line 280)', lambda t: [v > 0 for vs in _each_step(t).values()
           for v in vs], lambda t: '; '.join(f'to {p}: {_said(vs)}' for p,vs in _each_step(t).items())),
     Claim('D13, marginal',
           'the improvement becomes marginal as p > 1/3 (read: from 1/3 to 1 less than a fifth of '

@@ -34,8 +34,8 @@ def arcs(
 # %% ../../nbs/papers/97_dra_figures.ipynb #6760c31f
 def two_classifiers(
     x:Tensor, y:Tensor,  # from `arcs`
-    eps:float,           # of the boxes
-    seed:int=0, steps:int=(150, 300), # of each phase
+    eps:float,           # half the side of the boxes, in the plane's [0,1]
+    seed:int=0, steps:tuple[int,int]=(150, 300), # of each phase
 )->tuple[nn.Module,nn.Module]:
     "Classifier 1, trained on points; classifier 2, trained from there on points and attacked points"
     def fit(net, n, attack):
@@ -132,9 +132,9 @@ FIG3 = (
           lambda t: cell(t, 'l1', attack='DRA') < cell(t, 'l1', attack='PGD'),
           lambda t: ', '.join(f"{a} {cell(t, 'l1', attack=a):.2f}" for a in ATTACKS)+' grey levels'),
     Claim('D18, stronger',
-          'DRA is a stronger adversary than PGD for the same eps (read: DRA at 1 leaves no more than PGD '
+          'DRA is a stronger adversary than PGD for the same eps (read: DRA at 1 leaves less than PGD '
           'at 1)', 'DRA section V (line 254)',
-          lambda t: cell(t, attack='DRA') <= cell(t, attack='PGD at 1'),
+          lambda t: cell(t, attack='DRA') < cell(t, attack='PGD at 1'),
           lambda t: f"DRA {cell(t, attack='DRA'):.1f} %, PGD {cell(t, attack='PGD at 1'):.1f} %"),
     Claim('fig. 3a',
           'DRA noises align well with the salient map (read: more than twice the share of chance lies in the '

