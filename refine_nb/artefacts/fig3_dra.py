@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..reporting import figure_style, figure_title
 from ..papers.dra_figures import ATTACKS, saliency
 
+# %% ../../nbs/fig3_dra.ipynb #f6b6286a
 NAMES = {'PGD': 'PGD, 2.55/255', 'DRA': 'DRA, 1/255', 'PGD at 1': 'PGD, 1/255'} # attack -> with its budget
 
 # %% ../../nbs/fig3_dra.ipynb #83aa7d14
