@@ -46,7 +46,7 @@ def test_ratios_by_hand():
     assert r['seconds']['theirs'][0] == pytest.approx([5., 10.]) and r['share'] == pytest.approx(36.7/21.7)
 
 def test_a_row_in_doubt_is_not_measured():
-    "The ratio of 2 that another load once made .34 of"
+    "A true ratio of 2 that was once measured as .34 under load"
     wavering = [1., *[1., 1., 2., 2., 2., 2.]*3]
     toy = Toy(); r = make(Row('toy', 'a toy', None, at_least=2.), toy.contest(wavering, [4.]), toy)
     assert r['status'] == 'not measured: ratios from 2.00 to 4.00' and r['reached'] is False
@@ -79,7 +79,9 @@ def test_what_is_in_doubt_is_measured_again(tmp_path, monkeypatch):
     line = lambda name, ours: {'name': name, 'says': name, 'target': '', 'agrees': True, 'size': '',
                                'agreement': '', 'seconds': times(ours), 'ratios': like}
     s = bench.Setting('cpu'); old = {'commit': 'old', 'dirty': False}
-    stored = {**bench_harness.named(s), 'source': old, 'rows': [line('a', steady), line('b', wavering)]}
+    stored = {**bench_harness.named(s), 'source': old, 'quick': False,
+              'versions': bench_harness.versions(('torch',)),
+              'rows': [line('a', steady), line('b', wavering)]}
     made = bench.once_more(stored, s, rows, seconds=0, rounds=3, say=lambda s: None)
     a, b, new = made['rows']
     assert (a['source'], a['by'], a['ratios']['wall']['median']) == (old, 'wall', 3.) and a['ratios']['alike']
@@ -89,6 +91,13 @@ def test_what_is_in_doubt_is_measured_again(tmp_path, monkeypatch):
     for k,other in (('threads', 9), ('held_to', 'SSE41'), ('capability', 'SSE41')):
         with pytest.raises(ValueError, match=f'the report is of .*{other}.*measure all rows'):
             bench.once_more({**stored, k: other}, s, rows)
+    for changes,says in ((dict(quick=True), 'a quick run, or'),
+                         (dict(versions={'torch': '1.0'}), 'torch 1.0, here')):
+        with pytest.raises(ValueError, match=f'the report is of {says}.*measure all rows'):
+            bench.once_more({**stored, **changes}, s, rows)
+    one = bench.once_more(stored, s, rows[2:], seconds=0, rounds=3, say=lambda s: None)
+    assert [r['name'] for r in one['rows']] == ['a', 'b', 'new'], 'rows that were not asked for stay'
+    assert stored['versions'].items() <= one['versions'].items() and 'adv_lib' not in stored['versions']
 
 def test_a_limit_is_ours_over_theirs():
     for ours, reached in ((1.04, True), (1.06, False)):

@@ -199,6 +199,8 @@ def reread(stored, rows, clocks):
         lines[line['name']] = line
     return lines
 
+VERSIONS = ('torch', 'torchvision', 'foolbox', 'torchattacks', 'pyautoattack', 'adv_lib', 'refine_nb')
+
 def named(setting):
     "What the machine is, as a report says it"
     return {'device': device_name(setting.device), 'kind': setting.kind, 'threads': torch.get_num_threads(),
@@ -212,14 +214,21 @@ def machine(report):
 
 def once_more(stored, setting, rows, **how):
     "A stored report, with the rows that it could not measure or lacks measured now"
-    here = named(setting)
+    here, with_ = named(setting), versions(VERSIONS)
     if any(stored.get(k) != here[k] for k in ('device', 'threads', 'capability', 'held_to')):
         was, now = (f"{m['device']} and {m['threads']} threads ({machine(m)})" for m in (stored, here))
         raise ValueError(f"the report is of {was}, but this machine is {now}: measure all rows")
+    other = [k for k,v in stored['versions'].items() if v and with_.get(k) and v != with_[k]]
+    if other or stored['quick'] != setting.quick:
+        raise ValueError('the report is of ' + (f"{other[0]} {stored['versions'][other[0]]}, here is "
+                         f"{with_[other[0]]}" if other else 'a quick run, or this one is')
+                         + ': measure all rows')
     kept = reread(stored, rows, setting.clock().counts)
     new = run([r for r in rows if not kept.get(r.name, {}).get('by')], setting, **how)
-    found = kept | {line['name']: line for line in new}
-    return {**stored, 'rows': [found[r.name] for r in rows], 'source': commit()}
+    found, place = kept | {line['name']: line for line in new}, {r.name: i for i,r in enumerate(ROWS)}
+    return {**stored, 'rows': sorted(found.values(), key=lambda line: place.get(line['name'], len(place))),
+            'source': commit(),
+            'versions': stored['versions'] | {k: v for k,v in with_.items() if v}}
 
 
 # ---- the report --------------------------------------------------------------------------------------------
@@ -290,9 +299,8 @@ def markdown(report):
 def report(rows, setting, *, limits, load, quick):
     "All results of a run, and what made them"
     return {**named(setting), 'load': load, 'quick': quick,
-            'tf32': setting.cuda and torch.backends.cuda.matmul.allow_tf32, 'source': commit(), 'versions':
-            versions(('torch', 'torchvision', 'foolbox', 'torchattacks', 'pyautoattack', 'adv_lib',
-                      'refine_nb')),
+            'tf32': setting.cuda and torch.backends.cuda.matmul.allow_tf32, 'source': commit(),
+            'versions': versions(VERSIONS),
             'limits': limits, 'rows': rows}
 
 def save(made, folder):

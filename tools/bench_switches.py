@@ -22,7 +22,7 @@ from refine_nb.attacks import autoattack, ce, fixed_sizes, pgd
 from refine_nb.evaluation import EVAL_BATCH, predict
 from refine_nb.training import Engine, Method, adversarial, fine_tune, sgd, train_epoch
 from refine_nb.runs import Store, here, timeless, workers
-from bench_harness import (EPS, STEP, STEPS, Absent, Contest, digits, last, near, our_pgd, row,
+from bench_harness import (EPS, STEP, STEPS, Absent, Contest, budget, digits, last, near, our_pgd, row,
                            same_pixels, seeded)
 
 switch = partial(row, switch=True)
@@ -60,8 +60,8 @@ def switch_layout(s):
         return ready
     return attack_contest(s, lying(torch.channels_last), lying(torch.contiguous_format))
 
-@switch('PGD-10 on a folded network for digits, whose first convolution has a way back to the images of '
-        "its own; without: with torch's")
+@switch('PGD-10 on a folded network for digits, with our backward pass for its first convolution; '
+        "without: with torch's")
 def switch_grey(s):
     def back(kind): # both in channels-last
         def ready(net, x, y):
@@ -245,6 +245,21 @@ def switch_pooled(s):
     return Contest({'ours': lambda: attacked(x, y), 'theirs': batch_by_batch}, agree,
                    f'{len(x)} digits, batches of {n}', warm=False)
 
+@switch('APGD-T and FAB-T on a few images, several targets of each in one pass; without: a target a pass')
+def switch_targets(s):
+    net, x, y = digits(s, .15); few = 4 if s.quick else 24
+    eps = budget(net, x, y, .12)
+    hard = dict(eps=eps, components=('apgd-ce',)) | (dict(steps=5) if s.quick else {})
+    at = (autoattack(net, x, y, **hard).breaker < 0).nonzero()[:few, 0] # what reaches them: survivors
+    net, x, y = net.to(s.device), x[at].to(s.device), y[at].to(s.device)
+    how = hard | dict(components=('apgd-t', 'fab-t'))
+    def attacked(rows): return lambda: autoattack(net, x, y, batch_size=rows, **how).breaker
+    def agree(found):
+        differ = (found['ours'] != found['theirs']).sum().item()
+        return differ == 0, f'of {len(x)} verdicts {differ} differ, none may'
+    return Contest({'ours': attacked(s.digits), 'theirs': attacked(len(x))}, agree,
+                   f'{len(x)} digits, eps {eps:.2f}')
+
 @switch(f'clean accuracy in batches of {EVAL_BATCH}; without: in batches of 50')
 def switch_batches(s):
     n = (10 if s.cuda and not s.quick else 1)*EVAL_BATCH
@@ -290,6 +305,6 @@ def run_contest(s):
     return Contest({'ours': lambda: made(workers(2)), 'theirs': lambda: made(here())}, agree,
                    f'{epochs} epochs each', warm=False)
 
-@switch('two small trainings in two processes of a thread each, their start included; without: in turn',
-        counts=('wall',))
+@switch('two small trainings in two single-threaded processes, start-up included; '
+        'without: one after the other', counts=('wall',))
 def switch_processes(s): return run_contest(s)
