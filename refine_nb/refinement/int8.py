@@ -19,7 +19,8 @@ from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 from ..base import choose, instance, number
-from ..vision import CosineHead, Data, Normalise, copied, plain_weights, to_input
+from ..vision import (CosineHead, Data, Normalise, copied, grey_convolutions, plain_weights,
+                              to_input)
 
 # %% ../../nbs/refinement/20_int8.ipynb #29c75bc2
 def affine(
@@ -100,8 +101,7 @@ def _padded(model): # kernels pad by a number of zeros or mirrored pixels: 'same
 def _any_layout(graph): # the output of an integer kernel has its channels last: no `view` can flatten it
     for node in graph.graph.find_nodes(op='call_method', target='view'):
         if not isinstance(node.args[1], torch.dtype): node.target = 'reshape'
-    graph.recompile()
-    return graph
+    graph.recompile(); return graph
 
 def prepared(
     model:nn.Module,          # images in [0,1] -> logits; not changed
@@ -117,7 +117,8 @@ def prepared(
             QConfig(activation=look, weight=get_default_qconfig(backend).weight))
         for kind in _FLOAT: config.set_object_type(kind, None)
         custom = PrepareCustomConfig().set_non_traceable_module_classes([Normalise, CosineHead])
-        whole = _padded(plain_weights(copied(instance('model', model, nn.Module, 'a module')).eval()))
+        own = copied(instance('model', model, nn.Module, 'a module')).eval()
+        whole = _padded(plain_weights(grey_convolutions(own, own=False)))
         try: return _any_layout(prepare_fx(whole, config, (torch.empty(0),), prepare_custom_config=custom))
         except (torch.fx.proxy.TraceError, AssertionError, TypeError) as e:
             raise ValueError(f"{type(model).__name__} cannot be traced for the backend {backend!r}, "

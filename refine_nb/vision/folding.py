@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
-from .one_channel import grey_convolutions
+from .one_channel import GreyConv2d, grey_convolutions
 from .intake import suiting
 
 # %% ../../nbs/vision/25_folding.ipynb #d8e63a36
@@ -25,14 +25,24 @@ class Leaves(fx.Tracer):
         return not list(m.children())
 
 # %% ../../nbs/vision/25_folding.ipynb #7561363c
+_FORWARDS = {nn.Conv2d.forward, nn.Conv2d._conv_forward, GreyConv2d._conv_forward, nn.BatchNorm2d.forward,
+             None}
+
+def _plain(m): # does it compute what its class in torch does, and nothing beside?
+    hooks = (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks)
+    own = {type(m).forward, getattr(type(m), '_conv_forward', None)}
+    return not any(hooks) and not is_parametrized(m) and own<=_FORWARDS
+
 def foldable(
     model:nn.Module, # must be traceable: its path does not depend on its input
 )->Iterator[tuple[str,str]]: # names of a convolution and of its batch norm, in the order in which they run
     "The pairs of convolution and batch norm that can become one convolution for evaluation"
     graph,modules = Leaves().trace(model), dict(model.named_modules())
     calls = [n for n in graph.nodes if n.op=='call_module']
+    # whose weights the model reads itself
+    read = {n.target.rpartition('.')[0] for n in graph.nodes if n.op=='get_attr'}
     once = {n.target for n in calls if sum(c.target==n.target for c in calls)==1
-            and not modules[n.target]._forward_pre_hooks and not is_parametrized(modules[n.target])}
+            and n.target not in read and _plain(modules[n.target])}
     for n in calls:
         before = n.args[0] if n.args else None
         if (isinstance(modules[n.target], nn.BatchNorm2d) and modules[n.target].running_mean is not None

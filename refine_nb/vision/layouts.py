@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..base import choose, number
+from ..base import choose, instance, number
 from .copying import copied
 from .intake import _aside
 
@@ -107,6 +107,11 @@ def _otherwise(model, x, whole, seconds, clock):
 _TRIED = WeakKeyDictionary() # network -> {what images it was tried on: its layouts}
 
 def _tried(model, x, seconds, clock):
+    try:
+        with _aside(model, x): copied(model)(x[:1])
+    except Exception as e:
+        raise ValueError(f"the network does not take images {list(x.shape[1:])}, {x.dtype} "
+                         f"({str(e).partition(chr(10))[0]}): give images like those it is for") from e
     whole = _sooner(model, x, seconds/2, clock)
     return {'': whole, **_otherwise(model, x, whole, seconds/2, clock)}
 
@@ -118,6 +123,7 @@ def layout_for(
     clock:Callable|None=None, # () -> time in seconds; None: processor time, on a GPU wall-clock time
 )->dict[str,torch.memory_format]: # '' -> layout of the whole; name of a stage -> its own, if it differs
     "The memory layouts in which a network is faster on this machine, measured once"
+    instance('model', model, nn.Module, 'a module'); instance('x', x, Tensor, 'a tensor of images')
     if x.ndim!=4 or not len(x): raise ValueError(f"images must be [B,C,H,W], B >= 1, got {list(x.shape)}")
     seconds,known = number('seconds', seconds, above=0),_TRIED.setdefault(model, {})
     kind = x.shape,x.dtype,x.device,torch.get_num_threads()

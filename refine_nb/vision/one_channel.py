@@ -6,59 +6,69 @@
 __all__ = ['GreyConv2d', 'grey_convolutions']
 
 # %% ../../nbs/vision/24_one_channel.ipynb #679b9209
-import math
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 # %% ../../nbs/vision/24_one_channel.ipynb #07f03af6
-def _blocks(w, s): # [O,1,h,w] -> [s*s,O,h+s-1,w+s-1], a kernel for each pixel of a block of s x s
-    turned,(h,b) = w.flip(2,3).transpose(0,1)[0],(k+s-1 for k in w.shape[2:])
-    shifted = F.pad(turned, (s-1,)*4).unfold(1, h, 1).unfold(2, b, 1) # [O,s,s,...], the last shift first
+_SIDE = 4 # of a block of pixels
+
+def _blocks(w): # [O,1,h,w] -> [16,O,h+3,w+3], a kernel for each pixel of a block
+    n = _SIDE-1; turned,(h,b) = w.flip(2,3).transpose(0,1)[0],(k+n for k in w.shape[2:])
+    shifted = F.pad(turned, (n,)*4).unfold(1, h, 1).unfold(2, b, 1) # [O,4,4,...], the last shift first
     return shifted.flip(1,2).permute(1,2,0,3,4).flatten(0,1)
 
-def _to_images(g, w, padding, size): # gradient [B,1,H,W] from that to the outputs [B,O,...]
-    s = math.gcd(4, *size)
+def _to_images(g, w, padding): # gradient [B,1,H,W] from that to the outputs [B,O,...]; 4 divides H and W
     around = [k-1-p for k,p in zip(w.shape[2:], padding)]
-    return F.pixel_shuffle(F.conv2d(g, _blocks(w, s), stride=s, padding=around), s)
+    return F.pixel_shuffle(F.conv2d(g, _blocks(w), stride=_SIDE, padding=around), _SIDE)
 
 # %% ../../nbs/vision/24_one_channel.ipynb #cd9893f5
 class _Grey(torch.autograd.Function):
-    "A convolution of one-channel images; the way back to the images goes by blocks"
+    "A convolution of one-channel images, whose gradient to the images is computed by blocks"
     generate_vmap_rule = True
     @staticmethod
     def forward(x, w, b, padding): return F.conv2d(x, w, b, padding=padding)
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x,w,_,ctx.padding = inputs
-        ctx.save_for_backward(x, w)
+        x,w,_,ctx.padding = inputs; ctx.shape = output.shape
+        ctx.save_for_backward(x, w); ctx.save_for_forward(x, w)
     @staticmethod
     def backward(ctx, g):
         (x,w),(to_x,to_w,to_b,_) = ctx.saved_tensors,ctx.needs_input_grad
-        return (_to_images(g, w, ctx.padding, x.shape[2:]) if to_x else None,
+        return (_to_images(g, w, ctx.padding) if to_x else None,
                 conv2d_weight(x, w.shape, g, padding=ctx.padding) if to_w else None,
                 g.sum((0,2,3)) if to_b else None, None)
+    @staticmethod
+    def jvp(ctx, of_x, of_w, of_b, _): # how the output moves with each of them; None: that one stays
+        x,w = ctx.saved_tensors
+        return sum([*([F.conv2d(of_x, w, padding=ctx.padding)] if of_x is not None else []),
+                    *([F.conv2d(x, of_w, padding=ctx.padding)] if of_w is not None else []),
+                    *([of_b[:,None,None].expand(ctx.shape)] if of_b is not None else [])])
 
 # %% ../../nbs/vision/24_one_channel.ipynb #964ed263
+def _by_blocks(m): # can a convolution's gradient to the images be computed by blocks?
+    return (m.in_channels==1 and m.stride==m.dilation==(1,1) and m.padding_mode=='zeros'
+            and not isinstance(m.padding, str) and all(p<k for p,k in zip(m.padding, m.kernel_size)))
+
+def _pays(x): # is it worth it? A tracer's stand-in for images is no tensor
+    return (isinstance(x, Tensor) and x.requires_grad and x.device.type=='cpu' and x.ndim==4 and x.shape[1]==1
+            and x.dtype in (torch.float32,torch.float64) and not any(n%_SIDE for n in x.shape[2:])
+            and not torch.is_autocast_enabled('cpu'))
+
 class GreyConv2d(nn.Conv2d):
     "A convolution of one-channel images [B,1,H,W] whose gradient to the images is faster on a CPU"
     def _conv_forward(self, x, weight, bias):
-        if x.requires_grad and x.ndim==4 and x.device.type=='cpu' and not torch.is_autocast_enabled('cpu'):
-            return _Grey.apply(x, weight, bias, self.padding)
+        if _pays(x) and _by_blocks(self): return _Grey.apply(x, weight, bias, self.padding)
         return super()._conv_forward(x, weight, bias)
 
 # %% ../../nbs/vision/24_one_channel.ipynb #4394a6aa
-def _is_grey(m): # can its way back go by blocks?
-    return (type(m) is nn.Conv2d and m.in_channels==1 and m.stride==m.dilation==(1,1)
-            and m.padding_mode=='zeros' and not isinstance(m.padding, str)
-            and all(p<k for p,k in zip(m.padding, m.kernel_size)))
-
 def grey_convolutions(
     model:nn.Module, # changed in place: the class of some of its convolutions, nothing else
+    own:bool=True,   # False: let those that are `GreyConv2d` be torch's `Conv2d` again
 )->nn.Module:        # `model`
     "Let the convolutions of a network that take one channel be `GreyConv2d`"
+    old,new = (nn.Conv2d,GreyConv2d) if own else (GreyConv2d,nn.Conv2d)
     for m in model.modules():
-        if _is_grey(m): m.__class__ = GreyConv2d
+        if type(m) is old and (_by_blocks(m) or not own): m.__class__ = new
     return model
