@@ -139,7 +139,7 @@ def plan(self:Sheet)->Markdown:
     "What the numbers below will be, what the store still lacks, and what that costs on this machine"
     todo = self.store.plan(self.cells); cost = price(todo, self.engine)
     table = show_table(cost[['what','runs','time']],
-                       f"Plan ({self.p.preset.name}): {len(todo)} results to make, "
+                       f"Plan ({self.p.preset.name}): {len(todo)} result{'s'*(len(todo)!=1)} to make, "
                        f"about {duration(cost.seconds.iloc[-1])} on {self.engine.device}")
     return Markdown(f'{self.title.banner}\n\n{table.data}')
 

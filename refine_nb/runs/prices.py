@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from ..base import (Adversarials, Call, Cell, Recipe, Robustness, Spec, Worst, all_specs, choose,
                             device_name, instance, key, number, whole)
 from ..vision import OwnImages, n_parameters, suiting
-from ..attacks import attacking
+from ..attacks import attacking, kurakin_steps
 from ..training import Engine
 from ..refinement import Correction, OnSource, Quantised, Share
 from .audited import Audited
@@ -36,12 +36,13 @@ def _timed(f, engine:Engine)->tuple[float,float]: # wall-clock and processor sec
     return time.perf_counter()-start[0], time.process_time()-start[1]
 
 def _seconds(f, engine:Engine)->float:
-    "Wall time of one call; processor time of one thread, if that is less and other work held ours up"
+    "Wall time of one call; processor time of one thread where other work made the call take twice that"
     n,(wall,used) = torch.get_num_threads(),_timed(f, engine)
     if engine.device.startswith('cuda') or used > .75*n*wall: return wall
     torch.set_num_threads(1)
-    try: return min(wall, _timed(f, engine)[1])
+    try: alone = _timed(f, engine)[1]
     finally: torch.set_num_threads(n)
+    return alone if alone < wall/2 else wall
 
 # %% ../../nbs/runs/50_prices.ipynb #94ab49ea
 def _measured(model, shape, num_classes, engine): # arguments as for `speed`
@@ -101,20 +102,32 @@ def sizes_of(
     return name.sizes if isinstance(name, OwnImages) else SIZES[choose(name, SIZES, 'data set')]
 
 # %% ../../nbs/runs/50_prices.ipynb #5e5e5e5e
+def _steps(has): # of an attack, in all its restarts
+    steps = has.get('steps') or (kurakin_steps(has['eps']) if 'eps' in has else 10)
+    return steps*(has.get('restarts') or 1)
+def _targeted(has): # only images that survive meet all targets
+    return _steps(has)*has['n_targets']*ROBUST_SHARE
+_PASSES = { # attack -> passes for an image; one that is not here has one of each kind a step
+    'fgsm': lambda has: {'attack': 1}, 'random_signs': lambda has: {},
+    'salt_and_pepper': lambda has: {'forward': _steps(has)},
+    'square': lambda has: {'forward': has['n_queries']*ROBUST_SHARE},
+    'dra': lambda has: {'attack': _steps(has)+(has['ranked']=='fresh')},
+    'apgd': lambda has: {'attack': _targeted(has) if has['objective']=='dlr_t' else _steps(has)},
+    'fab_t': lambda has: dict.fromkeys(('attack','forward'), _targeted(has))}
+
 def _attacked(attack:Call|None, n:int)->Counter:
     if attack is None: return Counter()
     has = attack.all_settings
     if inner := has.get('attack'): return _attacked(inner, n) # of `smooth_attack`
-    if attack.name in ('autoattack_images','fab_t'): # as in AutoAttack
-        return _withstood(has.get('components', ('fab-t',)), int(n*ROBUST_SHARE))
-    steps, restarts = has.get('steps') or 10, has.get('restarts') or 1
-    return Counter({'forward' if attack.name=='salt_and_pepper' else 'attack': steps*restarts*n})
+    if attack.name=='autoattack_images': return _withstood(has['components'], int(n*ROBUST_SHARE))
+    for_each = _PASSES.get(attack.name, lambda has: {'attack': _steps(has)})(has)
+    return Counter({kind: int(k*n) for kind,k in for_each.items()})
 
 # %% ../../nbs/runs/50_prices.ipynb #12827dab
 WRONG_SHARE = .05 # of the training images, assumed for the price of a correction
 ROBUST_SHARE = .5 # of the images, assumed to survive all of AutoAttack; those broken early cost little
-_EACH = {'apgd-ce': Counter(attack=100), 'apgd-t': Counter(attack=900), 'fab-t': Counter(attack=1800),
-         'square': Counter(forward=5000)}  # passes of an image that survives
+_EACH = {'apgd-ce': Counter(attack=100), 'apgd-t': Counter(attack=900), # passes of an image that survives
+         'fab-t': Counter(attack=900, forward=900), 'square': Counter(forward=5000)}
 _AUDITED = {'attack': 440, 'forward': 300} # passes per audited image, as counted, without the reported attack
 
 def _withstood(components:tuple[str,...], n:int)->Counter:

@@ -152,8 +152,9 @@ def keep(self:Store, spec:Spec, result:dict, tensors:dict, seconds:float,
          within:str|None=None, # key of the longer training that passed through it
 )->Entry:
     "Store a result, with what made it and how many seconds that took"
-    made = {'seconds': round(seconds, 3), **self._hand(), **({'within': within} if within else {})}
-    if began := [h for h in self._began.get(within or key(spec), []) if h!=self._hand()]:
+    hand = self._hand()
+    made = {'seconds': round(seconds, 3), **hand, **({'within': within} if within else {})}
+    if began := [h for h in self._began.get(within or key(spec), []) if h!=hand]:
         made['resumed_from'] = began
     if spec in self._laid: made['layout'] = _name(self._laid.pop(spec))
     record = json.loads(json.dumps({'key': key(spec), 'kind': type(spec).__name__, 'spec': canonical(spec),
