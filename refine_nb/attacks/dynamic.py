@@ -94,4 +94,6 @@ def dra(
     x_adv = iterate(model, x, y, eps=eps, step_size=eps/steps, steps=steps+(ranked=='fresh'),
                     objective=objective, direction=_recorded(unit_l1(norm), steps, seen),
                     project=_boxed if clip else _free)
-    return torch.where(significant(seen[0], p, rank, per), x_adv, x.detach()) if seen else x_adv
+    if not seen: return x_adv
+    kept = significant(seen[0], p, rank, per)
+    with torch.inference_mode(False): return torch.where(kept, x_adv, x.detach())

@@ -22,7 +22,8 @@ from .fast_boundary import fab_rows
 from .lending import _switches, attacking, check_attack
 from .moves import _each, l2, linf
 from .padding import fixed_sizes
-from .protocol import STANDARD, Result, _Protocol, _doubts, _label, _only_square
+from .protocol import (STANDARD, _SINGLY, Result, _Protocol, _doubts, _label,
+                                        _only_square)
 from .queue import (_box, _clean, _clip, _hash, _layout, _names, _order, _where, _wrong,
                                      boundary_start, pursue)
 from .random_search import _lead, square
@@ -113,9 +114,10 @@ def _attack_of(p, model, run, z, y, names, head, folded):
 def _evaluate(p, model, x, y, last, training, batch_size, folded, state, save, quiet):
     "The run itself, on a lent model"
     z,names = _clean(model, x, last, batch_size, _where(model)),_names(x)
+    head = [t[:batch_size].to(_where(model)) for t in (x,y)]; flags = [*_doubts(model, *head, z, p)]
+    if any(f.endswith(_SINGLY) for f in flags): batch_size,z = 1,_clean(model, x, last, 1, _where(model))
     of = _belonging(p, model, names, y, batch_size) if save or state is not None else None
     run = _Run(x, z, y, of, state, p.best)
-    head = [t[:batch_size].to(_where(model)) for t in (x,y)]; flags = [*_doubts(model, *head, z, p)]
     if training: flags.append("the model was in training mode: it is attacked in evaluation mode")
     run.flags = dict.fromkeys([*flags,*run.flags])
     attack_of = _attack_of(p, model, run, z, y, names, head[0], folded)

@@ -140,4 +140,5 @@ def random_signs(
     eps = number('eps', eps, 0, 1); x = x.detach()
     if not x.is_floating_point(): raise ValueError(f"images must be float in [0,1], got {x.dtype}")
     signs = torch.randint(2, x.shape, generator=generator, device=_place(generator, x.device))
-    return torch.empty_like(x).copy_(linf(x+eps*(signs*2-1).to(_single(x)), x, eps))
+    x_adv = linf(x+eps*(signs*2-1).to(_single(x)), x, eps)
+    with torch.inference_mode(False): return torch.empty_like(x).copy_(x_adv)

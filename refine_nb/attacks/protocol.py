@@ -96,6 +96,8 @@ def _refuse(z, p):
                          "leave it out of components, which gives an upper bound")
 
 # %% ../../nbs/attacks/60_protocol.ipynb #6c1b0fd8
+_SINGLY = "it is attacked one image at a time, which takes longer"
+
 def _again(model, x, y): # the logits once more, and for how many images the lead has no gradient
     x = x.detach().requires_grad_(); z = model(x)
     if not z.requires_grad:
@@ -114,7 +116,8 @@ def _doubts(model, x, y, z, p):
     if not _same(a, b):
         yield ("the model answers the same images differently each time: "
                "a randomised defence needs other attacks")
-    elif not _alone(model, x, a): yield f"{_COMPANY}: a verdict depends on the other images"
+    elif not _alone(model, x, a):
+        yield f"{_COMPANY}: " + ("a verdict depends on the other images" if p.reference else _SINGLY)
     if p.norm=='linf' and p.eps<.5/255:
         yield (
             f"eps {p.eps:g} is less than half a grey level of 8-bit images: is it meant for images in [0,1]?")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import choose, number
-from .lending import attacking, check_attack, logits_of
+from .lending import NotFinite, attacking, check_attack, logits_of
 from .moves import _each, linf
 from .queue import _COMPANY, _alone, _box, _names
 from .replay import _replayed
@@ -43,7 +43,8 @@ def _window(s, first, end, p_init, recall):
         s[k][:,:end-first] = v               # in place: a graph reads these addresses
     if 'open' not in s: s['open'] = torch.zeros_like(s['square'], dtype=torch.bool)
     s['open'][:] = torch.arange(_WINDOW+1, device=s['y'].device)<end-first
-    s['square'][:,-1] = none; s['asked'] *= .5; s['taken'] *= .5   # older queries count less
+    if none<=_RECALLED: s['square'][:,-1] = none # else numbers play no part, and may not fit 64 bits
+    s['asked'] *= .5; s['taken'] *= .5   # older queries count less
     if not recall or none>_RECALLED: return
     if 'rejected' not in s: s['rejected'] = s['open'].new_zeros(B, none+1)
     elif square_side(first-1, H, W, p_init)!=square_side(first, H, W, p_init): s['rejected'].zero_()
@@ -103,7 +104,7 @@ def _depth(s, ahead):
 
 # %% ../../nbs/attacks/55_random_search.ipynb #db5bbc05
 def _sound(bad):
-    if bad: raise ValueError(f"the model gave nan or inf on {bad} images: look at its logits there")
+    if bad: raise NotFinite(f"the model gave nan or inf on {bad} images: look at its logits there")
 
 def _retire(s, out, share=0.):
     "Move broken examples from `s` to `out` if they are at least `share` of all; returns whether they were"

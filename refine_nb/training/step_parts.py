@@ -29,7 +29,8 @@ def asks_for(
     if isinstance(f, Call): names,settled = f.accepts,set(f.all_settings)
     else:
         ps = inspect.signature(f).parameters
-        names,settled = set(ps),{n for n,p in ps.items() if p.default is not p.empty}
+        def free(p): return p.default is not p.empty or p.kind in (p.VAR_POSITIONAL,p.VAR_KEYWORD)
+        names,settled = set(ps),{n for n,p in ps.items() if free(p)}
     if lacking := sorted(names-settled-set(given)):
         raise ValueError(f"the {what} asks for {', '.join(lacking)}: a step gives {', '.join(given)}")
     return names & set(given)
@@ -56,17 +57,17 @@ def _attacked(model, attack, x, y, mode:str, generator, copy=_itself, **now)->Te
 
 # %% ../../nbs/training/38_step_parts.ipynb #fe3092b9
 class _Copy: # for one network in one setting: the active stream of dual norms is folded in
-    def __init__(self): self.model = self.copy = self.asked = None
+    def __init__(self): self.model = self.copy = self.asked = None # no copy: it would be the same network
     def __call__(self, model, x):
         inside = getattr(model, '_orig_mod', model) # a compiled one cannot be folded
         if inside is not self.model:
             fast,_ = fold_if_same(inside, x)
             grey = not x.is_cuda and any(isinstance(m, GreyConv2d) for m in fast.modules())
-            won = grey or getattr(fast, 'folded_pairs', None) # without either it would be the same network
-            self.model,self.copy = inside,fast if won else model
-            self.asked = fixed_sizes(fast, len(x)) if won and x.is_cuda else self.copy
-        elif self.copy is not model: refold(self.copy, inside)
-        return self.asked
+            won = grey or getattr(fast, 'folded_pairs', None)
+            self.model,self.copy = inside,fast if won else None
+            self.asked = fixed_sizes(fast, len(x)) if won and x.is_cuda else fast
+        elif self.copy is not None: refold(self.copy, inside)
+        return model if self.copy is None else self.asked
 
 def _copying(folded:bool, mode:str): # the `copy` of `_attacked`
     if folded and mode!='eval':
@@ -154,10 +155,9 @@ def mean_loss(
     y:Tensor,    # [B], labels
 )->Tensor:       # scalar
     "The one reduction of a step"
-    if loss.shape!=y.shape:
-        raise ValueError(f"an objective must return one loss per example {list(y.shape)}, "
-                         f"got {list(loss.shape)}")
-    return loss.mean()
+    if isinstance(loss, Tensor) and loss.shape==y.shape: return loss.mean()
+    got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+    raise ValueError(f"an objective must return one loss per example {list(y.shape)}, got {got}")
 
 # %% ../../nbs/training/38_step_parts.ipynb #0f795c59
 def train_accuracies(
