@@ -103,15 +103,20 @@ def _otherwise(model, x, whole, seconds, clock):
         if lies!=whole: found[name] = lies
     return found
 
+# %% ../../nbs/vision/26_layouts.ipynb #7763ee2f
+def _answers(model, x): # raises if it does not take the images in either layout
+    def fails(layout):
+        try: laid(copied(model), layout)(x[:1])
+        except Exception as e: return str(e).partition('\n')[0]
+    if (why := fails(_PLAIN)) is not None and fails(_LAST) is not None:
+        raise ValueError(f"the network does not take images {list(x.shape[1:])}, {x.dtype} ({why}): "
+                         "give images like those it is for")
+
 # %% ../../nbs/vision/26_layouts.ipynb #fee8a5b3
 _TRIED = WeakKeyDictionary() # network -> {what images it was tried on: its layouts}
 
 def _tried(model, x, seconds, clock):
-    try:
-        with _aside(model, x): copied(model)(x[:1])
-    except Exception as e:
-        raise ValueError(f"the network does not take images {list(x.shape[1:])}, {x.dtype} "
-                         f"({str(e).partition(chr(10))[0]}): give images like those it is for") from e
+    with _aside(model, x): _answers(model, x)
     whole = _sooner(model, x, seconds/2, clock)
     return {'': whole, **_otherwise(model, x, whole, seconds/2, clock)}
 
