@@ -71,7 +71,7 @@ def found_tab1(
         t = table[table.attack.str.startswith(name)]
         clean = t[t.attack==f'{name} clean'].set_index('method').accuracy
         rest = clean.drop('Vanilla'); few = rest.index[rest < clean['Vanilla']-30]
-        poor = f" {' and '.join(few)} hardly learned, so what is kept there says little."*bool(len(few))
+        poor = f" More than 30 points below Vanilla on clean images: {' and '.join(few)}."*bool(len(few))
         return (f"{column(f'{name} clean').partition(':')[0]}: "
                 f"the defences reach {rest.min():.1f} to {rest.max():.1f} % "
                 f"on clean images, Vanilla {clean['Vanilla']:.1f} %. {_left(t)}{poor}")
