@@ -42,7 +42,7 @@ def test_images_can_be_left_out_beside_their_noise(whole):
     fig = fig3_dra.picture(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), x, y, 'a title', whole)
     assert [holds(fig, i) for i in x] == [whole]*2 and len(drawn(fig)) == 6+2*whole
     heads = [ax.get_title('left') for ax in fig.axes if ax.images and ax.get_title('left')]
-    assert heads == ['image']*whole + ['saliency', 'PGD', 'DRA']
+    assert heads == ['image']*whole + ['saliency', 'PGD, 2.55/255', 'DRA, 1/255']
 
 def unread(fig): # panels with nothing below them and no numbers on their axis
     fig.canvas.draw(); shown = [ax for ax in fig.axes if ax.get_visible()]
