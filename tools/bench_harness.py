@@ -195,7 +195,7 @@ def reread(stored, rows, clocks):
         if line.get('seconds') and line['name'] in there:
             r = there[line['name']]
             new = timings(r, line['agrees'], line['seconds'], r.clocks(clocks))
-            line = {**line, **new, 'ratios': line['ratios'] | new['ratios']}
+            line = {**line, **new, 'ratios': line['ratios'] | new['ratios'], 'says': r.says}
         lines[line['name']] = line
     return lines
 
