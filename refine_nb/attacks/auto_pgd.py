@@ -22,25 +22,35 @@ from .queue import _clean, _layout, _order, _starts, _targets, pursue
 # %% ../../nbs/attacks/45_auto_pgd.ipynb #357d3f93
 _LOSSES = {'ce':lambda z, y, aim: ce(z, y), 'dlr':lambda z, y, aim: dlr(z, y), 'dlr_t':dlr_t}
 
-def _look(model, c, loss):
-    "Set each row's loss and gradient; returns which rows are misclassified, and whether all is finite"
+def _look(model, c):
+    "The iterates, ready for a gradient, and their logits"
     x_adv = c.x_adv.detach().clone(memory_format=_layout(c.x_adv)).requires_grad_()
     z = model(x_adv)
     if not z.requires_grad:
         raise ValueError("the logits do not depend on the images: the model must not detach or use no_grad")
-    value = loss(z, c.y, c.aim)
-    c.grad, = torch.autograd.grad(value.sum(), x_adv)
-    c.value = value.detach()
-    return z.detach().argmax(1)!=c.y,z.detach().isfinite().all() & ~c.grad.isnan().any()
+    return x_adv,z
+
+def _slope(model, c, x_adv, z, stay, loss):
+    "Set loss and gradient of the rows that are left, `stay` of those in `x_adv` and `z`; is all finite?"
+    if 3*len(c.at)<len(z): # a pass of the few costs less than the way back through all
+        (x_adv,z),stay = _look(model, c),slice(None)
+    value = loss(z[stay], c.y, c.aim)
+    grad, = torch.autograd.grad(value.sum(), x_adv)
+    c.value,c.grad = value.detach(),grad[stay]
+    return z.detach().isfinite().all() & ~c.grad.isnan().any()
 
 # %% ../../nbs/attacks/45_auto_pgd.ipynb #27bde8e1
-def _iteration(model, c, loss, i):
-    "Iteration `i` (0: the start); returns which rows are misclassified, and whether all is finite"
+def _iteration(model, c, loss, i, early_stop):
+    "Iteration `i` (0: the start); yields which rows are misclassified, returns whether all was finite"
     if i: c.move(.75 if i>1 else 1.)
-    previous = c.value; wrong,finite = _look(model, c, loss)
+    x_adv,z = _look(model, c); wrong,stay = z.detach().argmax(1)!=c.y,slice(None)
+    yield wrong
+    if early_stop and wrong.any(): c.keep(stay := ~torch.isin(c.example, c.example[wrong]))
+    sound,previous = z.detach().isfinite().all(),c.value
+    if len(c.at): sound = _slope(model, c, x_adv, z, stay, loss) & sound
     if i==0: c.best_value,c.last,c.best_grad,c.value = c.value,c.value,c.grad,c.ups
     else: _learn(c, previous)
-    return wrong,finite
+    return sound
 
 # %% ../../nbs/attacks/45_auto_pgd.ipynb #52632c0e
 def _numbers(eps, steps, objective, rho): # as Python numbers
@@ -51,9 +61,7 @@ def _climbed(model, c, steps, objective, rho, early_stop):
     "Climb to the end; yields after each evaluation which rows are misclassified"
     looks,loss,sound = dict(apgd_checkpoints(steps)),_LOSSES[objective],True
     for i in range(steps+1):
-        wrong,finite = _iteration(model, c, loss, i); sound = finite & sound
-        yield wrong
-        if early_stop and wrong.any(): c.keep(~torch.isin(c.example, c.example[wrong]))
+        finite = yield from _iteration(model, c, loss, i, early_stop); sound = finite & sound
         if not len(c.at): break
         if i in looks: _consider(c, looks[i], rho)
     must_be_finite(sound) # nan has an argmax too: it must not count as broken

@@ -88,10 +88,13 @@ def _where(model):
 
 def _layout(x): return torch.channels_last if x.ndim==4 else torch.preserve_format # [B,d] has none
 
+def _placed(x, device): return x.to(device).clone(memory_format=_layout(x)) # where and as attacks take images
+
 def _clean(model, x, last, batch_size, device=None):
     "Logits [N,K] of the clean images on the CPU, all finite"
     with torch.no_grad():
-        z = torch.cat([logits_of(model, b.to(device or b.device), last).cpu() for b in x.split(batch_size)])
+        z = torch.cat([logits_of(model, _placed(b, device or b.device), last).cpu()
+                       for b in x.split(batch_size)])
     must_be_finite(z.isfinite().all())
     return z
 
