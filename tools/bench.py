@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from refine_nb.base import Call, call
 from refine_nb.vision import cosine_head, fold
-from refine_nb.attacks import attacking, ce, ddn, dra, gaussian, kl_pgd, pgd, square
+from refine_nb.attacks import attacking, ce, ddn, dra, gaussian, kl_pgd, pgd, salt_and_pepper, square
 from refine_nb.training import engine, trades
 from bench_harness import (EPS, ROWS, STEP, STEPS, Contest, Setting, budget, chosen, digits, last, markdown,
                            near, needs, once_more, our_pgd, report, row, run, same_pixels, save, seeded)
@@ -152,6 +152,19 @@ def ddn_adv_lib(s):
     return Contest({'ours': lambda: ddn(net, x, y), 'theirs': lambda: theirs(net, x, y, levels=None)}, agree,
                    f'{s.digits} digits')
 
+@row('salt-and-pepper noise, 1,000 draws an image, against foolbox', at_least=1.5)
+def salt_foolbox(s):
+    foolbox, (net, x, y) = needs('foolbox'), on_digits(s)
+    def theirs():
+        found = foolbox.attacks.SaltAndPepperNoiseAttack(steps=1000).run(
+            foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device), x, foolbox.criteria.Misclassification(y))
+        with torch.no_grad(): return torch.where((net(found).argmax(1) != y)[:, None, None, None], found, x)
+    def agree(made):
+        share = (made['ours'] == made['theirs']).flatten(1).all(1).float().mean().item()
+        return share > .99, f'{share:.1%} of the images are equal'
+    return Contest({'ours': lambda: seeded(salt_and_pepper, net, x, y), 'theirs': lambda: seeded(theirs)},
+                   agree, f'{s.digits} digits', warm=False)
+
 @row('Square, several queries in one pass, against a query a pass', at_least=1.5)
 def square_ahead(s):
     net, x, y = digits(s, .15); eps = budget(net, x, y, .58)
@@ -249,6 +262,11 @@ def at_train_mode(s):
 @row('a training step with PGD-10, against a loop that attacks in evaluation mode with autograd.grad',
      at_least=1.2)
 def at_eval_mode(s): return training_contest(s, our_step(pgd, ce), eval_mode_step)
+
+@row("a training step with PGD-10, against MAIR's", at_least=1.)
+def at_mair(s):
+    needs('mair')
+    return training_contest(s, our_step(pgd, ce), needs('bench_loops').mair_step)
 
 @row('a TRADES step, against a loop that recomputes the clean logits at every inner step', at_least=1.6)
 def trades_recomputing(s): return training_contest(s, our_step(kl_pgd, trades), trades_step)

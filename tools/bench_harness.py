@@ -199,7 +199,7 @@ def reread(stored, rows, clocks):
         lines[line['name']] = line
     return lines
 
-VERSIONS = ('torch', 'torchvision', 'foolbox', 'torchattacks', 'pyautoattack', 'adv_lib', 'refine_nb')
+VERSIONS = ('torch', 'torchvision', 'foolbox', 'torchattacks', 'pyautoattack', 'adv_lib', 'mair', 'refine_nb')
 
 def named(setting):
     "What the machine is, as a report says it"

@@ -33,6 +33,16 @@ def spat_step(net, x, y, optimiser, *, s=5., alpha=.2, beta=.2, lam=6., eps=EPS,
     loss.backward(); optimiser.step()
     return loss.detach()
 
+def mair_step(net, x, y, optimiser, *, eps=EPS, step=STEP, steps=STEPS):
+    "Adversarial training by MAIR, the framework of torchattacks' author, without its records and schedules"
+    from mair import RobModel
+    from mair.defenses import AT
+    trainer = AT(RobModel(net, n_classes=10), eps, step, steps)
+    trainer.setup(optimiser); trainer.rmodel.train()
+    cost = trainer.calculate_cost((x, y))
+    optimiser.zero_grad(); cost.backward(); optimiser.step()
+    return cost.detach()
+
 def mart_step(net, x, y, optimiser, *, beta=5., eps=EPS, step=STEP, steps=STEPS):
     "MART as released (mart.py): inner cross-entropy, then a forward pass each of clean and attacked images"
     net.eval(); at = noisy(x)

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from ..base import choose, number
 from .climbing import _climb, _consider, _learn, apgd_checkpoints
-from .lending import _switches, attacking, check_attack, must_be_finite
+from .lending import _laid, _switches, attacking, check_attack, must_be_finite
 from .moves import _each, linf
 from .objectives import ce, dlr, dlr_t
-from .queue import _clean, _layout, _order, _starts, _targets, pursue
+from .queue import _clean, _order, _starts, _targets, pursue
 
 # %% ../../nbs/attacks/45_auto_pgd.ipynb #357d3f93
 _LOSSES = {'ce':lambda z, y, aim: ce(z, y), 'dlr':lambda z, y, aim: dlr(z, y), 'dlr_t':dlr_t}
 
 def _look(model, c):
     "The iterates, ready for a gradient, and their logits"
-    x_adv = c.x_adv.detach().clone(memory_format=_layout(c.x_adv)).requires_grad_()
+    x_adv = _laid(c.x_adv.detach()).requires_grad_()
     z = model(x_adv)
     if not z.requires_grad:
         raise ValueError("the logits do not depend on the images: the model must not detach or use no_grad")

@@ -19,12 +19,12 @@ from .auto_pgd import apgd_rows
 from .authors import _authors_attack, _theirs
 from .books import _Run, _belonging, _come_closer
 from .fast_boundary import fab_rows
-from .lending import _switches, attacking, check_attack
+from .lending import _laid, _switches, attacking, check_attack
 from .moves import _each, l2, linf
 from .padding import fixed_sizes
 from .protocol import (STANDARD, _SINGLY, Result, _Protocol, _doubts, _label,
                                         _only_square)
-from .queue import (_box, _clean, _clip, _hash, _names, _order, _placed, _where, _wrong,
+from .queue import (_box, _clean, _clip, _hash, _names, _order, _where, _wrong,
                                      boundary_start, pursue)
 from .random_search import _lead, square
 
@@ -57,7 +57,7 @@ def _ours(p, name, model, fast, order, names):
         if hit.any(): sure[hit] = _wrong(model, found[hit], y[hit])
         return sure
     def attack(x, y, e, job):
-        x,y,aim,i = _placed(x, device),y.to(device),order[e,-2-job].to(device),e.to(device)
+        x,y,aim,i = _laid(x, device),y.to(device),order[e,-2-job].to(device),e.to(device)
         found,hit = run(fast, x, y, aim, i, job); sure = judged(found, hit, y)
         again = torch.isin(i, i[hit & ~sure]) & ~torch.isin(i, i[sure])
         if fast is not model and again.any():
@@ -113,7 +113,7 @@ def _attack_of(p, model, run, z, y, names, head, folded):
 def _evaluate(p, model, x, y, last, training, batch_size, folded, state, save, quiet):
     "The run itself, on a lent model"
     z,names = _clean(model, x, last, batch_size, _where(model)),_names(x)
-    head = _placed(x[:batch_size], _where(model)),y[:batch_size].to(_where(model))
+    head = _laid(x[:batch_size], _where(model)),y[:batch_size].to(_where(model))
     flags = [*_doubts(model, *head, z, p)]
     if any(f.endswith(_SINGLY) for f in flags): batch_size,z = 1,_clean(model, x, last, 1, _where(model))
     of = _belonging(p, model, names, y, batch_size) if save or state is not None else None

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..base import choose, number
 from .auto_pgd import _lent
-from .lending import _switches, check_attack, must_be_finite
+from .lending import _laid, _switches, check_attack, must_be_finite
 from .moves import _each, _single, linf
-from .queue import _layout, _order, pursue
+from .queue import _order, pursue
 
 # %% ../../nbs/attacks/50_fast_boundary.ipynb #51bff07b
 def plane_step(
@@ -39,7 +39,7 @@ def plane_step(
 # %% ../../nbs/attacks/50_fast_boundary.ipynb #d0adaecc
 def _gaps(model, x_adv, y, aim):
     "z_aim - z_y [B] and its gradient [B,d]"
-    x_adv = x_adv.detach().clone(memory_format=_layout(x_adv)).requires_grad_()
+    x_adv = _laid(x_adv.detach()).requires_grad_()
     z = model(x_adv)
     if not z.requires_grad:
         raise ValueError("the logits do not depend on the images: the model must not detach or use no_grad")

@@ -121,6 +121,11 @@ def check_attack(
         raise ValueError("the KL has no gradient at the image itself: use start=gaussian")
     return _last_label(x, y)
 
+# %% ../../nbs/attacks/10_lending.ipynb #b1a7e002
+def _laid(x, device=None): # a copy of images [B,...] in the layout of attacks, which only [B,C,H,W] have
+    layout = torch.channels_last if x.ndim==4 else torch.preserve_format
+    return x.to(device or x.device).clone(memory_format=layout)
+
 # %% ../../nbs/attacks/10_lending.ipynb #b4221455
 def same_shape(
     x_adv:Tensor, # what came back

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import number
-from .lending import (_last_label, _steps, _switches, _tensors, attacking, logits_of,
+from .lending import (_laid, _last_label, _steps, _switches, _tensors, attacking, logits_of,
                                       must_be_finite)
 from .moves import _place, _single
 
@@ -45,7 +45,7 @@ class _Watched(nn.Module): # takes float32 or wider, runs the model in `dtype`; 
     def __init__(self, model, dtype):
         super().__init__(); self.model,self.dtype,self.training,self.sound = model,dtype,False,True
     def forward(self, x):
-        z = self.model(x.to(self.dtype)).to(x.dtype); self._see(z)
+        z = self.model(_laid(x.to(self.dtype))).to(x.dtype); self._see(z)
         if x.requires_grad: x.register_hook(self._see)
         return z
     def _see(self, t): self.sound = t.detach().isfinite().all() & self.sound
@@ -127,7 +127,9 @@ def salt_and_pepper(
             x_adv = _noisy(x, p, _uniform(x, across_channels, generator))
             length = (_single(x_adv)-_single(x)).flatten(1).square().sum(1).sqrt()
             hit = length<norm; at = hit.nonzero()[:,0]
-            if len(at): z = model(x_adv[at]); hit[at],sound = reached(z, y[at]),z.isfinite().all() & sound
+            if len(at):
+                z = model(_laid(x_adv[at]))
+                hit[at],sound = reached(z, y[at]),z.isfinite().all() & sound
             best,norm = torch.where(hit.reshape(-1,1,1,1), x_adv, best),torch.where(hit, length, norm)
             p,low,high,size = _narrow(hit, p, low, high, size, left)
         must_be_finite(sound); return best

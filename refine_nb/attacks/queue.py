@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base import number
-from .lending import logits_of, must_be_finite
+from .lending import _laid, logits_of, must_be_finite
 from .moves import _each, _place, linf
 
 # %% ../../nbs/attacks/40_queue.ipynb #f4851529
@@ -86,14 +86,10 @@ def _starts(x, eps, start, generator):
 def _where(model):
     return next((t.device for t in chain(model.parameters(), model.buffers())), torch.device('cpu'))
 
-def _layout(x): return torch.channels_last if x.ndim==4 else torch.preserve_format # [B,d] has none
-
-def _placed(x, device): return x.to(device).clone(memory_format=_layout(x)) # where and as attacks take images
-
 def _clean(model, x, last, batch_size, device=None):
     "Logits [N,K] of the clean images on the CPU, all finite"
     with torch.no_grad():
-        z = torch.cat([logits_of(model, _placed(b, device or b.device), last).cpu()
+        z = torch.cat([logits_of(model, _laid(b, device), last).cpu()
                        for b in x.split(batch_size)])
     must_be_finite(z.isfinite().all())
     return z

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import choose, number
-from .lending import NotFinite, attacking, check_attack, logits_of
+from .lending import NotFinite, _laid, attacking, check_attack, logits_of
 from .moves import _each, linf
 from .queue import _COMPANY, _alone, _box, _names
 from .replay import _replayed
@@ -179,7 +179,7 @@ def square(
     given = _numbers(eps, n_queries, p_init, seed, ahead); choose(best, (None,True,False), 'best')
     if given['eps']==0 or len(x)==0: return x.detach().clone()
     with attacking(model), torch.inference_mode(False), torch.no_grad():
-        back = torch.empty_like(x); x,y = x.clone(memory_format=torch.channels_last),y.clone()
+        back = torch.empty_like(x); x,y = _laid(x),y.clone()
         z = logits_of(model, x, last); _sound((~z.isfinite().all(1)).sum())
         out = _attacked(model, x, y, z, **given)
         return back.copy_(out if best else torch.where(_each(_stands(model(out), y), x), x, out))
