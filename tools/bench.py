@@ -156,8 +156,9 @@ def ddn_adv_lib(s):
 def salt_foolbox(s):
     foolbox, (net, x, y) = needs('foolbox'), on_digits(s)
     def theirs():
-        found = foolbox.attacks.SaltAndPepperNoiseAttack(steps=1000).run(
-            foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device), x, foolbox.criteria.Misclassification(y))
+        lent = foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device)
+        goal = foolbox.criteria.Misclassification(y)
+        found = foolbox.attacks.SaltAndPepperNoiseAttack(steps=1000).run(lent, x, goal)
         with torch.no_grad(): return torch.where((net(found).argmax(1) != y)[:, None, None, None], found, x)
     def agree(made):
         share = (made['ours'] == made['theirs']).flatten(1).all(1).float().mean().item()

@@ -163,6 +163,8 @@ def logits_of(
     if not isinstance(z, Tensor) or z.ndim!=2 or len(z)!=len(x):
         got = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
         raise ValueError(f"the model must return logits [{len(x)},K], got {got}")
+    if z.shape[1]<2: raise ValueError(f"the model must have at least 2 classes, got logits {list(z.shape)}: "
+                                      "with one, nothing can be misclassified")
     if last>=z.shape[1]:
         raise ValueError(f"labels must be below the {z.shape[1]} classes of the model, got {last}")
     return z

@@ -111,25 +111,22 @@ def salt_and_pepper(
     x:Tensor,                   # [B,C,H,W], float in [0,1]
     y:Tensor,                   # [B], labels, or targets
     *,
-    steps:int=1000,             # draws per image, >= 1
-    across_channels:bool=True,  # a pixel changes in all its channels at once
+    steps:int=1000, across_channels:bool=True, # draws per image, >= 1; channels change at once
     targeted:bool=False,        # the goal is the answer `y`; else any other
     generator:torch.Generator|None=None, # of the noise; None: the global one
 )->Tensor:                      # [B,C,H,W], detached, in [0,1]; `x` where the goal was not reached
     "Least salt-and-pepper noise that reaches the goal (foolbox's search, fewer forward passes)"
     with attacking(model), torch.inference_mode(False), torch.no_grad():
         x,y,last = _given(x, y, steps, targeted=targeted, across_channels=across_channels)
-        reached = lambda z, y: (z.argmax(1)==y)==targeted
-        there = reached(_first_answer(model, x, last), y)
+        there = (_first_answer(model, x, last).argmax(1)==y)==targeted
+        def asked(x, y): z = model(_laid(x)); return (z.argmax(1)==y)==targeted,z.isfinite().all()
         best,norm,sound = x.clone(),torch.where(there, 0., torch.inf).to(_single(x).dtype),True
         low,high,p = torch.zeros_like(norm),torch.ones_like(norm),torch.full_like(norm, 1/steps); size = p
         for left in range(steps, 0, -1):
             x_adv = _noisy(x, p, _uniform(x, across_channels, generator))
             length = (_single(x_adv)-_single(x)).flatten(1).square().sum(1).sqrt()
             hit = length<norm; at = hit.nonzero()[:,0]
-            if len(at):
-                z = model(_laid(x_adv[at]))
-                hit[at],sound = reached(z, y[at]),z.isfinite().all() & sound
+            if len(at): hit[at],fine = asked(x_adv[at], y[at]); sound = fine & sound
             best,norm = torch.where(hit.reshape(-1,1,1,1), x_adv, best),torch.where(hit, length, norm)
             p,low,high,size = _narrow(hit, p, low, high, size, left)
         must_be_finite(sound); return best

@@ -90,7 +90,6 @@ def _refuse(z, p):
     "Raise if the clean `z` [N,K] are not logits, or have too few classes for the protocol"
     if z.min()>-1e-5 and z.max()<1+1e-5 and ((z.sum(1)-1).abs()<1e-5).all():
         raise ValueError("the model returns probabilities, but the losses need logits: take off its softmax")
-    if z.shape[1]<2: raise ValueError("the model has one class, so nothing can be misclassified")
     if 'apgd-t' in p.components and z.shape[1]<4:
         raise ValueError(f"apgd-t needs at least 4 classes, the model has {z.shape[1]}: "
                          "leave it out of components, which gives an upper bound")

@@ -113,10 +113,10 @@ def _alone(model, x, z):
 # %% ../../nbs/attacks/40_queue.ipynb #cc5a925f
 def _targets(objective, n_targets, K):
     "How many classes to aim at; raises if the model has too few for the loss"
-    least = {'ce':2, 'dlr':3, 'dlr_t':4}[objective]
+    least = {'ce':2, 'dlr':3, 'dlr_t':4}[objective] # 2: as every model has, which `logits_of` makes sure of
     if K<least:
         raise ValueError(f"objective={objective!r} needs at least {least} classes, the model has {K}"
-                         f"{'' if K<2 else ': use objective=' + repr('ce')}")
+                         ": use objective='ce'")
     return min(n_targets, K-1)
 
 # %% ../../nbs/attacks/40_queue.ipynb #6db5c2f6
