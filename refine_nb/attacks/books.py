@@ -26,7 +26,7 @@ def _weights(model):
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))
     kinds = {name: type(m).__name__ for name,m in model.named_modules()}
     shapes = {name: [str(t.dtype), *t.shape] for name,t in tensors.items()}
-    raw = (t.detach().cpu().reshape(-1).view(torch.uint8) for t in tensors.values())
+    raw = (t.detach().to_dense().cpu().reshape(-1).view(torch.uint8) for t in tensors.values())
     return key([kinds, shapes, fingerprint(*raw)])
 
 # %% ../../nbs/attacks/68_books.ipynb #8605f46b

@@ -138,6 +138,9 @@ def same_shape(
     raise ValueError(f"{who} must return images {list(x.shape)}, got {got}")
 
 # %% ../../nbs/attacks/10_lending.ipynb #1f201c6b
+def _weights(model): # parameters, or the buffers of a model that has none
+    return [*model.parameters()] or [b for b in model.buffers() if b.is_floating_point()]
+
 def _of_size(e, x): # the error itself, or a clearer one if the images have the wrong size
     said = str(e).partition('\n')[0]
     if not any(w in said for w in (' channels, but got ', 'shapes cannot be multiplied')): return e
@@ -153,7 +156,7 @@ def logits_of(
     "Logits of a model; raises an error that says what is wrong with them"
     try: z = model(x)
     except RuntimeError as e:
-        weights = list(model.parameters()) if isinstance(model, nn.Module) else [x]
+        weights = _weights(model) if isinstance(model, nn.Module) else [x]
         kinds,places = {p.dtype for p in weights},{p.device for p in weights}
         if places and x.device not in places:
             raise ValueError(f"the model is on {places.pop()} and the images on {x.device}: move one") from e

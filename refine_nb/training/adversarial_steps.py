@@ -64,13 +64,12 @@ def adversarial(
     asks,weighs = _slots(attack, objective, weight); needs = asks|weighs
     counts = 'steps_to_flip' in needs
     made_by = counting(attack) if counts else attack or _as_they_are
-    attacked = attacker(made_by, mode, folded)
+    attacked = attacker(made_by, mode, folded, see)
     def step(model, batch, progress):
         x,y,generator = batch; images,given = {'': x},{'y': y, 'progress': progress}
         if needs & {*_ATTACKED}:
             made = attacked(model, x, y, generator)
             images['_adv'],given['steps_to_flip'] = made if counts else (made,None)
-            if see: see(images['_adv'].detach())
         given |= _forwards(model, {**images, '_again': x}, needs)
         with torch.no_grad():
             w = {'w': _each(weight(**{n: given[n] for n in weighs}), y)} if weight else {}

@@ -54,13 +54,12 @@ def regulated(
     see:Callable|None=None, # called with each x_adv [B,C,H,W], as for `adversarial`
 )->Callable: # (model, batch, progress) -> mean loss, accuracies, 'eps' and 'unmoved'
     "A step on clean and on attacked images, with a budget that fades (DRA, section IV)"
-    eps,moved = _largest(attack),attacker(attack, mode, folded); choose(total, TOTALS, 'total')
+    eps,moved = _largest(attack),attacker(attack, mode, folded, see); choose(total, TOTALS, 'total')
     def step(model, batch, progress):
         x,y,generator = batch; now = eps*fade(progress); attacked = now and generator is not None
         given,logs = {'y': y},{'eps': torch.full((), now, device=x.device)}
         if attacked:
             x_adv = moved(model, x, y, generator, eps=now)
-            if see: see(x_adv)
             logs['unmoved'] = (x_adv==x).flatten(1).all(1).float().mean()
         if not attacked or total!='alternating': given['z'] = step_logits(model, x)
         if attacked: given['z_adv'] = step_logits(model, x_adv)

@@ -80,12 +80,17 @@ def attacker(
     attack:Callable,  # (model, x, y) -> x_adv, perhaps with a generator
     mode:str='eval',  # of the model while it is attacked: 'eval', 'train' or 'train_untouched'
     folded:bool=False, # attack a folded copy: only if the network is always the same, in mode 'eval'
+    see:Callable|None=None, # called with each x_adv [B,...]
 )->Callable: # (model, x, y, generator, settings of this step) -> x_adv [B,...], in full precision
     "An attack as a training step calls it"
     instance('attack', attack, Callable, 'a function or a call such as call(pgd)'); untargeted(attack)
-    choose(mode, ('eval','train','train_untouched'), 'mode'); copy = _copying(folded, mode)
+    choose(mode, ('eval','train','train_untouched'), 'mode'); choose(folded, (True,False), 'folded')
+    instance('see', see, (Callable,type(None)), 'a function of the attacked images, or None')
+    copy = _copying(folded, mode)
     def attacked(model, x, y, generator, **now):
-        return _attacked(model, attack, x, y, mode, generator, copy, **now)
+        made = _attacked(model, attack, x, y, mode, generator, copy, **now)
+        if see: see((made[0] if isinstance(made, tuple) else made).detach())
+        return made
     return attacked
 
 # %% ../../nbs/training/38_step_parts.ipynb #6d8bc601

@@ -34,11 +34,10 @@ def advprop_step(
         raise ValueError(f"AdvProp trains on both halves, so the objective must ask for z and z_adv, "
                          f"got one of {', '.join(sorted(asks))}: use halves, for example")
     choose(attacked, ('auxiliary','main'), 'norms that the attack sees')
-    norms,moved = auxiliary if attacked=='auxiliary' else nullcontext,attacker(attack, mode, folded)
+    norms,moved = auxiliary if attacked=='auxiliary' else nullcontext,attacker(attack, mode, folded, see)
     def step(model, batch, progress):
         x,y,generator = batch
         with norms(model): x_adv = moved(model, x, y, generator)
-        if see: see(x_adv.detach())
         given = {'z': step_logits(model, x), 'y': y, 'progress': progress}
         with auxiliary(model): given['z_adv'] = step_logits(model, x_adv)
         return mean_loss(objective(**{n: given[n] for n in asks}), y), train_accuracies(given)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
+from ..base import instance
 from .one_channel import GreyConv2d, grey_convolutions
 from .intake import suiting
 
@@ -37,6 +38,7 @@ def foldable(
     model:nn.Module, # must be traceable: its path does not depend on its input
 )->Iterator[tuple[str,str]]: # names of a convolution and of its batch norm, in the order in which they run
     "The pairs of convolution and batch norm that can become one convolution for evaluation"
+    instance('model', model, nn.Module, 'a module')
     graph,modules = Leaves().trace(model), dict(model.named_modules())
     calls = [n for n in graph.nodes if n.op=='call_module']
     # whose weights the model reads itself
@@ -55,6 +57,7 @@ def fold(
     model:nn.Module, # with batch norms after convolutions; not changed
 )->nn.Module:        # a frozen copy in eval mode, channels-last or as `laid`; gradients to the input flow
     "An inference copy of `model` with batch norms folded into convolutions"
+    instance('model', model, nn.Module, 'a module')
     try: out = deepcopy(model).eval()
     except Exception as e:
         raise ValueError(f"{type(model).__name__} cannot be copied, so it cannot be folded "
@@ -78,22 +81,26 @@ def fold_if_same(
     x:Tensor,        # [B,C,H,W], images on which both have to agree
 )->tuple[nn.Module, str|None]: # a folded copy, and None; or the model itself, and why
     "`fold`, if that is possible and changes nothing but the last digits"
+    instance('model', model, nn.Module, 'a module'); instance('x', x, Tensor, 'a tensor of images')
+    if not len(x): raise ValueError("fold_if_same compares on images: give it at least one")
     try: fast = fold(model)
     except ValueError: return model, "the model cannot be folded: used as it is, which takes longer"
     with torch.no_grad(), suiting(model), suiting(fast): a,b = model(x),fast(x)
     if (a-b).abs().max()<=1e-3*b.abs().max(): return fast, None # as fine as TF32, the coarsest in use
     return model, "the folded model gives other outputs: the model is used as it is, which takes longer"
 
-# %% ../../nbs/vision/25_folding.ipynb #03527d95
+# %% ../../nbs/vision/25_folding.ipynb #b1a7e010
 def _tensors(m): # by name, also buffers that are in no state dict
     return {k: t for k,t in (m.state_dict() | dict(m.named_buffers())).items() if isinstance(t, Tensor)}
 
+# %% ../../nbs/vision/25_folding.ipynb #03527d95
 @torch.no_grad()
 def refold(
     folded:nn.Module, # from `fold(model)`: changed in place
     model:nn.Module,  # the same network, its weights and buffers as they are now
 )->nn.Module:         # `folded`
     "Bring a folded copy up to date with its model, without tracing it again"
+    instance('model', model, nn.Module, 'a module')
     pairs,now = getattr(folded, 'folded_pairs', None),_tensors(model)
     if pairs is None:
         raise ValueError(f"{type(folded).__name__} was not made by fold: call fold(model) first")

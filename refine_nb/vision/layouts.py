@@ -33,6 +33,7 @@ def laid(
     layout:torch.memory_format|dict[str,torch.memory_format], # or part -> layout; '': the rest, last if unset
 )->nn.Module:        # `model`; `fold` keeps its layout
     "Put a network and all images it is given into a layout, channels_last or contiguous_format"
+    instance('model', model, nn.Module, 'a module')
     parts = {'': torch.channels_last, **layout} if isinstance(layout, dict) else {'': layout}
     for name,l in parts.items():
         choose(l, (torch.channels_last,torch.contiguous_format), 'layout')

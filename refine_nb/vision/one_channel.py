@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+from ..base import instance
+
 # %% ../../nbs/vision/24_one_channel.ipynb #07f03af6
 _SIDE = 4 # of a block of pixels
 
@@ -69,6 +71,6 @@ def grey_convolutions(
 )->nn.Module:        # `model`
     "Let the convolutions of a network that take one channel be `GreyConv2d`"
     old,new = (nn.Conv2d,GreyConv2d) if own else (GreyConv2d,nn.Conv2d)
-    for m in model.modules():
+    for m in instance('model', model, nn.Module, 'a module').modules():
         if type(m) is old and (_by_blocks(m) or not own): m.__class__ = new
     return model
