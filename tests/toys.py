@@ -167,12 +167,14 @@ class Forked:
 
 def _processes():
     """Forked from one that has imported what a run imports: a start takes a tenth of a second, not ten.
-    It has one thread: a fork has none of its parent's others, and one that counts on them waits for ever"""
+    It has one thread: a fork has none of its parent's others, and one that counts on them waits for ever.
+    What the test that needs it first tells its own toys to do, toys of later tests do not"""
     made = multiprocessing.get_context('forkserver')
     made.set_forkserver_preload(['toys', 'pytest', 'sklearn.datasets', 'torch._dynamo'])
     here, old = str(Path(__file__).parent), os.environ.get('PYTHONPATH')
     with pytest.MonkeyPatch.context() as its:
         its.setenv('PYTHONPATH', here + (os.pathsep+old if old else ''))
         its.setenv('OMP_NUM_THREADS', '1')
+        for name in [n for n in os.environ if n.startswith('TOY_')]: its.delenv(name)
         multiprocessing.forkserver.ensure_running()
     return made
