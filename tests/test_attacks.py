@@ -179,6 +179,18 @@ def test_memory_layout_does_not_matter(name, batch):
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 @every
+def test_networks_see_channels_last(name):
+    "Whatever layout the caller's images are in: convolutions are faster so"
+    torch.manual_seed(0); seen = []
+    class Spy(nn.Flatten):
+        def forward(self, x):
+            if len(x) > 1: seen.append(x.stride())
+            return super().forward(x)
+    model = nn.Sequential(Spy(), nn.Linear(192, 10)).eval()
+    x = torch.rand(16, 3, 8, 8); run(name, model, x, model(x).argmax(1))
+    assert len(seen) > 1 and {*seen[1:]} == {(192, 1, 24, 3)}
+
+@every
 def test_callers_gradient_mode_does_not_matter(name, trained, batch):
     expected = run(name, trained, *batch)
     with torch.no_grad(): assert torch.equal(run(name, trained, *batch), expected)

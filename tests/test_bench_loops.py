@@ -1,6 +1,7 @@
 "The published loops of tools/bench_loops.py do what our training steps do, and what they waste is there."
 import sys
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,18 +11,21 @@ from torch.testing import assert_close
 
 from refine_nb.base import call
 from refine_nb.vision import cosine_head
-from refine_nb.attacks import dra, gaussian, pgd
+from refine_nb.attacks import ce, dra, gaussian, pgd
 from refine_nb.training import adversarial, mart, regulated, spat, spat_pgd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'tools'))
-from bench_loops import EPS, STEP, STEPS, dra_step, mart_step, spat_step
+from bench_loops import EPS, STEP, STEPS, dra_step, mair_step, mart_step, spat_step
 
 BUDGET = dict(eps=EPS, step_size=STEP, steps=STEPS)
 NEAR = dict(start=gaussian, clamp_start=False)
 LOOPS = { # the loop, our step, forwards of the loop and of ours once its copy is made
     'spat': (spat_step, adversarial(call(spat_pgd, **BUDGET), call(spat), folded=True), 22, 13),
     'mart': (mart_step, adversarial(call(pgd, **NEAR, **BUDGET), call(mart), folded=True), 12, 12),
-    'dra': (dra_step, regulated(call(dra, eps=2/255), folded=True), 7, 7)}
+    'dra': (dra_step, regulated(call(dra, eps=2/255), folded=True), 7, 7),
+    'mair': (mair_step, adversarial(call(pgd, **BUDGET), ce, folded=True), 11, 11)}
+absent = pytest.mark.skipif(find_spec('mair') is None, reason='MAIR is optional: no package index has it')
+each = pytest.mark.parametrize('name', [pytest.param(n, marks=[absent]*(n == 'mair')) for n in LOOPS])
 
 @pytest.fixture
 def task():
@@ -47,7 +51,7 @@ def as_loop(step):
         return loss.detach()
     return made
 
-@pytest.mark.parametrize('name', LOOPS)
+@each
 def test_a_loop_is_our_step(name, task):
     net, x, y = task
     if name=='spat': net = cosine_head(net)
@@ -58,7 +62,7 @@ def test_a_loop_is_our_step(name, task):
     assert theirs[0] != theirs[1], 'the second step is from another network'
     for k,t in b.state_dict().items(): assert_close(t, a.state_dict()[k], atol=1e-8, rtol=0, msg=k)
 
-@pytest.mark.parametrize('name', LOOPS)
+@each
 def test_what_a_loop_computes(name, task):
     net, x, y = task
     if name=='spat': net = cosine_head(net)

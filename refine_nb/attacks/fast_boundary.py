@@ -75,7 +75,7 @@ def _walked(model, x, y, aim, example, eps, steps, alpha_max, eta, beta, early_s
     at = torch.arange(len(x), device=x.device)
     for _ in range(steps):
         gap,w = _gaps(model, x_adv, y, aim); x_adv = _walk(x_adv, x, gap, w, alpha_max, eta)
-        with torch.no_grad(): z = model(x_adv); wrong = z.argmax(1)!=y
+        with torch.no_grad(): z = model(_laid(x_adv)); wrong = z.argmax(1)!=y
         sound = z.isfinite().all() & w.isfinite().all() & sound
         far = _remember(out, best, at, x_adv, x, wrong)
         x_adv = torch.where(_each(wrong, x), x+beta*(x_adv-x), x_adv)

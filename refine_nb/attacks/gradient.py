@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import choose, number
-from .lending import _budget, _steps, attacking, must_be_finite
+from .lending import _budget, _laid, _steps, attacking, must_be_finite
 from .loop import iterate, worst
 from .moves import gaussian, l2, linf, momentum, signed, uniform, unit_l2, zero
 from .objectives import ce, kl, margin
@@ -64,7 +64,7 @@ _balls = dict(linf=dict(project=linf, direction=signed), l2=dict(project=l2, dir
 @torch.no_grad()
 def _standing(model, x_adv, y, targeted): # bool [B]: has not yet reached the goal
     if not len(x_adv): return y.bool()
-    with attacking(model): z = model(x_adv)
+    with attacking(model): z = model(_laid(x_adv))
     must_be_finite(z.isfinite().all())
     return (z.argmax(1)==y) != targeted
 

@@ -138,8 +138,11 @@ def same_shape(
     raise ValueError(f"{who} must return images {list(x.shape)}, got {got}")
 
 # %% ../../nbs/attacks/10_lending.ipynb #1f201c6b
-def _weights(model): # parameters, or the buffers of a model that has none
-    return [*model.parameters()] or [b for b in model.buffers() if b.is_floating_point()]
+_PARTNER = ("the model must return logits of at least two classes, got {}: give a single logit z a partner, by a "
+            "module that returns torch.cat([torch.zeros_like(z), z], 1)")
+
+def _weights(model, said): # parameters; if it has none and the error is about dtypes, its buffers
+    return [*model.parameters()] or [b for b in model.buffers() if b.is_floating_point() and 'dtype' in said]
 
 def _of_size(e, x): # the error itself, or a clearer one if the images have the wrong size
     said = str(e).partition('\n')[0]
@@ -156,7 +159,7 @@ def logits_of(
     "Logits of a model; raises an error that says what is wrong with them"
     try: z = model(x)
     except RuntimeError as e:
-        weights = _weights(model) if isinstance(model, nn.Module) else [x]
+        weights = _weights(model, str(e)) if isinstance(model, nn.Module) else [x]
         kinds,places = {p.dtype for p in weights},{p.device for p in weights}
         if places and x.device not in places:
             raise ValueError(f"the model is on {places.pop()} and the images on {x.device}: move one") from e
@@ -166,8 +169,7 @@ def logits_of(
     if not isinstance(z, Tensor) or z.ndim!=2 or len(z)!=len(x):
         got = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
         raise ValueError(f"the model must return logits [{len(x)},K], got {got}")
-    if z.shape[1]<2: raise ValueError(f"the model must have at least 2 classes, got logits {list(z.shape)}: "
-                                      "with one, nothing can be misclassified")
+    if z.shape[1]<2: raise ValueError(_PARTNER.format(list(z.shape)))
     if last>=z.shape[1]:
         raise ValueError(f"labels must be below the {z.shape[1]} classes of the model, got {last}")
     return z

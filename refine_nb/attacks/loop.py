@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Call
-from .lending import (_functions, _is, _switches, attacking, check_attack, logits_of,
+from .lending import (_functions, _is, _laid, _switches, attacking, check_attack, logits_of,
                                       must_be_finite, same_shape)
 from .moves import _each, _single, l2, linf, signed, zero
 from .objectives import ce
@@ -78,7 +78,7 @@ def _climb(model, x_adv, x, y, z, *, last, eps, step_size, steps, objective, dir
 # %% ../../nbs/attacks/15_loop.ipynb #6d452978
 def _begin(model, x, y, start, clamp, generator, *, last, objective, project, eps):
     "Images, labels, first iterate, and the clean logits or None"
-    x,y = x.detach().clamp(0, 1),y.clone()
+    x,y = _laid(x.detach().clamp(0, 1)),y.clone()
     x_adv = start(x, eps, 'l2' if _is(project, l2) else 'linf', generator)
     got = list(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
     if got!=list(x.shape): raise ValueError(f"a start must return images {list(x.shape)}, got {got}")
@@ -110,9 +110,10 @@ def iterate(
     both = dict(last=last, eps=float(eps), objective=objective, project=project)
     with attacking(model), torch.inference_mode(False), torch.enable_grad():
         if eps==0 or len(x)==0: return x.detach().clamp(0, 1)
-        x,y,x_adv,z = _begin(model, x, y, start, clamp_start or early_stop, generator, **both)
-        return _climb(model, x_adv, x, y, z, step_size=float(step_size), steps=steps, direction=direction,
-                      targeted=targeted, early_stop=early_stop, observe=observe, **both)
+        own,y,x_adv,z = _begin(model, x, y, start, clamp_start or early_stop, generator, **both)
+        found = _climb(model, x_adv, own, y, z, step_size=float(step_size), steps=steps, direction=direction,
+                       targeted=targeted, early_stop=early_stop, observe=observe, **both)
+        return torch.empty_like(x).copy_(found) # in the layout of `x`
 
 # %% ../../nbs/attacks/15_loop.ipynb #f07d9763
 class StepsToFlip:
@@ -136,9 +137,9 @@ def worst(
 )->Tensor:                 # [B,C,H,W], each example from one of the two; the first on a tie
     "The stronger of two attacked images, per example"
     with attacking(model):
-        z,sign = model(x) if 'z' in _asks(objective) else None,-1 if targeted else 1
+        z,sign = model(_laid(x)) if 'z' in _asks(objective) else None,-1 if targeted else 1
         def rank(images):
-            z_adv = model(same_shape(images, x, 'an attack')); must_be_finite(z_adv.isfinite().all())
+            z_adv = model(_laid(same_shape(images, x, 'an attack'))); must_be_finite(z_adv.isfinite().all())
             return (z_adv.argmax(1)==y)==targeted, sign*_value(objective, z_adv=z_adv, y=y, z=z)
         (done,a),(done_other,b) = rank(x_adv),rank(other)
     better = (done_other & ~done) | ((done==done_other) & (b>a))

@@ -26,7 +26,7 @@ def _given(x, y, steps, **switches):
 
 def _first_answer(model, x, last):
     "Finite logits [B,K] of the clean images"
-    z = logits_of(model, x, last); must_be_finite(z.isfinite().all())
+    z = logits_of(model, _laid(x), last); must_be_finite(z.isfinite().all())
     return z
 
 # %% ../../nbs/attacks/30_minimal.ipynb #22386556
@@ -111,7 +111,8 @@ def salt_and_pepper(
     x:Tensor,                   # [B,C,H,W], float in [0,1]
     y:Tensor,                   # [B], labels, or targets
     *,
-    steps:int=1000, across_channels:bool=True, # draws per image, >= 1; channels change at once
+    steps:int=1000,             # draws per image, >= 1
+    across_channels:bool=True,  # a pixel changes in all its channels at once
     targeted:bool=False,        # the goal is the answer `y`; else any other
     generator:torch.Generator|None=None, # of the noise; None: the global one
 )->Tensor:                      # [B,C,H,W], detached, in [0,1]; `x` where the goal was not reached

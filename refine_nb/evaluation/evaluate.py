@@ -26,20 +26,12 @@ def _inputs(x:Tensor, size:int|None, device, model)->Tensor:
 
 def _class(z): return torch.where(z.isfinite().all(1), z.argmax(1), -1) # nan has an argmax too
 
-def _logits(model, x, last=-1)->Tensor: # [B,K]; an error says what is wrong with them
-    z = logits_of(model, x, -1)
-    if z.shape[1] < 2:
-        raise ValueError(f"the model must return logits of at least two classes, got {list(z.shape)}: give "
-                         "a single logit z a partner, by a module that returns "
-                         "torch.cat([torch.zeros_like(z), z], 1)")
-    return z if last < z.shape[1] else logits_of(lambda x: z, x, last)
-
 # %% ../../nbs/evaluation/00_evaluate.ipynb #10a9b639
 @torch.no_grad()
 def _classes(model, x, last, size, device, quiet)->Tensor: # int64 [N] on the CPU
     to_input(x[:0] if isinstance(x, Tensor) and x.ndim else x, size) # raises where x or size is wrong
     with attacking(model):
-        found = [_class(_logits(model, _inputs(b, size, device, model), last))
+        found = [_class(logits_of(model, _inputs(b, size, device, model), last))
                  for b in bar(x.split(EVAL_BATCH), desc='predict', quiet=quiet)]
     z = torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.int64)
     must_be_finite((z>=0).all())

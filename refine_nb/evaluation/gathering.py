@@ -15,8 +15,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..base import Call, call, instance, number, seeded
-from ..attacks import attacking, ce, check_attack, linf, must_be_finite, pgd, zero
-from .evaluate import EVAL_BATCH, _logits
+from ..attacks import attacking, ce, check_attack, linf, logits_of, must_be_finite, pgd, zero
+from .evaluate import EVAL_BATCH
 
 # %% ../../nbs/evaluation/20_gathering.ipynb #2b385a1a
 @dataclass(frozen=True)
@@ -118,13 +118,13 @@ def _border(model, x, y, eps, n, effort, tolerance, surrogate):
     x,y = x[:n].clone(memory_format=torch.channels_last).detach(),y[:n].clone()
     if not len(x): raise ValueError("there are no images: give at least one")
     with attacking(model), torch.no_grad():
-        z = torch.cat([_logits(model, a, last) for a in x.split(EVAL_BATCH)]).cpu()
+        z = torch.cat([logits_of(model, a, last) for a in x.split(EVAL_BATCH)]).cpu()
     must_be_finite(z.isfinite().all())
     if not (z.argmax(1)==y.cpu()).any():
         raise ValueError(f"the model gets none of the {len(y)} images right: compare labels, "
                          "range and normalisation with its training")
     if surrogate is not None:
-        with attacking(surrogate), torch.no_grad(): k = _logits(surrogate, x[:1], last).shape[1]
+        with attacking(surrogate), torch.no_grad(): k = logits_of(surrogate, x[:1], last).shape[1]
         if k!=z.shape[1]:
             raise ValueError(f"the surrogate must have the model's {z.shape[1]} classes, but it has {k}")
     return x,y,z

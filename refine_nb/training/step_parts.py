@@ -80,7 +80,7 @@ def attacker(
     attack:Callable,  # (model, x, y) -> x_adv, perhaps with a generator
     mode:str='eval',  # of the model while it is attacked: 'eval', 'train' or 'train_untouched'
     folded:bool=False, # attack a folded copy: only if the network is always the same, in mode 'eval'
-    see:Callable|None=None, # called with each x_adv [B,...]
+    see:Callable|None=None, # called with each x_adv [B,...], right after the attack
 )->Callable: # (model, x, y, generator, settings of this step) -> x_adv [B,...], in full precision
     "An attack as a training step calls it"
     instance('attack', attack, Callable, 'a function or a call such as call(pgd)'); untargeted(attack)
