@@ -1,4 +1,4 @@
-"""Training steps as in published loops: plain PyTorch, and one framework's, which `bench.py` times beside ours
+"""Training steps of published loops, in plain PyTorch, and of a framework: `bench.py` times them beside ours
 
 Each is (net, x, y, optimiser) -> loss and does what our step does: with the same random draws it attacks the
 same images in evaluation mode, and minimises the same loss. The differences: some things are computed twice,

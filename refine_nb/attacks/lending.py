@@ -138,8 +138,8 @@ def same_shape(
     raise ValueError(f"{who} must return images {list(x.shape)}, got {got}")
 
 # %% ../../nbs/attacks/10_lending.ipynb #1f201c6b
-_PARTNER = ("the model must return logits of at least two classes, got {}: give a single logit z a partner, by a "
-            "module that returns torch.cat([torch.zeros_like(z), z], 1)")
+_PARTNER = ("the model must return logits of at least two classes, got {}: give a single logit z a partner, "
+            "by a module that returns torch.cat([torch.zeros_like(z), z], 1)")
 
 def _weights(model, said): # parameters; if it has none and the error is about dtypes, its buffers
     return [*model.parameters()] or [b for b in model.buffers() if b.is_floating_point() and 'dtype' in said]

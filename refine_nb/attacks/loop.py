@@ -55,9 +55,10 @@ def _gradient(model, objective, x_adv, y, z, last, signs):
     return grad, z_adv.detach(), loss.detach().isfinite().all() & sound
 
 # %% ../../nbs/attacks/15_loop.ipynb #20000eed
-def _climb(model, x_adv, x, y, z, *, last, eps, step_size, steps, objective, direction, project,
+def _climb(model, x_adv, x, y, z, *, like, last, eps, step_size, steps, objective, direction, project,
            targeted, early_stop, observe=None):
-    "The iterate after `steps` steps; with `early_stop` the first one of each example that reached the goal"
+    """The iterate after `steps` steps; with `early_stop` the first one of each example that reached the goal.
+    In the layout of `like`"""
     memory,sound,rate = None,True,-step_size if targeted else step_size
     if early_stop: out,at = x_adv.clone(),torch.arange(len(x), device=x.device)
     for i in range(steps):
@@ -73,7 +74,7 @@ def _climb(model, x_adv, x, y, z, *, last, eps, step_size, steps, objective, dir
         x_adv = project(_single(x_adv)+rate*step, x, eps).to(x.dtype)
     must_be_finite(sound)
     if early_stop: out[at] = x_adv
-    return out if early_stop else x_adv
+    return torch.empty_like(like).copy_(out if early_stop else x_adv)
 
 # %% ../../nbs/attacks/15_loop.ipynb #6d452978
 def _begin(model, x, y, start, clamp, generator, *, last, objective, project, eps):
@@ -111,9 +112,8 @@ def iterate(
     with attacking(model), torch.inference_mode(False), torch.enable_grad():
         if eps==0 or len(x)==0: return x.detach().clamp(0, 1)
         own,y,x_adv,z = _begin(model, x, y, start, clamp_start or early_stop, generator, **both)
-        found = _climb(model, x_adv, own, y, z, step_size=float(step_size), steps=steps, direction=direction,
-                       targeted=targeted, early_stop=early_stop, observe=observe, **both)
-        return torch.empty_like(x).copy_(found) # in the layout of `x`
+        return _climb(model, x_adv, own, y, z, like=x, step_size=float(step_size), steps=steps, **both,
+                      direction=direction, targeted=targeted, early_stop=early_stop, observe=observe)
 
 # %% ../../nbs/attacks/15_loop.ipynb #f07d9763
 class StepsToFlip:

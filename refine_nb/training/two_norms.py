@@ -26,7 +26,7 @@ def advprop_step(
     attacked:str='auxiliary',  # the norms that the attack sees: 'auxiliary' or 'main'
     mode:str='eval',           # of the model while it is attacked, as for `adversarial`
     folded:bool=False,         # attack a folded copy of that stream, as for `adversarial`
-    see:Callable|None=None,    # called with each x_adv [B,C,H,W], while the norms are those that the attack saw
+    see:Callable|None=None,    # called with each x_adv [B,C,H,W], while the attacked norms are active
 )->Callable:  # (model, batch, progress) -> mean loss, accuracies; a batch is (x, y, generator)
     "AdvProp: main norms for clean images, auxiliary ones for attacked (mixture document, Algorithm 1)"
     asks = asks_for(objective, STEP_GIVES[:-1], 'objective') # one pass each
