@@ -2,9 +2,9 @@
 
 A killed run ends with the bits of one that was left in peace.
 """
-from copy import deepcopy
 import signal
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
