@@ -18,6 +18,7 @@ from torch import nn
 import refine_nb.attacks as A
 import refine_nb.evaluation as V
 import refine_nb.training as T
+import refine_nb.vision as W
 from refine_nb.base import Cell, Recipe, Robustness, call, key
 from refine_nb.vision import load_data
 from refine_nb.refinement import Correction
@@ -290,3 +291,31 @@ def test_the_property_sees_holes():
     assert holes(says('a')) == {'refused', 'refused though right'}
     assert holes(says('?')) == {'not named', 'refused though right'}
     assert 'wrong' in holes(lambda a: [math.nan])
+
+
+# ---- networks ----------------------------------------------------------------------------------------------
+
+TAKES_A_NETWORK = {
+    'fold': W.fold, 'foldable': lambda m: list(W.foldable(m)),
+    'fold_if_same': lambda m: W.fold_if_same(m, torch.rand(2, 1, 8, 8)),
+    'grey_convolutions': W.grey_convolutions, 'laid': lambda m: W.laid(m, torch.channels_last),
+    'layout_for': lambda m: W.layout_for(m, torch.rand(2, 1, 8, 8)),
+    'n_parameters': W.n_parameters, 'plain_weights': W.plain_weights,
+    'suited': lambda m: W.suited(m, torch.rand(2, 1, 8, 8)),
+    'suiting': lambda m: W.suiting(m).__enter__(), 'dual_norms': W.dual_norms,
+    'single_norms': W.single_norms, 'auxiliary': lambda m: W.auxiliary(m).__enter__(),
+    'smooth': W.smooth, 'smoothing': lambda m: W.smoothing(m).__enter__(),
+    'cosine_head': W.cosine_head, 'at_scale': lambda m: W.at_scale(m, 1.).__enter__(),
+    'last_layer': W.last_layer, 'embeddings': lambda m: W.embeddings(m, torch.rand(2, 1, 8, 8)),
+    'logits_and_cosines': lambda m: W.logits_and_cosines(m, torch.rand(2, 1, 8, 8))}
+
+@pytest.mark.parametrize('given', [None, 3, 'resnet18', [1]])
+@pytest.mark.parametrize('name', TAKES_A_NETWORK)
+def test_a_network_is_a_module(name, given):
+    with pytest.raises(ValueError, match=r'model wants a module, got'): TAKES_A_NETWORK[name](given)
+
+@pytest.mark.parametrize('given', [None, 3, np.zeros((2, 1, 8, 8))])
+def test_images_are_a_tensor(given):
+    y = torch.zeros(2, dtype=torch.int64)
+    for f in (W.clipped, lambda x: W.check_images(x, y, 10), lambda x: A.same_shape(torch.rand(2, 1), x)):
+        with pytest.raises(ValueError, match='wants a tensor'): f(given)

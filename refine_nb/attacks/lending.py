@@ -15,7 +15,7 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from ..base import Call, choose, number
+from ..base import Call, choose, instance, number
 from ..vision import SLIP, suiting
 from .moves import linf, uniform, zero
 from .objectives import ce, kl
@@ -134,7 +134,7 @@ def same_shape(
 )->Tensor:        # `x_adv`
     "What an attack returned; raises unless that is one image for each image it was given"
     got = list(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
-    if got == list(x.shape): return x_adv
+    if got == list(instance('x', x, Tensor, 'a tensor of images').shape): return x_adv
     raise ValueError(f"{who} must return images {list(x.shape)}, got {got}")
 
 # %% ../../nbs/attacks/10_lending.ipynb #1f201c6b

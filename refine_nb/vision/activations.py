@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..base import Call, choose
+from ..base import Call, choose, instance
 from .copying import copied
 from .norms import dual_norms, replaced
 
@@ -134,7 +134,7 @@ def smoothing(
     on:bool=True,     # False: true derivatives of ReLU inside the block
 )->Iterator[nn.Module]: # the same model
     "Switch the smooth derivatives on, or off, for the duration of a `with` block"
-    acts = [m for m in model.modules() if isinstance(m, SmoothReLU)]
+    acts = [m for m in instance('model', model, nn.Module, 'a module').modules() if isinstance(m, SmoothReLU)]
     if not acts:
         raise ValueError(f"{type(model).__name__} has no smooth ReLU: convert it with smooth(model) first")
     if not on and any(m.kind!='straight' for m in acts):

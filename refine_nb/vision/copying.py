@@ -13,6 +13,8 @@ from copy import deepcopy
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..base import instance
+
 # %% ../../nbs/vision/23_copying.ipynb #0f4aa061
 def _hung(model)->Iterator[tuple[str,object]]: # what modules hold besides weights, buffers and children
     own = set(vars(nn.Module()))
@@ -55,7 +57,7 @@ def plain_weights(
     model:nn.Module, # changed in place
 )->nn.Module:        # the same function; its weights are parameters
     "Remove weight norm, spectral norm and pruning: the current weights become parameters"
-    for m in list(model.modules()):
+    for m in list(instance('model', model, nn.Module, 'a module').modules()):
         if is_parametrized(m): _parametrised(m)
         _hooked(m)
     return model

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import Call, choose, number
+from ..base import Call, choose, instance, number
 from .copying import copied
 
 # %% ../../nbs/vision/38_cosine_heads.ipynb #1dfa86ae
@@ -50,6 +50,7 @@ def last_layer(
     model:nn.Module, # a classifier
 )->tuple[str,nn.Module]: # its name in the model, and the `nn.Linear` or `CosineHead` itself
     "The linear layer registered last, where a classifier usually ends; `ValueError` if it doesn't"
+    instance('model', model, nn.Module, 'a module')
     name,m = [(n,m) for n,m in model.named_modules() if not list(m.children())][-1]
     if not isinstance(m, (nn.Linear, CosineHead)) or not name:
         raise ValueError(f"{type(model).__name__} must end in a linear layer inside of it, "
@@ -120,6 +121,7 @@ def at_scale(
     finally: head.scale = was
 
 def _head(model)->CosineHead:
+    instance('model', model, nn.Module, 'a module')
     heads = [m for m in model.modules() if isinstance(m, CosineHead)]
     if not heads:
         raise ValueError(f"{type(model).__name__} has no cosine head: make one with cosine_head(model)")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from ..base import number
+from ..base import instance, number
 
 # %% ../../nbs/vision/00_images.ipynb #f9c50671
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ def clipped(
     x:Tensor, # [B,...], float, should be in [0,1]
 )->Tensor:    # the same; pixels outside by at most `SLIP` are clipped
     "Images in [0,1], or a `ValueError` that says what range they have"
-    if not x.numel(): return x
+    if not instance('images', x, Tensor, 'a tensor').numel(): return x
     low,high = (v.item() for v in x.detach().aminmax())
     if low>=0 and high<=1: return x
     if low>=-SLIP and high<=1+SLIP: return x.clamp(0, 1)
@@ -100,6 +100,7 @@ def check_images(
     num_classes:int, # K
 )->None:
     "Raise a `ValueError` unless images and labels are what attacks and models expect"
+    instance('images', x, Tensor, 'a tensor'); instance('labels', y, Tensor, 'a tensor')
     if x.ndim!=4 or y.shape!=x.shape[:1]:
         raise ValueError(f"images must be [B,C,H,W] and labels [B], "
                          f"got {tuple(x.shape)} and {tuple(y.shape)}")

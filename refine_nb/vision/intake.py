@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..base import instance
+
 # %% ../../nbs/vision/24_intake.ipynb #1cc23186
 @contextmanager
 def _aside(model, x): # what is tried here leaves no trace
@@ -72,6 +74,7 @@ def suited(
 )->Tensor:           # [B,...], `x` itself if it suits the network
     "Images in a form that this network can take; it is tried once"
     if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim>1 and len(x)): return x
+    instance('model', model, nn.Module, 'a module')
     while hasattr(model, '_orig_mod'): model = model._orig_mod
     if model not in _KNOWN: _KNOWN[model] = next((p for p in model.parameters() if p.ndim==4), None),{}
     kernel,known = _KNOWN[model]
@@ -89,6 +92,7 @@ def suiting(
     model:nn.Module, # any module
 )->Iterator[nn.Module]: # the same
     "Inside a `with` block, give the network only images that suit it"
+    instance('model', model, nn.Module, 'a module')
     hooked = any(_suit in m._forward_pre_hooks.values() for m in model.modules())
     handle = None if hooked else model.register_forward_pre_hook(_suit)
     try: yield model

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from ..base import choose, number
+from ..base import choose, instance, number
 from .reading import data_root
 
 # %% ../../nbs/vision/20_models.ipynb #1a38258a
@@ -81,7 +81,7 @@ def n_parameters(
     model:nn.Module, # may be on the meta device, where nothing is computed
 )->int:              # weights and biases; running statistics are buffers and not counted
     "Number of parameters"
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in instance('model', model, nn.Module, 'a module').parameters())
 
 # %% ../../nbs/vision/20_models.ipynb #dfe00212
 _editions = dict(imagenet='IMAGENET1K_V1', imagenet_v2='IMAGENET1K_V2')

@@ -12,7 +12,7 @@ from copy import deepcopy
 
 from torch import nn
 
-from ..base import choose
+from ..base import choose, instance
 from .copying import copied
 
 # %% ../../nbs/vision/30_norms.ipynb #15349f30
@@ -22,7 +22,7 @@ def replaced(
     make:Callable,             # (module) -> its replacement
 )->tuple[nn.Module,int]:       # a copy of `model`, and how many modules were replaced in it
     "A copy of a model in which all modules of some kind are replaced"
-    out = copied(model)
+    out = copied(instance('model', model, nn.Module, 'a module'))
     new = {m: make(m) for m in out.modules() if isinstance(m, kinds)}
     for name,m in list(out.named_modules(remove_duplicate=False)):
         if name and m in new: out.set_submodule(name, new[m])
@@ -43,7 +43,8 @@ class DualNorm(nn.Module):
 # %% ../../nbs/vision/30_norms.ipynb #6fc123bf
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
-def _duals(model): return [m for m in model.modules() if isinstance(m, DualNorm)]
+def _duals(model):
+    return [m for m in instance('model', model, nn.Module, 'a module').modules() if isinstance(m, DualNorm)]
 
 def dual_norms(
     model:nn.Module, # with batch norms; not changed
