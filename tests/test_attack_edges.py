@@ -1,9 +1,11 @@
 "Where logits tie, gradients are infinite, or a seldom used setting meets another: nothing is lost in silence"
+import weakref
+
 import pytest, torch
 from torch import nn, tensor
-from refine_nb.attacks import (StepsToFlip, apgd, attacking, autoattack, bim, ddn, dlr, dlr_t, dra, fgsm,
-                               gaussian, iterate, mim, momentum, pgd, random_signs, salt_and_pepper, square,
-                               uniform, unit_l1, worst, zero)
+from refine_nb.attacks import (StepsToFlip, apgd, apgd_rows, attacking, autoattack, bim, ddn, dlr, dlr_t, dra,
+                               fgsm, gaussian, iterate, mim, momentum, pgd, random_signs, salt_and_pepper,
+                               square, uniform, unit_l1, worst, zero)
 from refine_nb.attacks.lending import NotFinite
 from refine_nb.attacks.queue import _order
 
@@ -127,3 +129,18 @@ def test_sentences(images):
 
 def test_momentum_of_huge_gradients_moves():
     assert (momentum()(torch.full((1, 3072), 2e35))[0] == 1).all()
+
+
+def test_apgd_holds_one_pass_at_a_time():
+    "Where most images fall at once, the pass of the few is made after that of all has been freed"
+    made = []
+    class Watch(nn.Flatten):
+        def forward(self, x):
+            if x.requires_grad:
+                assert not any(seen() is not None for seen,_ in made), 'an earlier pass is still held'
+                made.append((weakref.ref(x), len(x)))
+            return super().forward(x)
+    torch.manual_seed(0); model = nn.Sequential(Watch(), nn.Linear(64, 10)).eval()
+    x = torch.rand(40, 1, 8, 8); y = model(x).argmax(1); y[4:] = (y[4:]+1)%10 # 36 are wrong from the start
+    apgd_rows(model, x, y, y, torch.arange(40), x.clone(), eps=1e-6, steps=3)
+    assert [n for _,n in made][:2] == [40, 4]
